@@ -1,0 +1,3 @@
+//! `culvertd`, the control plane.
+
+fn main() {}

@@ -1,0 +1,23 @@
+//! Compiles the `.proto` files with protox, so that no `protoc` is needed.
+
+use std::error::Error;
+
+const FILES: [&str; 5] = [
+    "istio/workload.proto",
+    "istio/authorization.proto",
+    "istio/ca.proto",
+    "envoy/discovery.proto",
+    "culvert/node.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(FILES, ["proto"])?;
+    tonic_prost_build::configure()
+        // Resource bodies stay reference-counted slices of the received frame.
+        .bytes(".google.protobuf.Any")
+        .bytes(".istio")
+        .include_file("wire.rs")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

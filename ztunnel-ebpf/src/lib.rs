@@ -1,0 +1,2 @@
+//! The map layout shared by the programs and the agent.
+#![no_std]

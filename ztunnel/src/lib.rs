@@ -1,0 +1,1 @@
+//! The node proxy and its agent.

@@ -1,0 +1,3 @@
+//! The node: `ztunnel agent`, `ztunnel proxy`, `ztunnel cni`.
+
+fn main() {}
