@@ -1,0 +1,30 @@
+//! Builds the programs that tests, demo and bench start.
+
+use std::path::{Path, PathBuf};
+
+use crate::{Failure, call, cargo};
+
+/// How the programs are built.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Profile {
+    /// Quick to compile; tests and demo.
+    Dev,
+    /// Optimised as shipped; benchmarks.
+    Release,
+}
+
+/// Builds every program of the workspace and returns the folder that they are in.
+///
+/// # Errors
+/// The build failed; cargo has printed why.
+pub fn programs(root: &Path, profile: Profile) -> Result<PathBuf, Failure> {
+    let mut command = cargo();
+    // The same selection as `cargo test --workspace`, so that features unify alike and nothing is built twice.
+    command.args(["build", "--workspace", "--locked"]).current_dir(root);
+    if profile == Profile::Release {
+        command.arg("--release");
+    }
+    call(&mut command)?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    Ok(target.join(if profile == Profile::Release { "release" } else { "debug" }))
+}

@@ -1,0 +1,21 @@
+//! `cargo xtask test`: every test of the workspace. None is skipped for want of a privilege: what is missing is named
+//! before the first one runs.
+
+use std::path::Path;
+
+use crate::build::{self, Profile};
+use crate::{Failure, call, cargo, prerequisites};
+
+/// Builds the programs, then runs the tests with the remaining arguments as filter.
+///
+/// # Errors
+/// A missing prerequisite, a failed build, or a failed test.
+pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
+    prerequisites::check()?;
+    let programs = build::programs(root, Profile::Dev)?;
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--locked"]).args(args);
+    // The end-to-end tests start the programs that were just built.
+    command.env("CULVERT_BIN_DIR", programs).current_dir(root);
+    call(&mut command)
+}
