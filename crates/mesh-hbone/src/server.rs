@@ -1,0 +1,197 @@
+//! The server end: serves the CONNECT requests of one connection.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+use std::{future::poll_fn, pin::pin};
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+
+use crate::connection::Keepalive;
+use crate::headers::HeaderError;
+use crate::stream::{ResetReason, Stream, StreamError};
+use crate::{Authority, ConnectionError, Headers, Options};
+
+/// Streams that a peer may have reset and that we have not looked at yet, before the connection is closed.
+const MAX_PENDING_RESETS: usize = 50;
+/// Streams that we may have reset for the peer's faults before the connection is closed.
+const MAX_FAULTS: usize = 256;
+
+/// A CONNECT request that waits for its answer. Dropped unanswered, its stream is reset.
+#[derive(Debug)]
+pub struct Request {
+    /// The destination.
+    pub authority: Authority,
+    /// Fields beside it.
+    pub headers: Headers,
+    answer: Option<Answer>,
+}
+
+#[derive(Debug)]
+struct Answer {
+    respond: h2::server::SendResponse<Bytes>,
+    recv: h2::RecvStream,
+}
+
+impl Request {
+    /// Answers 200 with these fields; from now on both sides may send.
+    ///
+    /// # Errors
+    /// If the peer has reset the stream, or the tunnel is gone.
+    pub fn accept(mut self, headers: &Headers) -> Result<Stream, StreamError> {
+        let Some(Answer { mut respond, recv }) = self.answer.take() else { return Err(StreamError::Finished) };
+        let mut response = http::Response::new(());
+        *response.headers_mut() = headers.to_map().map_err(|_: HeaderError| StreamError::Finished)?;
+        let send = respond.send_response(response, false)?;
+        Ok(Stream::new(recv, send, None))
+    }
+
+    /// Answers with this status and ends the stream. A status outside of 300..=599 is sent as 500.
+    pub fn refuse(mut self, status: u16) {
+        if let Some(Answer { mut respond, .. }) = self.answer.take() {
+            refuse(&mut respond, status);
+        }
+    }
+
+    /// Resets the stream without an answer.
+    pub fn reset(mut self, reason: ResetReason) {
+        if let Some(Answer { mut respond, .. }) = self.answer.take() {
+            respond.send_reset(reason.into());
+        }
+    }
+
+    /// Completes when the peer has given the request up, or the tunnel is gone: nobody waits for the answer any more.
+    pub async fn cancelled(&mut self) {
+        if let Some(answer) = &mut self.answer {
+            let _ = poll_fn(|cx| answer.respond.poll_reset(cx)).await;
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        if let Some(mut answer) = self.answer.take() {
+            answer.respond.send_reset(h2::Reason::INTERNAL_ERROR);
+        }
+    }
+}
+
+/// Serves one connection until it has ended. Every CONNECT is given to `handler`, whose future runs as a task of its own (it
+/// outlives the connection if it has bytes left to deliver). What is not a plain CONNECT to `host:port` is answered 400.
+/// When `drain` completes, the peer is told to open no more streams (GOAWAY); the open ones go on until they end. Dropping
+/// the returned future closes the connection with all of its streams.
+///
+/// # Errors
+/// How the connection ended, if not in order.
+pub async fn serve<IO, D, H, F>(io: IO, options: &Options, drain: D, handler: H) -> Result<(), ConnectionError>
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    D: Future<Output = ()> + Send,
+    H: Fn(Request) -> F + Send,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(options.stream_window)
+        .initial_connection_window_size(options.connection_window)
+        .max_frame_size(options.max_frame_size)
+        .max_header_list_size(options.max_header_list)
+        .max_send_buffer_size(options.send_buffer)
+        .max_concurrent_streams(options.server_streams)
+        .max_local_error_reset_streams(Some(MAX_FAULTS))
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS);
+    let mut connection = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(io))
+        .await
+        .map_err(|_| ConnectionError::HandshakeTimeout)??;
+    let mut keepalive = Keepalive::new(connection.ping_pong(), options);
+    let mut drain = pin!(drain);
+    let mut draining = false;
+    // A stream that its peer has reset no longer counts for HTTP/2, but its handler may still run.
+    let running = Running { now: Arc::new(AtomicUsize::new(0)), limit: 2 * options.server_streams as usize };
+    loop {
+        let next = poll_fn(|cx| {
+            if !draining && drain.as_mut().poll(cx).is_ready() {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            if let Poll::Ready(next) = connection.poll_accept(cx) {
+                return Poll::Ready(Ok(next));
+            }
+            keepalive.poll(cx).map(|()| Err(ConnectionError::KeepaliveTimeout))
+        })
+        .await?;
+        let Some(next) = next else { return Ok(()) };
+        let (request, mut respond) = next?;
+        let Some(guard) = running.enter() else {
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+            continue;
+        };
+        match parse(&request) {
+            Ok((authority, headers)) => {
+                let answer = Some(Answer { respond, recv: request.into_body() });
+                let handled = handler(Request { authority, headers, answer });
+                tokio::spawn(async move {
+                    let _guard = guard;
+                    handled.await;
+                });
+            }
+            Err(reason) => {
+                tracing::debug!(reason, "bad request");
+                refuse(&mut respond, 400);
+            }
+        }
+    }
+}
+
+/// Counts the handlers of one connection.
+struct Running {
+    now: Arc<AtomicUsize>,
+    limit: usize,
+}
+
+struct RunningGuard(Arc<AtomicUsize>);
+
+impl Running {
+    fn enter(&self) -> Option<RunningGuard> {
+        if self.now.load(Ordering::Acquire) >= self.limit {
+            return None;
+        }
+        self.now.fetch_add(1, Ordering::AcqRel);
+        Some(RunningGuard(Arc::clone(&self.now)))
+    }
+}
+
+impl Drop for RunningGuard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn parse(request: &http::Request<h2::RecvStream>) -> Result<(Authority, Headers), &'static str> {
+    if request.method() != http::Method::CONNECT {
+        return Err("not a CONNECT");
+    }
+    if request.extensions().get::<h2::ext::Protocol>().is_some() {
+        return Err("extended CONNECT");
+    }
+    if request.uri().scheme().is_some() || request.uri().path_and_query().is_some() {
+        return Err("CONNECT with :scheme or :path");
+    }
+    let authority = request.uri().authority().ok_or("CONNECT without :authority")?;
+    let authority = authority.as_str().parse().map_err(|_| "invalid :authority")?;
+    let headers = Headers::from_map(request.headers()).map_err(|_| "too many header fields")?;
+    Ok((authority, headers))
+}
+
+fn refuse(respond: &mut h2::server::SendResponse<Bytes>, status: u16) {
+    let mut response = http::Response::new(());
+    *response.status_mut() = http::StatusCode::from_u16(status)
+        .ok()
+        .filter(|status| (300..=599).contains(&status.as_u16()))
+        .unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
+    // Fails only if the peer has reset the stream or is gone: nobody is left to be told.
+    let _ = respond.send_response(response, true);
+}
