@@ -1,0 +1,60 @@
+//! Read buffers, kept per thread: a read always has [`SIZE`] bytes of room, and a connection that waits holds nothing.
+
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, ReadBuf};
+
+/// Bytes that one read may return, and so the largest DATA frame that we send.
+pub(super) const SIZE: usize = 256 << 10;
+/// A read that returns less is copied out of the buffer; more is given away with the buffer itself.
+const COPY_BELOW: usize = 32 << 10;
+/// Buffers that a thread keeps for later.
+const KEPT: usize = 8;
+
+thread_local! {
+    static FREE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A buffer of [`SIZE`] initialised bytes, which returns to the thread that drops it.
+struct Buffer(Vec<u8>);
+
+impl Buffer {
+    fn take() -> Self {
+        let kept = FREE.try_with(|free| free.borrow_mut().pop()).ok().flatten();
+        Buffer(kept.unwrap_or_else(|| vec![0; SIZE]))
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.0);
+        let _ = FREE.try_with(|free| {
+            let mut free = free.borrow_mut();
+            if free.len() < KEPT {
+                free.push(buffer);
+            }
+        });
+    }
+}
+
+/// The next bytes of `io`; empty at its end.
+pub(super) fn poll_read(cx: &mut Context<'_>, io: &mut (impl AsyncRead + Unpin)) -> Poll<io::Result<Bytes>> {
+    let mut buffer = Buffer::take();
+    let mut room = ReadBuf::new(&mut buffer.0);
+    ready!(Pin::new(io).poll_read(cx, &mut room))?;
+    let n = room.filled().len();
+    if n < COPY_BELOW {
+        return Poll::Ready(Ok(Bytes::copy_from_slice(room.filled())));
+    }
+    Poll::Ready(Ok(Bytes::from_owner(buffer).slice(..n)))
+}

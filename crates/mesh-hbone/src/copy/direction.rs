@@ -1,0 +1,216 @@
+//! One direction of a copy, as a state machine that is polled.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+
+use super::{CopyError, Plain, Side, buffer};
+use crate::stream::{ReadHalf, StreamError, WriteHalf};
+
+/// Where a direction goes to.
+pub(super) trait Sink {
+    /// Takes all of `data`; what is left in it has not been taken.
+    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>>;
+    /// Ends the direction.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>>;
+}
+
+impl Sink for WriteHalf {
+    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>> {
+        self.poll_write(cx, data).map_err(CopyError::from)
+    }
+
+    fn poll_end(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
+        Poll::Ready(self.finish_now().map_err(CopyError::from))
+    }
+}
+
+/// A plain connection as the target of a direction.
+pub(super) struct PlainSink<'a, P> {
+    pub(super) plain: &'a mut P,
+    pub(super) side: Side,
+}
+
+impl<P: Plain> Sink for PlainSink<'_, P> {
+    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>> {
+        while !data.is_empty() {
+            let n = ready!(Pin::new(&mut *self.plain).poll_write(cx, data)).and_then(nonzero).map_err(at(self.side))?;
+            data.advance(n);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
+        Pin::new(&mut *self.plain).poll_shutdown(cx).map_err(at(self.side))
+    }
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Open,
+    /// The source has ended; what is queued and the end are still to be sent.
+    Ending,
+    Done,
+}
+
+/// From a plain connection to a sink.
+#[derive(Debug, Default)]
+pub(super) struct FromPlain {
+    pending: Bytes,
+    phase: Phase,
+}
+
+impl FromPlain {
+    pub(super) fn poll<P: Plain, S: Sink>(
+        &mut self,
+        cx: &mut Context<'_>,
+        plain: &mut P,
+        side: Side,
+        sink: &mut S,
+        counter: &AtomicU64,
+    ) -> Poll<Result<(), CopyError>> {
+        loop {
+            match self.phase {
+                Phase::Open => {
+                    let before = self.pending.len();
+                    if before > 0 {
+                        let sent = sink.poll_send(cx, &mut self.pending);
+                        counter.fetch_add((before - self.pending.len()) as u64, Ordering::Relaxed);
+                        ready!(sent)?;
+                        self.pending = Bytes::new();
+                    }
+                    self.pending = ready!(buffer::poll_read(cx, plain)).map_err(at(side))?;
+                    if self.pending.is_empty() {
+                        self.phase = Phase::Ending;
+                    }
+                }
+                Phase::Ending => {
+                    ready!(sink.poll_end(cx))?;
+                    self.phase = Phase::Done;
+                }
+                Phase::Done => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+/// Chunks shorter than this are joined while others wait before them.
+const SMALL: usize = 1 << 10;
+/// Joined chunks are closed at this length.
+const JOINED: usize = 64 << 10;
+/// Chunks that one write takes.
+const SLICES: usize = 16;
+
+/// From a stream to a plain connection.
+///
+/// Everything that has arrived is taken from the stream at once, so that a reset is seen however much waits before it; the
+/// window stays closed for what is not written yet, so no more than one window waits here. Small chunks are joined: a peer
+/// that sends single bytes to a slow reader costs one window of memory, not a frame's overhead per byte.
+#[derive(Debug, Default)]
+pub(super) struct FromStream {
+    queue: VecDeque<Bytes>,
+    /// Small chunks, joined; comes after `queue`.
+    tail: BytesMut,
+    phase: Phase,
+}
+
+impl FromStream {
+    pub(super) fn poll<P: Plain>(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &mut ReadHalf,
+        plain: &mut P,
+        counter: &AtomicU64,
+    ) -> Poll<Result<(), CopyError>> {
+        loop {
+            if self.phase == Phase::Done {
+                return Poll::Ready(Ok(()));
+            }
+            self.fill(cx, stream)?;
+            if self.queue.is_empty() && self.tail.is_empty() {
+                if self.phase == Phase::Open {
+                    return Poll::Pending;
+                }
+                ready!(Pin::new(&mut *plain).poll_shutdown(cx)).map_err(at(Side::Right))?;
+                self.phase = Phase::Done;
+                continue;
+            }
+            let n = ready!(self.poll_write(cx, plain)).and_then(nonzero).map_err(at(Side::Right))?;
+            self.advance(n);
+            counter.fetch_add(n as u64, Ordering::Relaxed);
+            stream.release(n);
+        }
+    }
+
+    /// Takes what has arrived; registers for more.
+    fn fill(&mut self, cx: &mut Context<'_>, stream: &mut ReadHalf) -> Result<(), StreamError> {
+        while self.phase == Phase::Open {
+            match stream.poll_chunk(cx) {
+                Poll::Ready(chunk) => match chunk? {
+                    Some(chunk) => self.push(chunk),
+                    None => self.phase = Phase::Ending,
+                },
+                Poll::Pending => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        let first = self.queue.is_empty() && self.tail.is_empty();
+        if !first && chunk.len() < SMALL && self.tail.len() < JOINED {
+            self.tail.extend_from_slice(&chunk);
+            return;
+        }
+        if !self.tail.is_empty() {
+            self.queue.push_back(std::mem::take(&mut self.tail).freeze());
+        }
+        self.queue.push_back(chunk);
+    }
+
+    fn poll_write<P: Plain>(&self, cx: &mut Context<'_>, plain: &mut P) -> Poll<io::Result<usize>> {
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let chunks = self.queue.iter().map(AsRef::as_ref).chain([self.tail.as_ref()]).filter(|c: &&[u8]| !c.is_empty());
+        let mut n = 0;
+        for (slice, chunk) in slices.iter_mut().zip(chunks) {
+            *slice = IoSlice::new(chunk);
+            n += 1;
+        }
+        match &slices[..n] {
+            [one] => Pin::new(plain).poll_write(cx, one),
+            many => Pin::new(plain).poll_write_vectored(cx, many),
+        }
+    }
+
+    fn advance(&mut self, mut n: usize) {
+        while let Some(first) = self.queue.front_mut() {
+            if n < first.len() {
+                first.advance(n);
+                return;
+            }
+            n -= first.len();
+            self.queue.pop_front();
+        }
+        self.tail.advance(n.min(self.tail.len()));
+        if self.tail.is_empty() {
+            // Gives the memory back: most connections wait most of the time.
+            self.tail = BytesMut::new();
+            if self.queue.capacity() > SLICES {
+                self.queue = VecDeque::new();
+            }
+        }
+    }
+}
+
+fn nonzero(n: usize) -> io::Result<usize> {
+    if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
+}
+
+fn at(side: Side) -> impl Fn(io::Error) -> CopyError {
+    move |source| CopyError::Plain { side, source }
+}
