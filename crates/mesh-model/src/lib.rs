@@ -1,1 +1,30 @@
 //! What the wire means.
+//!
+//! Validated types made from discovery resources ([`Workload`], [`Service`], [`Authorization`]), an immutable
+//! [`Snapshot`] of all of them that clones in constant time and takes one change in microseconds, and the decisions
+//! that are functions of a snapshot: which endpoint ([`Snapshot::select`]), which waypoint ([`Snapshot::gateway`]),
+//! and whether a connection may be ([`Snapshot::authorize`]).
+//!
+//! No I/O, no async, no clock. Randomness is passed in.
+
+pub mod address;
+pub mod authorize;
+mod endpoints;
+pub mod gateway;
+pub mod identity;
+pub mod policy;
+pub mod resolve;
+pub mod service;
+pub mod snapshot;
+mod weighted;
+pub mod workload;
+
+pub use address::{Cidr, InvalidAddress, NetworkAddress};
+pub use authorize::{Allowed, ConnectionFacts, Denied, DenyReason, Noted};
+pub use gateway::{GatewayAddress, GatewayInstance, HBONE_PORT, InvalidGateway, UnresolvedGateway};
+pub use identity::{InvalidSpiffeId, SpiffeId};
+pub use policy::{Action, Authorization, InvalidAuthorization, Scope};
+pub use resolve::{Destination, Endpoint, Viewpoint};
+pub use service::{AppProtocol, InvalidService, LoadBalancing, Service, ServicePort};
+pub use snapshot::{Change, InvalidChange, Snapshot};
+pub use workload::{InvalidWorkload, Locality, TunnelProtocol, Workload, WorkloadType};

@@ -1,0 +1,116 @@
+//! What a destination address is, and which endpoint of a service takes a connection.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::service::{LocalityScope, Service};
+use crate::snapshot::Snapshot;
+use crate::workload::Workload;
+
+/// Where the client is, which decides what it sees and what is near to it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Viewpoint<'a> {
+    /// Network.
+    pub network: &'a str,
+    /// Kubernetes namespace.
+    pub namespace: &'a str,
+    /// Kubernetes node.
+    pub node: &'a str,
+    /// Kubernetes cluster.
+    pub cluster_id: &'a str,
+    /// Cloud region.
+    pub region: &'a str,
+    /// Availability zone.
+    pub zone: &'a str,
+    /// Part of a zone.
+    pub subzone: &'a str,
+}
+
+impl<'a> Viewpoint<'a> {
+    /// Where `workload` is.
+    pub fn of(workload: &'a Workload) -> Self {
+        Self {
+            network: &workload.network,
+            namespace: &workload.namespace,
+            node: &workload.node,
+            cluster_id: &workload.cluster_id,
+            region: &workload.locality.region,
+            zone: &workload.locality.zone,
+            subzone: &workload.locality.subzone,
+        }
+    }
+
+    /// What this place has for `scope`.
+    pub(crate) fn scope(&self, scope: LocalityScope) -> &'a str {
+        match scope {
+            LocalityScope::Region => self.region,
+            LocalityScope::Zone => self.zone,
+            LocalityScope::Subzone => self.subzone,
+            LocalityScope::Node => self.node,
+            LocalityScope::Cluster => self.cluster_id,
+            LocalityScope::Network => self.network,
+        }
+    }
+}
+
+/// What an address is.
+#[derive(Debug, Clone, Copy)]
+pub enum Destination<'a> {
+    /// A virtual address of a service.
+    Service(&'a Arc<Service>),
+    /// An address of a workload.
+    Workload(&'a Arc<Workload>),
+    /// Nothing that the mesh knows.
+    Unknown,
+}
+
+/// One endpoint of a service, chosen for one connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Endpoint<'a> {
+    /// The workload.
+    pub workload: &'a Arc<Workload>,
+    /// The port on which its application serves what was asked for.
+    pub target_port: u16,
+}
+
+impl Snapshot {
+    /// What `ip` is for a client at `from`. A service that the client does not see does not count; a service counts
+    /// before a workload of the same address.
+    pub fn destination(&self, from: &Viewpoint<'_>, ip: IpAddr) -> Destination<'_> {
+        let mut services = self.services_by_vip(from.network, ip);
+        if let Some(service) = services.find(|service| service.visible_from(from.namespace)) {
+            return Destination::Service(service);
+        }
+        self.workload_by_ip(from.network, ip).map_or(Destination::Unknown, Destination::Workload)
+    }
+
+    /// Chooses a ready endpoint in the client's network that serves `service_port`: at random in proportion to
+    /// capacity, within what the service's load balancing prefers. None: there is none.
+    pub fn select(
+        &self,
+        service: &Service,
+        service_port: u16,
+        from: &Viewpoint<'_>,
+        random: &mut fastrand::Rng,
+    ) -> Option<Endpoint<'_>> {
+        let workload = self.endpoints_of(service.key())?.pick(Some(service_port), from, random)?;
+        let target_port = workload.target_port(service, service_port)?;
+        Some(Endpoint { workload, target_port })
+    }
+
+    /// Chooses a ready endpoint in the client's network whatever its ports are.
+    pub fn select_any(
+        &self,
+        service: &Service,
+        from: &Viewpoint<'_>,
+        random: &mut fastrand::Rng,
+    ) -> Option<&Arc<Workload>> {
+        self.endpoints_of(service.key())?.pick(None, from, random)
+    }
+
+    /// Every endpoint of the service of that key that is ready for `service_port`, in any network; ready for anything
+    /// with None. For listings: it walks all of them.
+    pub fn ready_endpoints(&self, service: &str, service_port: Option<u16>) -> Vec<&Arc<Workload>> {
+        self.endpoints_of(service).map_or_else(Vec::new, |endpoints| endpoints.ready(service_port))
+    }
+}

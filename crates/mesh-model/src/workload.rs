@@ -1,0 +1,336 @@
+//! A workload: one pod, VM or WorkloadEntry.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_proto::workload as wire;
+use thiserror::Error;
+
+use crate::address::{InvalidAddress, ip_from_bytes};
+use crate::gateway::{GatewayAddress, InvalidGateway};
+use crate::identity::{InvalidSpiffeId, SpiffeId};
+use crate::service::{InvalidPort, Service, ServicePort, find_port, ports_from_wire};
+
+/// A workload as discovery describes it, validated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Workload {
+    /// Unique in the mesh; the primary name in discovery.
+    pub uid: Arc<str>,
+    /// Name of the pod, or of what else it is.
+    pub name: Arc<str>,
+    /// Kubernetes namespace.
+    pub namespace: Arc<str>,
+    identity: SpiffeId,
+    /// Addresses in the workload's network, the primary one first. May be empty.
+    pub addresses: Box<[IpAddr]>,
+    /// Host name, where the workload has no address but a name.
+    pub hostname: Arc<str>,
+    /// Network that the addresses belong to.
+    pub network: Arc<str>,
+    /// How the workload is reached.
+    pub tunnel_protocol: TunnelProtocol,
+    /// The waypoint that traffic addressed to this workload goes through.
+    pub waypoint: Option<GatewayAddress>,
+    /// The gateway through which other networks reach the workload.
+    pub network_gateway: Option<GatewayAddress>,
+    /// Kubernetes node.
+    pub node: Arc<str>,
+    /// Name for metrics: the canonical service.
+    pub canonical_name: Arc<str>,
+    /// Revision for metrics.
+    pub canonical_revision: Arc<str>,
+    /// What made the workload.
+    pub workload_type: WorkloadType,
+    /// Name of what made the workload.
+    pub workload_name: Arc<str>,
+    /// Whether the workload itself terminates HBONE.
+    pub native_tunnel: bool,
+    /// A tunnel protocol that the application itself speaks.
+    pub application_tunnel: Option<ApplicationTunnel>,
+    /// The services it belongs to, by key, each once.
+    pub services: Box<[Membership]>,
+    /// Keys `<namespace>/<name>` of the policies that select it.
+    pub authorization_policies: Box<[Arc<str>]>,
+    /// Whether it takes traffic of services.
+    pub healthy: bool,
+    /// Kubernetes cluster.
+    pub cluster_id: Arc<str>,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Whether it shares its node's network namespace, and so its address.
+    pub host_network: bool,
+    /// Share of a service's traffic in proportion to the other endpoints; 0 takes none.
+    pub capacity: u32,
+}
+
+/// How a workload is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelProtocol {
+    /// Plain TCP.
+    None,
+    /// HBONE.
+    Hbone,
+    /// A sidecar of Istio's older kind. It takes plain TCP as well unless its own policy says otherwise.
+    LegacyIstioMtls,
+}
+
+/// What made a workload, for labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WorkloadType {
+    /// A Deployment, or anything like it.
+    Deployment,
+    /// A CronJob.
+    CronJob,
+    /// A bare pod, or a kind that this version does not know.
+    Pod,
+    /// A Job.
+    Job,
+}
+
+/// A tunnel that the application speaks by itself: PROXY protocol version 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ApplicationTunnel {
+    /// Port on which the application takes it. 0: the port asked for.
+    pub port: u16,
+}
+
+/// Where a workload runs. Empty: not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Locality {
+    /// Cloud region.
+    pub region: Arc<str>,
+    /// Availability zone.
+    pub zone: Arc<str>,
+    /// Part of a zone.
+    pub subzone: Arc<str>,
+}
+
+/// A workload's place in one service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Membership {
+    /// Key of the service, `<namespace>/<hostname>`.
+    pub service: Arc<str>,
+    /// The service's ports as this endpoint serves them, by service port.
+    pub ports: Box<[ServicePort]>,
+}
+
+impl Workload {
+    /// The identity that the workload's certificate carries.
+    pub fn spiffe_id(&self) -> &SpiffeId {
+        &self.identity
+    }
+
+    /// The workload's place in the service of that key.
+    pub fn membership(&self, service: &str) -> Option<&Membership> {
+        let at = self.services.binary_search_by(|membership| (*membership.service).cmp(service)).ok()?;
+        self.services.get(at)
+    }
+
+    /// Whether the workload is an endpoint of the service of that key, ready or not.
+    pub fn in_service(&self, service: &str) -> bool {
+        self.membership(service).is_some()
+    }
+
+    /// The port on which the application serves `service_port` of `service`: the endpoint's own target port, else
+    /// the service's. None: the endpoint does not serve that port.
+    pub fn target_port(&self, service: &Service, service_port: u16) -> Option<u16> {
+        let membership = self.membership(service.key())?;
+        let own = find_port(&membership.ports, service_port).and_then(|port| port.target_port);
+        own.or_else(|| service.port(service_port)?.target_port)
+    }
+
+    /// The first address of the family of `like`, else the first address. None: the workload has no address.
+    pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
+        let same = self.addresses.iter().find(|ip| ip.is_ipv4() == like.is_ipv4());
+        same.or(self.addresses.first()).copied()
+    }
+}
+
+impl TryFrom<&wire::Workload> for Workload {
+    type Error = InvalidWorkload;
+
+    fn try_from(wire: &wire::Workload) -> Result<Self, Self::Error> {
+        if wire.uid.is_empty() {
+            return Err(InvalidWorkload::NoUid);
+        }
+        let (healthy, host_network) = (status(wire.status)?, network_mode(wire.network_mode)?);
+        Ok(Self {
+            uid: wire.uid.as_str().into(),
+            name: wire.name.as_str().into(),
+            namespace: wire.namespace.as_str().into(),
+            identity: SpiffeId::new(
+                or_default(&wire.trust_domain, "cluster.local"),
+                &wire.namespace,
+                or_default(&wire.service_account, "default"),
+            )?,
+            addresses: addresses(&wire.addresses)?,
+            hostname: wire.hostname.as_str().into(),
+            network: wire.network.as_str().into(),
+            tunnel_protocol: tunnel_protocol(wire.tunnel_protocol)?,
+            waypoint: gateway("waypoint", wire.waypoint.as_ref())?,
+            network_gateway: gateway("network gateway", wire.network_gateway.as_ref())?,
+            node: wire.node.as_str().into(),
+            canonical_name: wire.canonical_name.as_str().into(),
+            canonical_revision: wire.canonical_revision.as_str().into(),
+            workload_type: match wire::WorkloadType::try_from(wire.workload_type) {
+                Ok(wire::WorkloadType::Deployment) => WorkloadType::Deployment,
+                Ok(wire::WorkloadType::Cronjob) => WorkloadType::CronJob,
+                Ok(wire::WorkloadType::Job) => WorkloadType::Job,
+                // Only a label depends on it: a newer kind is no reason to lose the workload.
+                Ok(wire::WorkloadType::Pod) | Err(_) => WorkloadType::Pod,
+            },
+            workload_name: wire.workload_name.as_str().into(),
+            native_tunnel: wire.native_tunnel,
+            application_tunnel: wire.application_tunnel.as_ref().map_or(Ok(None), application_tunnel)?,
+            services: memberships(wire)?,
+            authorization_policies: sorted(wire.authorization_policies.iter().map(|key| key.as_str().into())),
+            healthy,
+            cluster_id: or_default(&wire.cluster_id, "Kubernetes").into(),
+            locality: wire.locality.as_ref().map(Locality::from).unwrap_or_default(),
+            host_network,
+            capacity: wire.capacity.unwrap_or(1),
+        })
+    }
+}
+
+impl From<&wire::Locality> for Locality {
+    fn from(wire: &wire::Locality) -> Self {
+        Self {
+            region: wire.region.as_str().into(),
+            zone: wire.zone.as_str().into(),
+            subzone: wire.subzone.as_str().into(),
+        }
+    }
+}
+
+/// Why a workload cannot be taken.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum InvalidWorkload {
+    /// No uid.
+    #[error("the workload has no uid")]
+    NoUid,
+    /// Trust domain, namespace and service account make no identity.
+    #[error("the identity of the workload: {0}")]
+    Identity(#[from] InvalidSpiffeId),
+    /// An address.
+    #[error(transparent)]
+    Address(#[from] InvalidAddress),
+    /// The waypoint or the network gateway.
+    #[error("{field}: {source}")]
+    Gateway {
+        /// Which of the two.
+        field: &'static str,
+        /// What is wrong with it.
+        source: InvalidGateway,
+    },
+    /// A key of the services map that is not `<namespace>/<hostname>`.
+    #[error("{key:?} is no service: it must be <namespace>/<hostname>")]
+    ServiceKey {
+        /// The key as given.
+        key: String,
+    },
+    /// A port of a service.
+    #[error("service {key}: {source}")]
+    Port {
+        /// Key of the service.
+        key: String,
+        /// What is wrong with the port.
+        source: InvalidPort,
+    },
+    /// The application tunnel's port.
+    #[error("the application tunnel's port {port} is more than 65535")]
+    ApplicationTunnelPort {
+        /// The port as given.
+        port: u32,
+    },
+    /// An enumeration value that this version does not know.
+    #[error("{field} has the unknown value {value}")]
+    Unknown {
+        /// Which field.
+        field: &'static str,
+        /// The number on the wire.
+        value: i32,
+    },
+}
+
+fn or_default<'a>(value: &'a str, default: &'a str) -> &'a str {
+    if value.is_empty() { default } else { value }
+}
+
+fn addresses(wire: &[bytes::Bytes]) -> Result<Box<[IpAddr]>, InvalidAddress> {
+    let mut addresses = Vec::with_capacity(wire.len());
+    for bytes in wire {
+        let ip = ip_from_bytes(bytes)?;
+        if !addresses.contains(&ip) {
+            addresses.push(ip);
+        }
+    }
+    Ok(addresses.into())
+}
+
+fn status(value: i32) -> Result<bool, InvalidWorkload> {
+    match wire::WorkloadStatus::try_from(value) {
+        Ok(wire::WorkloadStatus::Healthy) => Ok(true),
+        Ok(wire::WorkloadStatus::Unhealthy) => Ok(false),
+        Err(_) => Err(InvalidWorkload::Unknown { field: "status", value }),
+    }
+}
+
+fn network_mode(value: i32) -> Result<bool, InvalidWorkload> {
+    match wire::NetworkMode::try_from(value) {
+        Ok(wire::NetworkMode::Standard) => Ok(false),
+        Ok(wire::NetworkMode::HostNetwork) => Ok(true),
+        Err(_) => Err(InvalidWorkload::Unknown { field: "network_mode", value }),
+    }
+}
+
+fn tunnel_protocol(value: i32) -> Result<TunnelProtocol, InvalidWorkload> {
+    match wire::TunnelProtocol::try_from(value) {
+        Ok(wire::TunnelProtocol::None) => Ok(TunnelProtocol::None),
+        Ok(wire::TunnelProtocol::Hbone) => Ok(TunnelProtocol::Hbone),
+        Ok(wire::TunnelProtocol::LegacyIstioMtls) => Ok(TunnelProtocol::LegacyIstioMtls),
+        Err(_) => Err(InvalidWorkload::Unknown { field: "tunnel_protocol", value }),
+    }
+}
+
+fn gateway(
+    field: &'static str,
+    wire: Option<&wire::GatewayAddress>,
+) -> Result<Option<GatewayAddress>, InvalidWorkload> {
+    wire.map(GatewayAddress::try_from).transpose().map_err(|source| InvalidWorkload::Gateway { field, source })
+}
+
+fn application_tunnel(wire: &wire::ApplicationTunnel) -> Result<Option<ApplicationTunnel>, InvalidWorkload> {
+    use wire::application_tunnel::Protocol;
+    let port = u16::try_from(wire.port).map_err(|_| InvalidWorkload::ApplicationTunnelPort { port: wire.port })?;
+    match Protocol::try_from(wire.protocol) {
+        Ok(Protocol::None) => Ok(None),
+        Ok(Protocol::Proxy) => Ok(Some(ApplicationTunnel { port })),
+        Err(_) => Err(InvalidWorkload::Unknown { field: "application_tunnel.protocol", value: wire.protocol }),
+    }
+}
+
+fn memberships(wire: &wire::Workload) -> Result<Box<[Membership]>, InvalidWorkload> {
+    let mut services = Vec::with_capacity(wire.services.len());
+    for (key, list) in &wire.services {
+        if key.split_once('/').is_none_or(|(namespace, hostname)| namespace.is_empty() || hostname.is_empty()) {
+            return Err(InvalidWorkload::ServiceKey { key: key.clone() });
+        }
+        let ports = ports_from_wire(&list.ports);
+        let ports = ports.map_err(|source| InvalidWorkload::Port { key: key.clone(), source })?;
+        services.push(Membership { service: key.as_str().into(), ports });
+    }
+    services.sort_unstable_by(|a, b| a.service.cmp(&b.service));
+    Ok(services.into())
+}
+
+/// Sorted, each once.
+fn sorted(items: impl Iterator<Item = Arc<str>>) -> Box<[Arc<str>]> {
+    let mut items: Vec<_> = items.collect();
+    items.sort_unstable();
+    items.dedup();
+    items.into()
+}
