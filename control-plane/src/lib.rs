@@ -1,1 +1,7 @@
-//! The control plane.
+//! The control plane: reads Kubernetes objects, works out what every node proxy must know, and serves it.
+//!
+//! One pipeline: [`ingest`] (a source of objects) → typed events → [`index`] (pure, incremental) → [`serve`] (delta
+//! discovery). [`api`] says which objects are valid; [`app`] puts the parts together.
+
+pub mod api;
+pub mod index;

@@ -1,0 +1,77 @@
+//! Labels, and the ones that say how an object takes part in the mesh.
+
+use std::collections::BTreeMap;
+
+use super::problem::Problems;
+
+/// Labels or a selector: key to value.
+pub type Labels = BTreeMap<String, String>;
+
+const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
+
+/// What the label `istio.io/dataplane-mode` of a namespace or a pod asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataplaneMode {
+    /// No label: the namespace's wish counts for a pod; a namespace without one is not enrolled.
+    #[default]
+    Unset,
+    /// `ambient`: enrolled.
+    Ambient,
+    /// `none`: opted out.
+    Off,
+}
+
+impl DataplaneMode {
+    /// Reads the label. An unknown value is a mistake: what its author wanted cannot be guessed.
+    pub(super) fn read(labels: &Labels, problems: &mut Problems) -> Self {
+        match labels.get(DATAPLANE_MODE).map(String::as_str) {
+            None => Self::Unset,
+            Some("ambient") => Self::Ambient,
+            Some("none") => Self::Off,
+            Some(other) => {
+                problems.add(
+                    format!("metadata.labels[{DATAPLANE_MODE}]"),
+                    format!("{other:?} is not a mode"),
+                    "use \"ambient\" to enrol or \"none\" to opt out",
+                );
+                Self::Unset
+            }
+        }
+    }
+}
+
+/// A waypoint by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaypointRef {
+    /// Its namespace; none means the namespace of the object that carries the label.
+    pub namespace: Option<String>,
+    /// Its name.
+    pub name: String,
+}
+
+/// What the label `istio.io/use-waypoint` of a namespace, service or pod asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum WaypointBinding {
+    /// No label: the namespace's binding counts.
+    #[default]
+    Unset,
+    /// `none`: no waypoint, whatever the namespace says.
+    Off,
+    /// Traffic to the object goes through this waypoint, or not at all.
+    Waypoint(WaypointRef),
+}
+
+impl WaypointBinding {
+    pub(super) fn read(labels: &Labels) -> Self {
+        match labels.get(USE_WAYPOINT).map(String::as_str) {
+            None | Some("") => Self::Unset,
+            Some("none") => Self::Off,
+            Some(name) => Self::Waypoint(WaypointRef {
+                namespace: labels.get(USE_WAYPOINT_NAMESPACE).filter(|namespace| !namespace.is_empty()).cloned(),
+                name: name.to_owned(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Kubernetes objects, read and validated: YAML text in, small typed objects or a list of mistakes out.
+//!
+//! There is one `validate()` per kind, used by the directory source and by `culvertd check` alike. It returns what the
+//! mesh needs of the object, so nothing behind it has to handle an invalid one, and it reports every mistake it finds,
+//! each with the field's path and the fix.
+//!
+//! Pure: no I/O, no clock.
+
+mod check;
+mod document;
+mod endpoint_slice;
+mod labels;
+mod name;
+mod namespace;
+mod node;
+mod pod;
+mod problem;
+mod service;
+mod strict;
+mod workload_kinds;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use document::{Document, Outcome, parse};
+pub use endpoint_slice::{Endpoint, EndpointSlice, PodReference, SlicePort};
+pub use labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
+pub use name::{Kind, Name, ObjectId};
+pub use namespace::Namespace;
+pub use node::{Locality, Node};
+pub use pod::{ContainerPort, Owner, Phase, Pod};
+pub use problem::{Problem, Problems};
+pub use service::{AppProtocol, Families, Service, ServiceAddresses, ServicePort, TargetPort, Topology};
+pub use workload_kinds::{Deployment, ServiceAccount};
+
+/// A valid object, reduced to what the mesh uses of it. Cheap to clone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A namespace, with its enrolment.
+    Namespace(Arc<Namespace>),
+    /// A node, with its locality.
+    Node(Arc<Node>),
+    /// A service account.
+    ServiceAccount(Arc<ServiceAccount>),
+    /// A deployment; checked, and shown in the status, but pods are what traffic goes to.
+    Deployment(Arc<Deployment>),
+    /// A service.
+    Service(Arc<Service>),
+    /// A slice of a service's endpoints.
+    EndpointSlice(Arc<EndpointSlice>),
+    /// A pod.
+    Pod(Arc<Pod>),
+}
+
+impl Object {
+    /// The object's kind and name, which identify it.
+    pub fn id(&self) -> ObjectId {
+        match self {
+            Self::Namespace(namespace) => ObjectId::cluster(Kind::Namespace, namespace.name.clone()),
+            Self::Node(node) => ObjectId::cluster(Kind::Node, node.name.clone()),
+            Self::ServiceAccount(account) => ObjectId::namespaced(Kind::ServiceAccount, &account.name),
+            Self::Deployment(deployment) => ObjectId::namespaced(Kind::Deployment, &deployment.name),
+            Self::Service(service) => ObjectId::namespaced(Kind::Service, &service.name),
+            Self::EndpointSlice(slice) => ObjectId::namespaced(Kind::EndpointSlice, &slice.name),
+            Self::Pod(pod) => ObjectId::namespaced(Kind::Pod, &pod.name),
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Resource bodies. Equal content gives equal bytes, on every replica: a client that reconnects with the versions it has
+//! is not sent them again.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_proto::workload as wire;
+use prost::Message;
+use prost::encoding::{WireType, encode_key, encode_varint};
+use sha2::{Digest, Sha256};
+
+use super::resource::Resource;
+
+/// Fields of `istio.workload.Address`.
+const WORKLOAD: u32 = 1;
+const SERVICE: u32 = 2;
+
+/// The resource of a workload that belongs to `services` (by `namespace/hostname`).
+pub(super) fn workload(
+    workload: &wire::Workload,
+    services: BTreeMap<String, wire::PortList>,
+    aliases: Vec<Arc<str>>,
+) -> Resource {
+    let mut message = workload.encode_to_vec();
+    // A map's own encoding follows the hash map's order, which differs from run to run. Messages may be concatenated:
+    // one message per entry, in order, means the same.
+    for entry in services {
+        let part = wire::Workload { services: HashMap::from([entry]), ..Default::default() };
+        message.extend(part.encode_to_vec());
+    }
+    resource(workload.uid.as_str().into(), aliases, address(WORKLOAD, &message))
+}
+
+/// The resource of a service.
+pub(super) fn service(name: Arc<str>, service: &wire::Service, aliases: Vec<Arc<str>>) -> Resource {
+    resource(name, aliases, address(SERVICE, &service.encode_to_vec()))
+}
+
+fn resource(name: Arc<str>, aliases: Vec<Arc<str>>, body: Bytes) -> Resource {
+    let mut version = String::with_capacity(16);
+    for byte in Sha256::digest(&body).iter().take(8) {
+        // Writing to a string cannot fail.
+        let _ = write!(version, "{byte:02x}");
+    }
+    Resource { name, aliases, version: version.into(), body }
+}
+
+fn address(field: u32, message: &[u8]) -> Bytes {
+    let mut body = Vec::with_capacity(message.len() + 6);
+    encode_key(field, WireType::LengthDelimited, &mut body);
+    encode_varint(message.len() as u64, &mut body);
+    body.extend_from_slice(message);
+    body.into()
+}

@@ -1,0 +1,270 @@
+//! What every node must know, worked out from objects: events in, changed discovery resources out.
+//!
+//! Pure and incremental: no I/O, no clock (time is an argument), and an event recomputes only the resources that depend
+//! on what changed. After any sequence of events the resources are those that a fresh index would compute from the
+//! surviving objects; a property test holds it to that.
+//!
+//! ```text
+//! Namespace ─┐                       ┌─> workload (one per pod)
+//! Node ──────┼─> pod ────────────────┤
+//! Service ───┼─> selector, addresses ┼─> service
+//! Slice ─────┘                       └─> workload (one per endpoint that is no pod)
+//! ```
+
+mod encode;
+mod endpoint_slices;
+mod enrolment;
+mod multimap;
+mod names;
+mod namespaces;
+mod nodes;
+mod pods;
+mod resource;
+mod services;
+mod vip;
+mod waypoint;
+mod workload;
+
+#[cfg(test)]
+mod property_tests;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use crate::api::{Kind, Name, Object, ObjectId};
+
+pub use pods::Pods;
+pub use resource::{Changes, Resource};
+
+/// What is the same for every resource.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The cluster's id, which begins every workload's uid.
+    pub cluster_id: String,
+    /// The DNS domain of services.
+    pub cluster_domain: String,
+    /// The trust domain of every identity.
+    pub trust_domain: String,
+    /// How long a pod that is enrolled, but whose capture nobody has confirmed, is kept from traffic. After that it is
+    /// served in plaintext, as a pod that is not enrolled.
+    pub confirmation: Duration,
+}
+
+/// A change of one object.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The object is new or has changed.
+    Apply(Object),
+    /// The object is gone.
+    Delete(ObjectId),
+}
+
+/// An object that is in force, but not in the way its author may expect.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Note {
+    /// The object, as `Kind namespace/name`.
+    pub object: String,
+    /// What to know about it.
+    pub reason: String,
+}
+
+/// The index.
+#[derive(Debug)]
+pub struct Index {
+    options: Options,
+    namespaces: namespaces::Namespaces,
+    nodes: nodes::Nodes,
+    pods: Pods,
+    services: services::Services,
+    slices: endpoint_slices::Slices,
+    vips: vip::Vips,
+    waiting: enrolment::Waiting,
+    /// Objects that only count.
+    others: BTreeSet<ObjectId>,
+    published: HashMap<Arc<str>, Arc<Resource>>,
+    /// The workloads that each slice's endpoints became.
+    endpoints: HashMap<Name, BTreeSet<Arc<str>>>,
+    synced: bool,
+}
+
+/// What an event touched and must be computed again.
+#[derive(Debug, Default)]
+struct Dirty {
+    pods: BTreeSet<Name>,
+    services: BTreeSet<Name>,
+    slices: BTreeSet<Name>,
+}
+
+impl Index {
+    /// An empty index.
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            namespaces: namespaces::Namespaces::default(),
+            nodes: nodes::Nodes::default(),
+            pods: Pods::default(),
+            services: services::Services::default(),
+            slices: endpoint_slices::Slices::default(),
+            vips: vip::Vips::default(),
+            waiting: enrolment::Waiting::default(),
+            others: BTreeSet::new(),
+            published: HashMap::new(),
+            endpoints: HashMap::new(),
+            synced: false,
+        }
+    }
+
+    /// Takes in `events` and whatever became due by `now`, and returns the resources that changed.
+    ///
+    /// The first call is taken for the state found at start: pods in it that wait for their capture to be confirmed have
+    /// waited since they were created, not since the control plane happened to start.
+    pub fn apply(&mut self, events: impl IntoIterator<Item = Event>, now: SystemTime) -> Changes {
+        let mut dirty = Dirty::default();
+        for event in events {
+            match event {
+                Event::Apply(object) => self.upsert(object, &mut dirty),
+                Event::Delete(id) => self.remove(&id, &mut dirty),
+            }
+        }
+        dirty.pods.extend(self.waiting.due(now));
+        let mut changes = Changes::default();
+        for name in &dirty.pods {
+            self.recompute_pod(name, now, &mut changes);
+        }
+        for name in &dirty.services {
+            self.recompute_service(name, &mut changes);
+        }
+        for name in &dirty.slices {
+            self.recompute_slice(name, &mut changes);
+        }
+        self.synced = true;
+        changes
+    }
+
+    /// When [`Index::apply`] should be called next even without an event.
+    pub fn next_deadline(&self) -> Option<SystemTime> {
+        self.waiting.next_deadline()
+    }
+
+    /// Every resource in force.
+    pub fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.published.values()
+    }
+
+    /// The pods, for whoever decides which node may have which certificate.
+    pub fn pods(&self) -> &Pods {
+        &self.pods
+    }
+
+    /// How many objects of each kind are in force.
+    pub fn counts(&self) -> BTreeMap<Kind, usize> {
+        let others = |kind: Kind| self.others.iter().filter(|id| id.kind == kind).count();
+        Kind::ALL
+            .into_iter()
+            .map(|kind| {
+                let count = match kind {
+                    Kind::Namespace => self.namespaces.len(),
+                    Kind::Node => self.nodes.len(),
+                    Kind::Pod => self.pods.len(),
+                    Kind::Service => self.services.len(),
+                    Kind::EndpointSlice => self.slices.len(),
+                    Kind::ServiceAccount | Kind::Deployment => others(kind),
+                };
+                (kind, count)
+            })
+            .collect()
+    }
+
+    /// Objects whose effect differs from what their author may expect, and why.
+    pub fn notes(&self) -> Vec<Note> {
+        let mut notes = self.waiting.notes(self.options.confirmation);
+        notes.extend(self.vips.notes());
+        notes
+    }
+
+    fn upsert(&mut self, object: Object, dirty: &mut Dirty) {
+        match object {
+            Object::Namespace(namespace) => {
+                let name = namespace.name.clone();
+                if self.namespaces.insert(namespace) {
+                    self.touch_namespace(&name, dirty);
+                }
+            }
+            Object::Node(node) => {
+                let name = node.name.clone();
+                if self.nodes.insert(node) {
+                    self.touch_node(&name, dirty);
+                }
+            }
+            Object::Pod(pod) => {
+                let name = pod.name.clone();
+                let old = self.pods.insert(pod);
+                self.touch_pod(&name, old.as_deref(), dirty);
+            }
+            Object::Service(service) => {
+                let name = service.name.clone();
+                dirty.services.extend(self.vips.set(&service));
+                let old = self.services.insert(service);
+                self.touch_service(&name, old.as_deref(), dirty);
+            }
+            Object::EndpointSlice(slice) => {
+                let name = slice.name.clone();
+                let old = self.slices.insert(slice);
+                self.touch_slice(&name, old.as_deref(), dirty);
+            }
+            other @ (Object::ServiceAccount(_) | Object::Deployment(_)) => {
+                self.others.insert(other.id());
+            }
+        }
+    }
+
+    fn remove(&mut self, id: &ObjectId, dirty: &mut Dirty) {
+        let name = id.to_name();
+        match id.kind {
+            Kind::Namespace => {
+                if self.namespaces.remove(&id.name) {
+                    self.touch_namespace(&id.name, dirty);
+                }
+            }
+            Kind::Node => {
+                if self.nodes.remove(&id.name) {
+                    self.touch_node(&id.name, dirty);
+                }
+            }
+            Kind::Pod => {
+                let old = self.pods.remove(&name);
+                self.touch_pod(&name, old.as_deref(), dirty);
+            }
+            Kind::Service => {
+                dirty.services.extend(self.vips.remove(&name));
+                let old = self.services.remove(&name);
+                self.touch_service(&name, old.as_deref(), dirty);
+            }
+            Kind::EndpointSlice => {
+                let old = self.slices.remove(&name);
+                self.touch_slice(&name, old.as_deref(), dirty);
+            }
+            Kind::ServiceAccount | Kind::Deployment => {
+                self.others.remove(id);
+            }
+        }
+    }
+
+    fn publish(&mut self, resource: Resource, changes: &mut Changes) {
+        if self.published.get(&resource.name).is_some_and(|current| **current == resource) {
+            return;
+        }
+        let resource = Arc::new(resource);
+        self.published.insert(resource.name.clone(), resource.clone());
+        changes.set(resource);
+    }
+
+    fn withdraw(&mut self, name: &str, changes: &mut Changes) {
+        if let Some((name, _)) = self.published.remove_entry(name) {
+            changes.remove(name);
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! How resources are named on the wire.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::Options;
+use crate::api::Name;
+
+/// The network that all addresses are in. Several networks come with several clusters.
+const NETWORK: &str = "";
+
+impl Options {
+    /// The fully qualified host name of a service.
+    pub(super) fn hostname(&self, service: &Name) -> String {
+        format!("{}.{}.svc.{}", service.name, service.namespace, self.cluster_domain)
+    }
+
+    /// The primary name of a service, which is also its key in a workload: `namespace/hostname`.
+    pub(super) fn service_key(&self, service: &Name) -> String {
+        format!("{}/{}", service.namespace, self.hostname(service))
+    }
+
+    /// The uid of a pod's workload.
+    pub(super) fn pod_uid(&self, pod: &Name) -> String {
+        format!("{}//Pod/{}/{}", self.cluster_id, pod.namespace, pod.name)
+    }
+
+    /// The uid of the workload of an endpoint that is no pod.
+    pub(super) fn endpoint_uid(&self, slice: &Name, address: IpAddr) -> String {
+        format!("{}/discovery.k8s.io/EndpointSlice/{}/{}/{address}", self.cluster_id, slice.namespace, slice.name)
+    }
+}
+
+/// The name under which what is at `address` may be asked for: `network/address`.
+pub(super) fn alias(address: IpAddr) -> Arc<str> {
+    format!("{NETWORK}/{address}").into()
+}
+
+/// An address as it goes on the wire: 4 or 16 bytes.
+pub(super) fn address_bytes(address: IpAddr) -> Bytes {
+    match address {
+        IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
+    }
+}

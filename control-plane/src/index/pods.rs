@@ -1,0 +1,158 @@
+//! Pods, found by name, label, address, node and namespace; and the workload that each becomes.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::multimap::MultiMap;
+use super::resource::Changes;
+use super::{Dirty, Index, encode, names, workload};
+use crate::api::{Labels, Name, Pod};
+
+type Pair = (Arc<str>, String, String);
+
+/// The pods, with what finds them.
+#[derive(Debug, Default)]
+pub struct Pods {
+    all: HashMap<Name, Arc<Pod>>,
+    by_namespace: MultiMap<Arc<str>, Name>,
+    by_label: MultiMap<Pair, Name>,
+    by_node: MultiMap<Arc<str>, Name>,
+    /// Live pods only: an address may be given to a new pod once the old one has ended.
+    by_address: MultiMap<IpAddr, Name>,
+}
+
+impl Pods {
+    /// The pod of this name.
+    pub fn get(&self, name: &Name) -> Option<&Arc<Pod>> {
+        self.all.get(name)
+    }
+
+    /// The names of the pods on a node, in order.
+    pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Name> {
+        self.by_node.get(node)
+    }
+
+    /// Returns what was there before.
+    pub(super) fn insert(&mut self, pod: Arc<Pod>) -> Option<Arc<Pod>> {
+        let old = self.remove(&pod.name);
+        let name = &pod.name;
+        self.by_namespace.insert(name.namespace.clone(), name.clone());
+        for (key, value) in &pod.labels {
+            self.by_label.insert((name.namespace.clone(), key.clone(), value.clone()), name.clone());
+        }
+        self.by_node.insert(pod.node.clone(), name.clone());
+        for address in live_addresses(&pod) {
+            self.by_address.insert(*address, name.clone());
+        }
+        self.all.insert(name.clone(), pod);
+        old
+    }
+
+    /// Returns what was there.
+    pub(super) fn remove(&mut self, name: &Name) -> Option<Arc<Pod>> {
+        let pod = self.all.remove(name)?;
+        self.by_namespace.remove(&name.namespace, name);
+        for (key, value) in &pod.labels {
+            self.by_label.remove(&(name.namespace.clone(), key.clone(), value.clone()), name);
+        }
+        self.by_node.remove(&pod.node, name);
+        for address in live_addresses(&pod) {
+            self.by_address.remove(address, name);
+        }
+        Some(pod)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(super) fn in_namespace(&self, namespace: &str) -> impl Iterator<Item = &Name> {
+        self.by_namespace.get(namespace)
+    }
+
+    /// Live pods that have this address.
+    pub(super) fn at(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Pod>> {
+        self.by_address.get(&address).filter_map(|name| self.all.get(name))
+    }
+
+    /// The pods of a namespace that carry every label of `selector`. An empty selector selects nothing.
+    pub(super) fn selected<'a>(&'a self, namespace: &Arc<str>, selector: &'a Labels) -> Vec<Name> {
+        // The rarest of the labels leaves the fewest pods to look at.
+        let pairs = selector.iter().map(|(key, value)| (namespace.clone(), key.clone(), value.clone()));
+        let Some(rarest) = pairs.min_by_key(|pair| self.by_label.count(pair)) else { return Vec::new() };
+        let carries_all = |name: &&Name| {
+            let labels = self.all.get(*name).map(|pod| &pod.labels);
+            labels.is_some_and(|labels| selects(selector, labels))
+        };
+        self.by_label.get(&rarest).filter(carries_all).cloned().collect()
+    }
+}
+
+/// Whether `labels` has every label of `selector`; an empty selector selects nothing.
+pub(super) fn selects(selector: &Labels, labels: &Labels) -> bool {
+    !selector.is_empty() && selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// The addresses of a pod that takes part; a pod that has ended has none.
+fn live_addresses(pod: &Pod) -> &[IpAddr] {
+    if pod.phase.is_over() { &[] } else { &pod.addresses }
+}
+
+impl Index {
+    pub(super) fn touch_pod(&self, name: &Name, old: Option<&Pod>, dirty: &mut Dirty) {
+        let new = self.pods.get(name).map(Arc::as_ref);
+        if old == new {
+            return;
+        }
+        dirty.pods.insert(name.clone());
+        let before = old.map_or(&[][..], live_addresses);
+        let after = new.map_or(&[][..], live_addresses);
+        let same_host = old.map(|pod| pod.host_network) == new.map(|pod| pod.host_network);
+        if before == after && same_host {
+            return;
+        }
+        // Endpoints at these addresses may become this pod, or stop being it.
+        for address in before.iter().chain(after) {
+            let mut slices = self.slices.at(*address).peekable();
+            if slices.peek().is_some() {
+                dirty.slices.extend(slices.cloned());
+                dirty.pods.extend(self.pods.at(*address).map(|pod| pod.name.clone()));
+            }
+        }
+    }
+
+    pub(super) fn recompute_pod(&mut self, name: &Name, now: SystemTime, changes: &mut Changes) {
+        let uid = self.options.pod_uid(name);
+        let bound = self.options.confirmation;
+        let Some(pod) = self.pods.get(name).filter(|pod| !live_addresses(pod).is_empty()).cloned() else {
+            self.waiting.forget(name, bound);
+            self.withdraw(&uid, changes);
+            return;
+        };
+        let is_unconfirmed = self.namespaces.enrols(&pod) && !pod.captured && !pod.native_tunnel;
+        let is_waiting = if is_unconfirmed {
+            let began = if self.synced { now } else { pod.created.map_or(now, |created| created.min(now)) };
+            self.waiting.wait(name, began, bound, now)
+        } else {
+            self.waiting.forget(name, bound);
+            false
+        };
+        let message = workload::of_pod(
+            &self.options,
+            &pod,
+            workload::Surroundings {
+                uid,
+                waypoint: self.pod_waypoint(&pod),
+                locality: self.nodes.locality(&pod.node),
+                is_waiting,
+            },
+        );
+        // The address of a host-network pod is the node's: whoever asks for it does not mean the pod.
+        let aliases =
+            if pod.host_network { Vec::new() } else { pod.addresses.iter().copied().map(names::alias).collect() };
+        let resource = encode::workload(&message, self.services_of_pod(&pod), aliases);
+        self.publish(resource, changes);
+    }
+}

@@ -1,0 +1,212 @@
+//! Services, found by name and by the pods they select; and the resource that each becomes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use mesh_proto::workload as wire;
+
+use super::multimap::MultiMap;
+use super::pods::selects;
+use super::resource::Changes;
+use super::{Dirty, Index, encode, names};
+use crate::api::{
+    AppProtocol, EndpointSlice, Families, Labels, Name, Pod, Service, ServiceAddresses, ServicePort, TargetPort,
+    Topology,
+};
+
+/// The services, with what finds them.
+#[derive(Debug, Default)]
+pub(super) struct Services {
+    all: HashMap<Name, Arc<Service>>,
+    by_namespace: MultiMap<Arc<str>, Name>,
+    /// By the first label of their selector: a pod that is selected carries it.
+    by_label: MultiMap<(Arc<str>, String, String), Name>,
+}
+
+impl Services {
+    pub(super) fn get(&self, name: &Name) -> Option<&Arc<Service>> {
+        self.all.get(name)
+    }
+
+    /// Returns what was there before.
+    pub(super) fn insert(&mut self, service: Arc<Service>) -> Option<Arc<Service>> {
+        let old = self.remove(&service.name);
+        let name = &service.name;
+        self.by_namespace.insert(name.namespace.clone(), name.clone());
+        if let Some((key, value)) = service.selector.first_key_value() {
+            self.by_label.insert((name.namespace.clone(), key.clone(), value.clone()), name.clone());
+        }
+        self.all.insert(name.clone(), service);
+        old
+    }
+
+    /// Returns what was there.
+    pub(super) fn remove(&mut self, name: &Name) -> Option<Arc<Service>> {
+        let service = self.all.remove(name)?;
+        self.by_namespace.remove(&name.namespace, name);
+        if let Some((key, value)) = service.selector.first_key_value() {
+            self.by_label.remove(&(name.namespace.clone(), key.clone(), value.clone()), name);
+        }
+        Some(service)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(super) fn in_namespace(&self, namespace: &str) -> impl Iterator<Item = &Name> {
+        self.by_namespace.get(namespace)
+    }
+
+    /// The services of a namespace that select a pod with these labels.
+    fn selecting(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<&Arc<Service>> {
+        let candidates = labels.iter().flat_map(|(key, value)| {
+            self.by_label.get(&(namespace.clone(), key.clone(), value.clone())).filter_map(|name| self.all.get(name))
+        });
+        candidates.filter(|service| selects(&service.selector, labels)).collect()
+    }
+
+    /// The service of a slice, if its endpoints come from slices: it has no selector and is no alias.
+    pub(super) fn of_slice(&self, slice: &EndpointSlice) -> Option<&Arc<Service>> {
+        let service = self.all.get(slice.service.as_ref()?)?;
+        (service.selector.is_empty() && is_carried(service)).then_some(service)
+    }
+}
+
+/// Whether the data plane hears of the service at all.
+fn is_carried(service: &Service) -> bool {
+    match service.addresses {
+        ServiceAddresses::Given(_) | ServiceAddresses::Allocate | ServiceAddresses::Headless => true,
+        ServiceAddresses::External => false,
+    }
+}
+
+impl Index {
+    pub(super) fn touch_service(&self, name: &Name, old: Option<&Service>, dirty: &mut Dirty) {
+        let new = self.services.get(name).map(Arc::as_ref);
+        if old == new {
+            return;
+        }
+        dirty.services.insert(name.clone());
+        let relevant = |service: &Service| (is_carried(service), service.selector.clone(), service.ports.clone());
+        if old.map(relevant) == new.map(relevant) {
+            return;
+        }
+        for service in old.into_iter().chain(new) {
+            dirty.pods.extend(self.pods.selected(&name.namespace, &service.selector));
+        }
+        for slice in self.slices.of_service(name) {
+            dirty.slices.insert(slice.name.clone());
+            let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+            dirty.pods.extend(addresses.flat_map(|address| self.pods.at(*address)).map(|pod| pod.name.clone()));
+        }
+    }
+
+    pub(super) fn recompute_service(&mut self, name: &Name, changes: &mut Changes) {
+        let key = self.options.service_key(name);
+        let Some(service) = self.services.get(name).filter(|service| is_carried(service)).cloned() else {
+            self.withdraw(&key, changes);
+            return;
+        };
+        let addresses = self.vips.of(name);
+        let message = wire::Service {
+            name: name.name.to_string(),
+            namespace: name.namespace.to_string(),
+            hostname: self.options.hostname(name),
+            addresses: addresses
+                .iter()
+                .map(|address| wire::NetworkAddress { address: names::address_bytes(*address), ..Default::default() })
+                .collect(),
+            ports: service.ports.iter().map(port_on_wire).collect(),
+            waypoint: self.waypoint(&name.namespace, &service.waypoint),
+            load_balancing: load_balancing(&service),
+            ip_families: families(service.families).into(),
+            // Kubernetes' own services are the definition of their host names.
+            canonical: true,
+            ..Default::default()
+        };
+        let aliases = addresses.into_iter().map(names::alias).collect();
+        self.publish(encode::service(key.into(), &message, aliases), changes);
+    }
+
+    /// The services that a pod stands behind, with the pod's own port for each of theirs.
+    pub(super) fn services_of_pod(&self, pod: &Pod) -> BTreeMap<String, wire::PortList> {
+        let mut found = BTreeMap::new();
+        for service in self.services.selecting(&pod.name.namespace, &pod.labels) {
+            if is_carried(service) {
+                let ports = service.ports.iter().filter_map(|port| pod_port(pod, port)).collect();
+                found.insert(self.options.service_key(&service.name), wire::PortList { ports });
+            }
+        }
+        for (slice, service) in self.slices_of_pod(pod) {
+            let ports = slice_ports(slice, service);
+            found.insert(self.options.service_key(&service.name), wire::PortList { ports });
+        }
+        found
+    }
+}
+
+/// A service port on one pod; a name is looked up among the pod's own, and a pod without it does not serve the port.
+fn pod_port(pod: &Pod, port: &ServicePort) -> Option<wire::Port> {
+    let target = match &port.target {
+        TargetPort::Number(number) => *number,
+        TargetPort::Named(name) => pod.ports.iter().find(|declared| declared.name == *name)?.port,
+    };
+    Some(wire::Port { target_port: target.into(), ..port_on_wire(port) })
+}
+
+/// The ports of a service as the endpoints of one slice serve them, joined by name.
+pub(super) fn slice_ports(slice: &EndpointSlice, service: &Service) -> Vec<wire::Port> {
+    let target = |port: &ServicePort| slice.ports.iter().find(|candidate| candidate.name == port.name);
+    let on_wire = |port: &ServicePort| {
+        target(port).map(|found| wire::Port { target_port: found.port.into(), ..port_on_wire(port) })
+    };
+    service.ports.iter().filter_map(on_wire).collect()
+}
+
+/// A named target port differs from pod to pod, and is 0 here.
+fn port_on_wire(port: &ServicePort) -> wire::Port {
+    let target_port = match port.target {
+        TargetPort::Number(number) => number.into(),
+        TargetPort::Named(_) => 0,
+    };
+    let app_protocol = match port.app_protocol {
+        AppProtocol::Unknown => wire::AppProtocol::Unknown,
+        AppProtocol::Http11 => wire::AppProtocol::Http11,
+        AppProtocol::Http2 => wire::AppProtocol::Http2,
+        AppProtocol::Grpc => wire::AppProtocol::Grpc,
+        AppProtocol::Tcp => wire::AppProtocol::Tcp,
+        AppProtocol::Tls => wire::AppProtocol::Tls,
+    };
+    wire::Port { service_port: port.port.into(), target_port, app_protocol: app_protocol.into() }
+}
+
+fn load_balancing(service: &Service) -> Option<wire::LoadBalancing> {
+    use wire::load_balancing::{HealthPolicy, Mode, Scope};
+    let near = [Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node];
+    let (mode, preference) = match service.topology {
+        Topology::Anywhere => (Mode::UnspecifiedMode, &[][..]),
+        Topology::OnlyNode => (Mode::Strict, &near[4..]),
+        Topology::PreferClose => (Mode::Failover, &near[..4]),
+        Topology::PreferZone => (Mode::Failover, &near[..3]),
+        Topology::PreferNode => (Mode::Failover, &near[..]),
+    };
+    let health = if service.publish_not_ready { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
+    if preference.is_empty() && health == HealthPolicy::OnlyHealthy {
+        return None;
+    }
+    Some(wire::LoadBalancing {
+        routing_preference: preference.iter().map(|scope| (*scope).into()).collect(),
+        mode: mode.into(),
+        health_policy: health.into(),
+    })
+}
+
+fn families(families: Families) -> wire::IpFamilies {
+    match families {
+        Families::Automatic => wire::IpFamilies::Automatic,
+        Families::Ipv4 => wire::IpFamilies::Ipv4Only,
+        Families::Ipv6 => wire::IpFamilies::Ipv6Only,
+        Families::Dual => wire::IpFamilies::Dual,
+    }
+}

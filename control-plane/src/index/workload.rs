@@ -1,0 +1,102 @@
+//! A pod as the data plane knows it.
+
+use mesh_proto::workload as wire;
+
+use super::{Index, Options, names};
+use crate::api::{Labels, Owner, Pod, WaypointBinding};
+
+/// The trust domain that an empty field stands for.
+const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
+const POD_TEMPLATE_HASH: &str = "pod-template-hash";
+/// Carried by the pods of a gateway or waypoint, which must not be sent through themselves.
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+/// What a workload takes from other objects than its pod.
+pub(super) struct Surroundings {
+    pub(super) uid: String,
+    pub(super) waypoint: Option<wire::GatewayAddress>,
+    pub(super) locality: Option<wire::Locality>,
+    pub(super) is_waiting: bool,
+}
+
+impl Index {
+    pub(super) fn pod_waypoint(&self, pod: &Pod) -> Option<wire::GatewayAddress> {
+        if pod.waypoint == WaypointBinding::Unset && pod.labels.contains_key(GATEWAY_NAME) {
+            return None;
+        }
+        self.waypoint(&pod.name.namespace, &pod.waypoint)
+    }
+}
+
+/// The workload of a pod, except for the services it belongs to.
+pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
+    let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel);
+    let is_healthy = pod.ready && !pod.terminating && !around.is_waiting;
+    let (workload_type, workload_name) = controller(pod);
+    wire::Workload {
+        uid: around.uid,
+        name: pod.name.name.to_string(),
+        namespace: pod.name.namespace.to_string(),
+        addresses: pod.addresses.iter().copied().map(names::address_bytes).collect(),
+        tunnel_protocol: if is_hbone { wire::TunnelProtocol::Hbone } else { wire::TunnelProtocol::None }.into(),
+        trust_domain: trust_domain(options),
+        service_account: pod.service_account.to_string(),
+        waypoint: around.waypoint,
+        node: pod.node.to_string(),
+        canonical_name: first_label(
+            &pod.labels,
+            ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"],
+            &workload_name,
+        ),
+        canonical_revision: first_label(
+            &pod.labels,
+            ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"],
+            "latest",
+        ),
+        workload_type: workload_type.into(),
+        workload_name,
+        native_tunnel: is_hbone && pod.native_tunnel,
+        status: if is_healthy { wire::WorkloadStatus::Healthy } else { wire::WorkloadStatus::Unhealthy }.into(),
+        cluster_id: options.cluster_id.clone(),
+        locality: around.locality,
+        network_mode: if pod.host_network { wire::NetworkMode::HostNetwork } else { wire::NetworkMode::Standard }
+            .into(),
+        ..Default::default()
+    }
+}
+
+/// The trust domain as it goes on the wire: only where it is not the default.
+pub(super) fn trust_domain(options: &Options) -> String {
+    if options.trust_domain == DEFAULT_TRUST_DOMAIN { String::new() } else { options.trust_domain.clone() }
+}
+
+fn first_label(labels: &Labels, keys: [&str; 3], otherwise: &str) -> String {
+    let found = keys.into_iter().find_map(|key| labels.get(key).filter(|value| !value.is_empty()));
+    found.map_or_else(|| otherwise.to_owned(), Clone::clone)
+}
+
+/// What made the pod. A Deployment makes pods through a ReplicaSet, a CronJob through a Job, whose names tell.
+fn controller(pod: &Pod) -> (wire::WorkloadType, String) {
+    let Some(Owner { kind, name }) = &pod.owner else {
+        return (wire::WorkloadType::Pod, pod.name.name.to_string());
+    };
+    match kind.as_str() {
+        "ReplicaSet" => {
+            let hash = pod.labels.get(POD_TEMPLATE_HASH);
+            let deployment = hash.and_then(|hash| name.strip_suffix(hash.as_str())?.strip_suffix('-'));
+            (wire::WorkloadType::Deployment, deployment.unwrap_or(name).to_owned())
+        }
+        "Deployment" => (wire::WorkloadType::Deployment, name.clone()),
+        "Job" => match cron_job(name) {
+            Some(cron_job) => (wire::WorkloadType::Cronjob, cron_job.to_owned()),
+            None => (wire::WorkloadType::Job, name.clone()),
+        },
+        _ => (wire::WorkloadType::Pod, name.clone()),
+    }
+}
+
+/// The CronJob in the name of a Job it made: `<name>-<time>`, where the time has 8 to 10 digits.
+fn cron_job(job: &str) -> Option<&str> {
+    let (name, time) = job.rsplit_once('-')?;
+    ((8..=10).contains(&time.len()) && time.bytes().all(|b| b.is_ascii_digit())).then_some(name)
+}
