@@ -108,7 +108,8 @@ pub struct Slot {
 }
 
 /// Starts HTTP/2 on `io` as client. The driver moves the tunnel's bytes: spawn it. It ends when the connection has ended; if
-/// it is dropped, the tunnel and all of its streams are closed.
+/// it is dropped, the tunnel and all of its streams are closed. A connection that is lost while no stream is open has ended
+/// in order.
 ///
 /// # Errors
 /// If the preface cannot be written in [`Options::handshake_timeout`].
@@ -140,10 +141,14 @@ where
     let mut keepalive = Keepalive::new(connection.ping_pong(), options);
     let closing = Closing(Arc::clone(&shared));
     let driver = async move {
-        let _closing = closing;
+        let closing = closing;
         poll_fn(|cx| {
             if let Poll::Ready(result) = std::pin::Pin::new(&mut connection).poll(cx) {
-                return Poll::Ready(result.map_err(ConnectionError::from));
+                return Poll::Ready(match result.map_err(ConnectionError::from) {
+                    // Peers hang up without more ado when they are done.
+                    Err(ConnectionError::Io(_)) if closing.0.streams.load(Ordering::Acquire) == 0 => Ok(()),
+                    result => result,
+                });
             }
             keepalive.poll(cx).map(|()| Err(ConnectionError::KeepaliveTimeout))
         })

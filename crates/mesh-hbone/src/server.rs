@@ -85,7 +85,7 @@ impl Drop for Request {
 /// the returned future closes the connection with all of its streams.
 ///
 /// # Errors
-/// How the connection ended, if not in order.
+/// How the connection ended, if not in order. A connection that is lost while no stream is open has ended in order.
 pub async fn serve<IO, D, H, F>(io: IO, options: &Options, drain: D, handler: H) -> Result<(), ConnectionError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -124,7 +124,12 @@ where
         })
         .await?;
         let Some(next) = next else { return Ok(()) };
-        let (request, mut respond) = next?;
+        let (request, mut respond) = match next.map_err(ConnectionError::from) {
+            Ok(next) => next,
+            // Clients hang up without more ado when they are done.
+            Err(ConnectionError::Io(_)) if !connection.has_streams() => return Ok(()),
+            Err(error) => return Err(error),
+        };
         let Some(guard) = running.enter() else {
             respond.send_reset(h2::Reason::REFUSED_STREAM);
             continue;
