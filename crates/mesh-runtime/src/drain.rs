@@ -106,7 +106,7 @@ where
     // The loop must be polled on while the drain waits for it: it holds a token.
     let accepting = async {
         ended.await;
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     tokio::select! {
         biased;
