@@ -1,0 +1,1 @@
+//! The test applications: subcommands of `culvert-app`.

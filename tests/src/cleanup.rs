@@ -1,0 +1,136 @@
+//! Finds and removes what clusters left behind whose harness was killed.
+//!
+//! The kernel takes namespaces, links and mounts with their last process. Left are control groups (with processes
+//! that the harness's death did not kill) and folders; both carry the owner's process id and start time in their
+//! name, so that another harness can tell a dead owner from a living one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::Error;
+use crate::cgroup::{Cgroup, Hierarchy};
+use crate::error::Context;
+
+/// Folder of all clusters.
+pub const ROOT: &str = "/run/culvert-test";
+/// Beginning of the names of control groups.
+pub const GROUP_PREFIX: &str = "culvert-test-";
+
+/// Name of a cluster: its harness's process id and start time, and a number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterId {
+    pid: u32,
+    started: u64,
+    number: u32,
+}
+
+impl ClusterId {
+    /// A new name in this process.
+    ///
+    /// # Errors
+    /// /proc cannot be read.
+    pub fn new() -> Result<Self, Error> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let pid = std::process::id();
+        let started = started(pid).ok_or_else(|| Error::Absent("no /proc/<pid>/stat of this process".to_owned()))?;
+        Ok(Self { pid, started, number: NEXT.fetch_add(1, Ordering::Relaxed) })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('-').map(str::parse::<u64>);
+        let mut next = || parts.next()?.ok();
+        let (pid, started, number) = (next()?, next()?, next()?);
+        let id = Self { pid: u32::try_from(pid).ok()?, started, number: u32::try_from(number).ok()? };
+        (id.to_string() == text).then_some(id)
+    }
+
+    /// True while its harness lives.
+    pub fn alive(&self) -> bool {
+        started(self.pid) == Some(self.started)
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> PathBuf {
+        Path::new(ROOT).join(self.to_string())
+    }
+
+    /// Name of its control group.
+    pub fn group(&self) -> String {
+        format!("{GROUP_PREFIX}{self}")
+    }
+}
+
+impl std::fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}-{}", self.pid, self.started, self.number)
+    }
+}
+
+/// Start time of a process in clock ticks since boot (field 22 of `/proc/<pid>/stat`); None if there is none, or it
+/// is dead and only waits to be reaped.
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold spaces and parentheses.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// Removes what dead clusters left and gives their names.
+///
+/// # Errors
+/// Something cannot be removed.
+pub fn sweep() -> Result<Vec<String>, Error> {
+    let hierarchy = Hierarchy::detect()?;
+    let mut found: Vec<ClusterId> = names(Path::new(ROOT)).iter().filter_map(|n| ClusterId::parse(n)).collect();
+    for folder in std::iter::once(&hierarchy.unified).chain(&hierarchy.memory) {
+        let groups = names(folder);
+        found.extend(groups.iter().filter_map(|n| ClusterId::parse(n.strip_prefix(GROUP_PREFIX)?)));
+    }
+    found.sort_by_key(ToString::to_string);
+    found.dedup();
+    found.retain(|id| !id.alive());
+    for id in &found {
+        remove(&hierarchy, id)?;
+    }
+    Ok(found.iter().map(ToString::to_string).collect())
+}
+
+/// Kills a cluster's processes and removes its control groups and folder.
+pub(crate) fn remove(hierarchy: &Hierarchy, id: &ClusterId) -> Result<(), Error> {
+    let group = Cgroup::existing(hierarchy, &id.group());
+    group.kill()?;
+    group.remove()?;
+    let folder = id.folder();
+    match fs::remove_dir_all(&folder) {
+        // Two harnesses may sweep at once.
+        Err(gone) if gone.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        done => done.during(|| format!("removing {}", folder.display())),
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().into_string().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_the_living_from_the_dead() {
+        let own = ClusterId::new().expect("own");
+        assert!(own.alive());
+        assert_eq!(ClusterId::parse(&own.to_string()), Some(own.clone()));
+        let reused = ClusterId { started: own.started + 1, ..own.clone() };
+        assert!(!reused.alive(), "another process had this id");
+        assert!(!ClusterId { pid: 1 << 30, ..own }.alive());
+        for foreign in ["", "1-2", "1-2-x", "01-2-3", "1-2-3-4", "../../etc"] {
+            assert_eq!(ClusterId::parse(foreign), None, "{foreign}");
+        }
+    }
+}

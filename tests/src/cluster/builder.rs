@@ -1,0 +1,421 @@
+//! Makes a cluster, part by part.
+
+use std::net::Ipv4Addr;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, AtomicUsize};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::shared::join;
+use super::{Cluster, Shared};
+use crate::capture::{LinkKind, Recorder};
+use crate::cgroup::{Cgroup, Hierarchy};
+use crate::cleanup::{self, ClusterId};
+use crate::component::Component;
+use crate::control::{ControlPlane, PROXY_ACCOUNT, SYSTEM_NAMESPACE};
+use crate::error::Context;
+use crate::kube::{Directory, PodRecord};
+use crate::links;
+use crate::mounts::MountNs;
+use crate::netns::NetNs;
+use crate::node::{Node, NodeMesh, POD_GATEWAY};
+use crate::pod::new_uid;
+use crate::process::Spec;
+use crate::resolver::{self, Resolver};
+use crate::{Error, http};
+
+/// The user that the proxy becomes.
+pub const PROXY_UID: u32 = 1337;
+
+/// What carries the pods' traffic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mesh {
+    /// Nothing: plain TCP between the pods, no culvertd.
+    Off,
+    /// Culvert: culvertd, and an agent and a proxy per node.
+    Culvert,
+    /// culvertd, and per node this shell command in the place of agent and proxy. It runs in the node's network
+    /// namespace and control group and must serve the announcements of pods (`culvert.node.v1.PodRequest`) at
+    /// `$CULVERT_CNI_SOCKET`. It finds `$NODE_NAME`, `$NODE_IP`, `$CULVERT_XDS_ADDRESS`, `$CULVERT_CA_ROOTS`,
+    /// `$CULVERT_TOKEN`, `$CULVERT_RUN_DIR`, and `$POD_NAME`, `$POD_NAMESPACE` and `$POD_IP` of the proxy's pod.
+    Peer(String),
+}
+
+/// A cluster to be started.
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct Builder {
+    nodes: usize,
+    mesh: Mesh,
+    capture: bool,
+    marker: String,
+    more_markers: Vec<String>,
+    bins: Option<PathBuf>,
+    agent_args: Vec<String>,
+    proxy_args: Vec<String>,
+    culvertd_args: Vec<String>,
+    env: Vec<(String, String)>,
+}
+
+impl Builder {
+    pub(super) fn new() -> Self {
+        Self {
+            nodes: 2,
+            mesh: Mesh::Culvert,
+            capture: false,
+            marker: "culvert-marker-in-clear".to_owned(),
+            more_markers: Vec::new(),
+            bins: None,
+            agent_args: Vec::new(),
+            proxy_args: Vec::new(),
+            culvertd_args: Vec::new(),
+            env: Vec::new(),
+        }
+    }
+
+    /// How many nodes, 1 to 99. Default: 2.
+    pub fn nodes(mut self, count: usize) -> Self {
+        self.nodes = count;
+        self
+    }
+
+    /// What carries the traffic. Default: Culvert.
+    pub fn mesh(mut self, mesh: Mesh) -> Self {
+        self.mesh = mesh;
+        self
+    }
+
+    /// Captures on every link from before it is up, looking for `marker`, which the applications also put into what
+    /// they send.
+    pub fn capture(mut self, marker: &str) -> Self {
+        self.capture = true;
+        marker.clone_into(&mut self.marker);
+        self
+    }
+
+    /// Another marker that the capture looks for.
+    pub fn also_look_for(mut self, marker: &str) -> Self {
+        self.more_markers.push(marker.to_owned());
+        self
+    }
+
+    /// Folder of the programs. Default: `$CULVERT_BIN_DIR`, or where the running program lies.
+    pub fn bin_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.bins = Some(folder.into());
+        self
+    }
+
+    /// More arguments for every agent.
+    pub fn agent_args(mut self, args: &[&str]) -> Self {
+        self.agent_args.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// More arguments for every proxy.
+    pub fn proxy_args(mut self, args: &[&str]) -> Self {
+        self.proxy_args.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// More arguments for culvertd.
+    pub fn culvertd_args(mut self, args: &[&str]) -> Self {
+        self.culvertd_args.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// A variable in the environment of agents, proxies and culvertd.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Removes what dead clusters left, then makes this one and waits until every part is ready.
+    ///
+    /// # Errors
+    /// A missing program or privilege, or a part that does not become ready; everything made so far is removed.
+    pub fn start(self) -> Result<Cluster, Error> {
+        cleanup::sweep()?;
+        if !(1..100).contains(&self.nodes) {
+            return Err(Error::Absent(format!("a cluster has 1 to 99 nodes, not {}", self.nodes)));
+        }
+        let hierarchy = Hierarchy::detect()?;
+        let id = ClusterId::new()?;
+        // From here on the cluster's Drop cleans up; before it exists, this does.
+        let mut unfinished = Unfinished(Some((hierarchy.clone(), id.clone())));
+        let shared = self.network(hierarchy, id)?;
+        unfinished.0 = None;
+        let cluster = Cluster::new(shared);
+        if self.mesh != Mesh::Off {
+            self.start_mesh(&cluster.shared)?;
+        }
+        Ok(cluster)
+    }
+
+    /// Folders, groups, namespaces and the fabric: all but the mesh.
+    fn network(&self, hierarchy: Hierarchy, id: ClusterId) -> Result<Shared, Error> {
+        let folder = id.folder();
+        make_folder(&folder.join("logs"), 0o755)?;
+        let group = Cgroup::create(&hierarchy, &id.group())?;
+        let recorder = match self.capture {
+            true => Some(Recorder::start(&[std::slice::from_ref(&self.marker), &self.more_markers].concat())?),
+            false => None,
+        };
+        let fabric = Arc::new(NetNs::create("fabric")?);
+        router(&fabric, resolver::ADDRESS)?;
+        let nodes = (1..=self.nodes).map(|index| node(index, &folder, &group, &fabric, recorder.as_ref()));
+        let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
+        let mounts = MountNs::create(&nodes.iter().map(Node::bpffs).collect::<Vec<_>>())?;
+        let directory = Arc::new(Directory::create(folder.join("source"))?);
+        let resolver = Resolver::start(&fabric, resolver::ADDRESS, Arc::clone(&directory))?;
+        Ok(Shared {
+            bins: self.bins.clone().map_or_else(bin_dir, Ok)?,
+            id,
+            folder,
+            hierarchy,
+            group,
+            mounts: Arc::new(mounts),
+            fabric,
+            nodes,
+            directory,
+            recorder,
+            control: OnceLock::new(),
+            mesh: self.mesh.clone(),
+            marker: self.marker.clone(),
+            turn: AtomicUsize::new(0),
+            next_host: AtomicU8::new(100),
+            gateway: Mutex::new(None),
+            _resolver: resolver,
+        })
+    }
+
+    /// culvertd first, then the agents, then the proxies.
+    fn start_mesh(&self, shared: &Shared) -> Result<(), Error> {
+        shared.directory.ensure(SYSTEM_NAMESPACE, PROXY_ACCOUNT)?;
+        let control = ControlPlane::new(shared, shared.attach_host("culvertd")?, &self.culvertd_args, &self.env)?;
+        control.component.start()?;
+        let control = shared.control.get_or_init(|| control);
+        for node in &shared.nodes {
+            let mesh = self.node_mesh(shared, control, node)?;
+            node.mesh.get_or_init(|| mesh);
+        }
+        for node in &shared.nodes {
+            node.agent()?.launch()?;
+        }
+        for node in &shared.nodes {
+            node.agent()?.wait_ready()?;
+            if self.mesh == Mesh::Culvert {
+                node.proxy()?.launch()?;
+            }
+        }
+        for node in shared.nodes.iter().filter(|_| self.mesh == Mesh::Culvert) {
+            node.proxy()?.wait_ready()?;
+        }
+        Ok(())
+    }
+
+    /// The proxy's own pod with its token, and how agent and proxy are started.
+    fn node_mesh(&self, shared: &Shared, control: &ControlPlane, node: &Node) -> Result<NodeMesh, Error> {
+        let uid = new_uid()?;
+        let pod = PodRecord {
+            name: format!("ztunnel-{}", &uid[..5]),
+            namespace: SYSTEM_NAMESPACE.to_owned(),
+            uid,
+            service_account: PROXY_ACCOUNT.to_owned(),
+            labels: [("app".to_owned(), "ztunnel".to_owned())].into(),
+            annotations: [].into(),
+            owner: Some(("DaemonSet".to_owned(), "ztunnel".to_owned())),
+            node: node.name.clone(),
+            host_ip: node.address,
+            ip: node.take_address()?,
+            ports: Vec::new(),
+            ready: true,
+        };
+        let network = Arc::new(NetNs::create(format!("proxy of {}", node.name))?);
+        node.attach(shared, &network, &pod.name, pod.ip)?;
+        shared.directory.put_pod(&pod)?;
+        let files = ProxyFiles::create(node, control, &pod)?;
+        let agent = self.agent(shared, control, node, &pod, &files)?;
+        let proxy = self.proxy(shared, control, node, &pod, &files, &network)?;
+        Ok(NodeMesh { agent, proxy, proxy_address: pod.ip, proxy_pod: pod.name, proxy_network: network })
+    }
+
+    fn agent(
+        &self,
+        shared: &Shared,
+        control: &ControlPlane,
+        node: &Node,
+        pod: &PodRecord,
+        files: &ProxyFiles,
+    ) -> Result<Component, Error> {
+        let name = format!("{}-agent", node.name);
+        let run = node.run_dir();
+        let mut spec = match &self.mesh {
+            Mesh::Peer(command) => Spec::new(&name, "/bin/sh", shared.log(&name))
+                .args(["-c", command])
+                .env("CULVERT_CNI_SOCKET", run.join("cni.sock"))
+                .env("CULVERT_RUN_DIR", &run)
+                .env("CULVERT_XDS_ADDRESS", format!("https://{}", control.xds()))
+                .env("CULVERT_CA_ROOTS", &files.roots)
+                .env("CULVERT_TOKEN", &files.token)
+                .env("NODE_IP", node.address.to_string()),
+            Mesh::Culvert | Mesh::Off => Spec::new(&name, shared.program("ztunnel")?, shared.log(&name))
+                .args(["agent".into(), "--run-dir".into(), run.clone().into_os_string()])
+                .args(["--cgroup-root".into(), node.group.path().as_os_str().to_owned()])
+                .args(["--bpffs".into(), node.bpffs().into_os_string()])
+                .args(["--proxy-uid".to_owned(), PROXY_UID.to_string()])
+                .args(self.agent_args.iter().cloned()),
+        };
+        spec.env.extend(shared.pod_env(pod));
+        spec.env.extend(self.env.iter().map(|(n, v)| (n.into(), v.into())));
+        spec.network = Some(Arc::clone(&node.network));
+        spec.mounts = Some(Arc::clone(&shared.mounts));
+        spec.group = Some(node.group.child("agent")?);
+        let agent = shared.agent(node.index)?;
+        Ok(Component::new(spec, move || Ok(agent.socket().exists() && agent.list().is_ok())))
+    }
+
+    fn proxy(
+        &self,
+        shared: &Shared,
+        control: &ControlPlane,
+        node: &Node,
+        pod: &PodRecord,
+        files: &ProxyFiles,
+        network: &Arc<NetNs>,
+    ) -> Result<Component, Error> {
+        let name = format!("{}-proxy", node.name);
+        let socket = files.socket.join("agent.sock");
+        let mut spec = Spec::new(&name, shared.bins.join("ztunnel"), shared.log(&name))
+            .args(["proxy".into(), "--agent-socket".into(), socket.into_os_string()])
+            .args(["--xds-address".to_owned(), format!("https://{}", control.xds())])
+            .args(["--ca-roots".into(), files.roots.clone().into_os_string()])
+            .args(["--token".into(), files.token.clone().into_os_string()])
+            .args(["--node", &node.name, "--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
+            .args([
+                "--admin-addr",
+                "127.0.0.1:15000",
+                "--ready-addr",
+                "0.0.0.0:15021",
+                "--metrics-addr",
+                "0.0.0.0:15020",
+            ])
+            .args(["--uid".to_owned(), PROXY_UID.to_string()])
+            .args(self.proxy_args.iter().cloned());
+        spec.env.extend(shared.pod_env(pod));
+        spec.env.extend(self.env.iter().map(|(n, v)| (n.into(), v.into())));
+        spec.network = Some(Arc::clone(network));
+        spec.mounts = Some(Arc::clone(&shared.mounts));
+        spec.group = Some(node.group.child("proxy")?);
+        // The agent's folder is root's alone; the proxy sees its own part of it, and none of the BPF filesystems.
+        spec.binds.push((node.run_dir().join("proxy"), files.socket.clone()));
+        spec.hidden = shared.nodes.iter().map(Node::bpffs).collect();
+        let asked = Arc::clone(network);
+        Ok(Component::new(spec, move || {
+            Ok(http::get(&asked, Node::ready_at(), "/healthz/ready").is_ok_and(|a| a.status == 200))
+        }))
+    }
+}
+
+/// What the kubelet mounts into the proxy's pod.
+struct ProxyFiles {
+    token: PathBuf,
+    roots: PathBuf,
+    /// Where the agent's inner folder appears.
+    socket: PathBuf,
+}
+
+impl ProxyFiles {
+    fn create(node: &Node, control: &ControlPlane, pod: &PodRecord) -> Result<Self, Error> {
+        let folder = node.folder.join("ztunnel");
+        let files = Self { token: folder.join("token"), roots: folder.join("root.pem"), socket: folder.join("agent") };
+        make_folder(&files.socket, 0o755)?;
+        let token = control.token(SYSTEM_NAMESPACE, PROXY_ACCOUNT, &pod.name, &node.name)?;
+        std::fs::write(&files.token, token).during(|| "writing the proxy's token".to_owned())?;
+        std::fs::copy(control.root_certificate(), &files.roots).during(|| "copying the root certificate".to_owned())?;
+        for (file, mode) in [(&files.token, 0o400), (&files.roots, 0o444)] {
+            let what = || format!("giving {} to the proxy", file.display());
+            std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).during(what)?;
+            chown(file, Some(PROXY_UID), Some(PROXY_UID)).during(what)?;
+        }
+        Ok(files)
+    }
+}
+
+/// Removes what was made when a cluster does not come to be.
+struct Unfinished(Option<(Hierarchy, ClusterId)>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some((hierarchy, id)) = self.0.take() {
+            // The error that led here is the one to report.
+            let _ = cleanup::remove(&hierarchy, &id);
+        }
+    }
+}
+
+/// Makes a namespace forward packets, and gives its loopback an address that it answers for.
+fn router(network: &NetNs, address: Ipv4Addr) -> Result<(), Error> {
+    // A new namespace takes over some of the machine's settings; these must not depend on it.
+    for (name, value) in [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv4/conf/all/rp_filter", "0"),
+        ("net/ipv4/conf/default/rp_filter", "0"),
+        ("net/ipv4/conf/all/arp_ignore", "0"),
+        ("net/ipv4/conf/default/arp_ignore", "0"),
+        ("net/ipv4/conf/all/send_redirects", "0"),
+        ("net/ipv4/conf/default/send_redirects", "0"),
+    ] {
+        network.sysctl(name, value)?;
+    }
+    network.netlink(|handle| async move { links::address(&handle, "lo", address, 32).await })
+}
+
+fn node(
+    index: usize,
+    folder: &Path,
+    group: &Cgroup,
+    fabric: &NetNs,
+    recorder: Option<&Recorder>,
+) -> Result<Node, Error> {
+    let name = format!("node{index}");
+    let octet = u8::try_from(index).map_err(|_large| Error::Absent(format!("no room for {name}")))?;
+    let network = Arc::new(NetNs::create(&name)?);
+    router(&network, POD_GATEWAY)?;
+    let pods = (Ipv4Addr::new(10, 244, octet, 0), 24);
+    join(recorder, fabric, &network, octet, LinkKind::Node { node: index }, Some(pods))?;
+    let node = Node {
+        index,
+        group: group.child(&name)?,
+        folder: folder.join(&name),
+        name,
+        address: Ipv4Addr::new(172, 31, octet, 2),
+        network,
+        next_address: AtomicU8::new(10),
+        next_link: AtomicU8::new(0),
+        mesh: OnceLock::new(),
+    };
+    make_folder(&node.folder, 0o755)?;
+    make_folder(&node.run_dir(), 0o700)?;
+    make_folder(&node.bpffs(), 0o700)?;
+    Ok(node)
+}
+
+fn make_folder(folder: &Path, mode: u32) -> Result<(), Error> {
+    std::fs::create_dir_all(folder).during(|| format!("making {}", folder.display()))?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode))
+        .during(|| format!("making {}", folder.display()))
+}
+
+/// `$CULVERT_BIN_DIR`, or the folder of the running program (for a test: the one above `deps`).
+///
+/// # Errors
+/// The running program's path cannot be had.
+pub fn bin_dir() -> Result<PathBuf, Error> {
+    if let Some(folder) = std::env::var_os("CULVERT_BIN_DIR") {
+        return Ok(folder.into());
+    }
+    let own = std::env::current_exe().during(|| "finding the running program".to_owned())?;
+    let folder = own.parent().unwrap_or(Path::new("/"));
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    Ok(folder.to_owned())
+}

@@ -1,0 +1,166 @@
+//! What the parts of one cluster share.
+
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use super::{Host, Mesh};
+use crate::Error;
+use crate::announce::Agent;
+use crate::capture::{LinkKind, Recorder};
+use crate::cgroup::{Cgroup, Hierarchy};
+use crate::cleanup::ClusterId;
+use crate::control::ControlPlane;
+use crate::kube::{Directory, PodRecord};
+use crate::links::{self, Via};
+use crate::mounts::MountNs;
+use crate::netns::NetNs;
+use crate::node::Node;
+use crate::process;
+use crate::resolver::{self, Resolver};
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub id: ClusterId,
+    pub folder: PathBuf,
+    pub bins: PathBuf,
+    pub hierarchy: Hierarchy,
+    pub group: Cgroup,
+    pub mounts: Arc<MountNs>,
+    pub fabric: Arc<NetNs>,
+    pub nodes: Vec<Node>,
+    pub directory: Arc<Directory>,
+    pub recorder: Option<Recorder>,
+    pub control: OnceLock<ControlPlane>,
+    pub mesh: Mesh,
+    pub marker: String,
+    pub(super) turn: AtomicUsize,
+    pub(super) next_host: AtomicU8,
+    pub(super) gateway: Mutex<Option<Host>>,
+    // Held for its end.
+    pub(super) _resolver: Resolver,
+}
+
+impl Shared {
+    pub fn node(&self, index: usize) -> Result<&Node, Error> {
+        let found = index.checked_sub(1).and_then(|at| self.nodes.get(at));
+        found.ok_or_else(|| Error::Absent(format!("no node {index} in a cluster of {}", self.nodes.len())))
+    }
+
+    /// Nodes take turns.
+    pub fn next_node(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed) % self.nodes.len() + 1
+    }
+
+    pub fn has_mesh(&self) -> bool {
+        !matches!(self.mesh, Mesh::Off)
+    }
+
+    pub fn agent(&self, node: usize) -> Result<Agent, Error> {
+        let node = self.node(node)?;
+        if !self.has_mesh() {
+            return Err(Error::Absent(format!("{} runs no mesh", node.name)));
+        }
+        Ok(Agent::new(node.run_dir().join("cni.sock"), node.index))
+    }
+
+    pub fn program(&self, name: &str) -> Result<PathBuf, Error> {
+        let path = self.bins.join(name);
+        if path.exists() { Ok(path) } else { Err(Error::MissingProgram(path)) }
+    }
+
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.folder.join("logs").join(format!("{name}.log"))
+    }
+
+    pub fn record(&self, network: &NetNs, link: &str, kind: LinkKind) -> Result<(), Error> {
+        self.recorder.as_ref().map_or(Ok(()), |recorder| recorder.add(network, link, kind))
+    }
+
+    /// What every process of a pod finds in its environment.
+    pub fn pod_env(&self, pod: &PodRecord) -> Vec<(OsString, OsString)> {
+        let pairs = [
+            ("CULVERT_RESOLVER", format!("{}:53", resolver::ADDRESS)),
+            ("CULVERT_MARKER", self.marker.clone()),
+            ("POD_NAME", pod.name.clone()),
+            ("POD_NAMESPACE", pod.namespace.clone()),
+            ("POD_IP", pod.ip.to_string()),
+            ("NODE_NAME", pod.node.clone()),
+        ];
+        pairs.into_iter().map(|(n, v)| (n.into(), v.into())).collect()
+    }
+
+    /// Makes a host on the fabric: `172.31.<n>.2` behind the fabric's `172.31.<n>.1`, n from 100.
+    pub fn attach_host(&self, name: &str) -> Result<Host, Error> {
+        let taken = self.next_host.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1));
+        let octet = taken.map_err(|_full| Error::Absent("the fabric has no place left".to_owned()))?;
+        let network = Arc::new(NetNs::create(format!("host {name}"))?);
+        join(self.recorder.as_ref(), &self.fabric, &network, octet, LinkKind::Host { name: name.to_owned() }, None)?;
+        Ok(Host { name: name.to_owned(), address: Ipv4Addr::new(172, 31, octet, 2), network })
+    }
+
+    pub fn gateway(&self) -> Result<Host, Error> {
+        let mut gateway = self.gateway.lock().unwrap_or_else(PoisonError::into_inner);
+        if gateway.is_none() {
+            *gateway = Some(self.attach_host("gateway")?);
+        }
+        gateway.clone().ok_or_else(|| Error::Absent("no gateway".to_owned()))
+    }
+
+    pub fn logs(&self, lines: usize) -> String {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(self.folder.join("logs"))
+            .map(|entries| {
+                entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "log")).collect()
+            })
+            .unwrap_or_default();
+        files.sort();
+        let mut text = String::new();
+        for file in files {
+            let tail = process::tail(&file, lines);
+            if !tail.is_empty() {
+                let name = file.file_stem().unwrap_or_default().to_string_lossy();
+                text.push_str(&format!("---- {name}\n{tail}\n"));
+            }
+        }
+        text
+    }
+}
+
+/// Joins `other` to the fabric: the fabric's end is `172.31.<octet>.1`, the other's `eth0` `172.31.<octet>.2` with the
+/// default route. A node's end is captured on the node's side, before it is up; a host's on the fabric's.
+pub(super) fn join(
+    recorder: Option<&Recorder>,
+    fabric: &NetNs,
+    other: &NetNs,
+    octet: u8,
+    kind: LinkKind,
+    pods: Option<(Ipv4Addr, u8)>,
+) -> Result<(), Error> {
+    let link = format!("to{octet}");
+    let (near, far) = (Ipv4Addr::new(172, 31, octet, 1), Ipv4Addr::new(172, 31, octet, 2));
+    fabric.netlink(|handle| {
+        let link = link.clone();
+        async move { links::veth(&handle, &link, "eth0", other).await }
+    })?;
+    if let Some(recorder) = recorder {
+        let at_node = matches!(kind, LinkKind::Node { .. });
+        let (network, name) = if at_node { (other, "eth0") } else { (fabric, link.as_str()) };
+        recorder.add(network, name, kind)?;
+    }
+    other.netlink(|handle| async move {
+        links::address(&handle, "eth0", far, 24).await?;
+        links::up(&handle, "eth0").await
+    })?;
+    fabric.netlink(|handle| async move {
+        links::address(&handle, &link, near, 24).await?;
+        links::up(&handle, &link).await?;
+        match pods {
+            Some((to, prefix)) => links::route(&handle, to, prefix, Via::Gateway(far, &link), None).await,
+            None => Ok(()),
+        }
+    })?;
+    let everywhere = Ipv4Addr::UNSPECIFIED;
+    other.netlink(|handle| async move { links::route(&handle, everywhere, 0, Via::Gateway(near, "eth0"), None).await })
+}

@@ -1,0 +1,108 @@
+//! culvertd in the cluster: a host attached to the fabric.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use crate::cluster::{Host, Shared};
+use crate::component::Component;
+use crate::error::Context;
+use crate::netns::NetNs;
+use crate::process::Spec;
+use crate::{Error, http};
+
+/// Namespace of the mesh's own pods.
+pub const SYSTEM_NAMESPACE: &str = "culvert-system";
+/// Service account of the node proxy.
+pub const PROXY_ACCOUNT: &str = "ztunnel";
+/// Port of discovery and CA.
+pub const XDS_PORT: u16 = 15012;
+
+/// culvertd.
+#[derive(Debug)]
+pub struct ControlPlane {
+    /// Its process.
+    pub component: Component,
+    host: Host,
+    state: PathBuf,
+    program: PathBuf,
+}
+
+impl ControlPlane {
+    pub(crate) fn new(shared: &Shared, host: Host, extra: &[String], env: &[(String, String)]) -> Result<Self, Error> {
+        let state = shared.folder.join("culvertd");
+        std::fs::create_dir_all(&state).during(|| format!("making {}", state.display()))?;
+        let program = shared.program("culvertd")?;
+        let address = host.address.to_string();
+        let mut spec = Spec::new("culvertd", &program, shared.log("culvertd"))
+            .args(["--source-dir".into(), shared.directory.folder().as_os_str().to_owned()])
+            .args(["--state-dir".into(), state.as_os_str().to_owned()])
+            .args(["--xds-addr", "0.0.0.0:15012", "--metrics-addr", "127.0.0.1:15014", "--ready-addr", "0.0.0.0:15021"])
+            .args(["--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
+            .args(["--system-namespace", SYSTEM_NAMESPACE]);
+        for san in [address.as_str(), "culvertd.culvert-system.svc", "localhost", "127.0.0.1"] {
+            spec = spec.args(["--xds-san", san]);
+        }
+        spec = spec.args(extra.iter().cloned());
+        spec.env.extend(env.iter().map(|(n, v)| (n.into(), v.into())));
+        spec.network = Some(Arc::clone(&host.network));
+        spec.group = Some(shared.group.child("culvertd")?);
+        let (network, root) = (Arc::clone(&host.network), state.join("root.pem"));
+        let component = Component::new(spec, move || {
+            let at = SocketAddr::from(([127, 0, 0, 1], 15021));
+            Ok(root.exists() && http::get(&network, at, "/healthz/ready").is_ok_and(|a| a.status == 200))
+        });
+        Ok(Self { component, host, state, program })
+    }
+
+    /// Its address on the fabric.
+    pub fn address(&self) -> Ipv4Addr {
+        self.host.address
+    }
+
+    /// Where discovery and the CA listen.
+    pub fn xds(&self) -> SocketAddr {
+        (self.host.address, XDS_PORT).into()
+    }
+
+    /// Its network namespace.
+    pub fn network(&self) -> &NetNs {
+        &self.host.network
+    }
+
+    /// Its state folder, with the root's key.
+    pub fn state_dir(&self) -> &Path {
+        &self.state
+    }
+
+    /// The root certificate, PEM.
+    pub fn root_certificate(&self) -> PathBuf {
+        self.state.join("root.pem")
+    }
+
+    /// Its `/metrics`.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn metrics(&self) -> Result<String, Error> {
+        http::get_ok(&self.host.network, SocketAddr::from(([127, 0, 0, 1], 15014)), "/metrics")
+    }
+
+    /// A service-account token as the API server would give it to the pod, by `culvertd token`.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn token(&self, namespace: &str, service_account: &str, pod: &str, node: &str) -> Result<String, Error> {
+        let mut command = Command::new(&self.program);
+        command.arg("token").arg("--state-dir").arg(&self.state).args(["--namespace", namespace]);
+        command.args(["--service-account", service_account, "--pod", pod, "--node-name", node]);
+        let output = command.output().during(|| "running culvertd token".to_owned())?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if output.status.success() {
+            return Ok(text(&output.stdout));
+        }
+        let log = format!(": {}", text(&output.stderr));
+        Err(Error::Exited { name: "culvertd token".to_owned(), status: output.status, log })
+    }
+}

@@ -1,0 +1,1 @@
+//! The demo: Bookinfo on two nodes, watched.
