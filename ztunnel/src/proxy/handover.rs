@@ -1,0 +1,216 @@
+//! The conversation with the agent of this node: pods and their sockets come in, acknowledgements and orders for more
+//! sockets go out. While the agent is away everything goes on; when it is back, both compare what they know.
+
+use std::collections::HashSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::node::{self, agent_message, proxy_message};
+use mesh_runtime::ready::Pending;
+use mesh_runtime::seqpacket::{self, MAX_MESSAGE, Socket};
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::pods::{Pods, Port};
+use super::sockets::{Notice, SocketKind};
+
+/// The version of the messages that this proxy speaks.
+const VERSION: u32 = 1;
+
+/// Time for the agent to answer the first message.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Longest wait between two attempts to reach the agent.
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+
+/// Time between two sweeps of the stocks: see [`super::sockets::Stock::sweep`].
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Why the conversation ended.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// The socket failed, or the agent closed it.
+    #[error("the agent's socket: {0}")]
+    Socket(#[from] seqpacket::Error),
+    /// Not a message.
+    #[error("a message of the agent is malformed: {0}")]
+    Decode(#[from] prost::DecodeError),
+    /// The first message was another one, or none.
+    #[error("the agent did not say hello within 5 s; is it another program's socket?")]
+    NoHello,
+    /// The agent speaks no version.
+    #[error(
+        "the agent speaks version {0} of the messages, this proxy {VERSION}: roll both DaemonSets to releases next to each other"
+    )]
+    Version(u32),
+}
+
+/// The proxy's end of the conversation.
+pub struct Handover {
+    /// Path of the agent's socket.
+    pub agent_socket: PathBuf,
+    /// Where pods are put.
+    pub pods: Arc<Pods>,
+    /// What stocks lack.
+    pub notices: mpsc::UnboundedReceiver<Notice>,
+    /// Finished when the agent has told all that it knows.
+    pub pending: Option<Pending>,
+}
+
+impl Handover {
+    /// Talks to the agent for ever, and connects again whenever it goes away.
+    pub async fn run(mut self) {
+        let mut backoff = Backoff::default();
+        loop {
+            let begun = tokio::time::Instant::now();
+            let error = match Socket::connect(&self.agent_socket) {
+                Ok(socket) => match self.converse(&socket).await {
+                    Ok(never) => match never {},
+                    Err(error) => error,
+                },
+                Err(error) => error.into(),
+            };
+            if begun.elapsed() > MAX_BACKOFF {
+                backoff = Backoff::default();
+            }
+            let wait = backoff.next();
+            tracing::warn!(%error, socket = %self.agent_socket.display(), retry_in = ?wait, "no agent");
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn converse(&mut self, socket: &Socket) -> Result<std::convert::Infallible, HandoverError> {
+        self.greet(socket).await?;
+        // Orders to the last agent are lost; those in the queue are made anew.
+        while self.notices.try_recv().is_ok() {}
+        for stock in self.pods.stocks() {
+            stock.prime();
+        }
+        tracing::info!(socket = %self.agent_socket.display(), "connected to the agent");
+        let mut known: Option<HashSet<String>> = Some(HashSet::new());
+        let mut sweeps = interval(SWEEP);
+        sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                received = socket.recv(MAX_MESSAGE) => {
+                    let (message, fds) = received?;
+                    let message = node::AgentMessage::decode(message)?;
+                    self.take(socket, message, fds, &mut known).await?;
+                }
+                Some(notice) = self.notices.recv() => self.order(socket, &notice).await?,
+                _ = sweeps.tick() => self.pods.stocks().iter().for_each(|stock| stock.sweep()),
+            }
+        }
+    }
+
+    /// Says hello and returns the listening sockets of an earlier agent.
+    async fn greet(&self, socket: &Socket) -> Result<(), HandoverError> {
+        let kept = self.pods.listeners();
+        let kept_pods = u32::try_from(kept.len()).unwrap_or(u32::MAX);
+        let hello = node::Hello { version: VERSION, kept_pods };
+        send(socket, proxy_message::Kind::Hello(hello), &[]).await?;
+        for (uid, listeners) in kept {
+            let fds: Vec<BorrowedFd<'_>> = listeners.iter().map(|(_, fd)| fd.as_fd()).collect();
+            let listeners = listeners.iter().map(|(port, _)| Port::to_wire(*port) as i32).collect();
+            let kept = node::PodKept { pod_uid: uid.as_ref().to_owned(), listeners };
+            send(socket, proxy_message::Kind::PodKept(kept), &fds).await?;
+        }
+        let (message, _) = timeout(HELLO, socket.recv(MAX_MESSAGE)).await.map_err(|_| HandoverError::NoHello)??;
+        match node::AgentMessage::decode(message)?.kind {
+            Some(agent_message::Kind::Hello(hello)) if hello.version >= 1 => Ok(()),
+            Some(agent_message::Kind::Hello(hello)) => Err(HandoverError::Version(hello.version)),
+            Some(_) | None => Err(HandoverError::NoHello),
+        }
+    }
+
+    /// Does what one message says. `known` collects the announced pods until the agent has told all.
+    async fn take(
+        &mut self,
+        socket: &Socket,
+        message: node::AgentMessage,
+        fds: Vec<OwnedFd>,
+        known: &mut Option<HashSet<String>>,
+    ) -> Result<(), HandoverError> {
+        match message.kind {
+            Some(agent_message::Kind::PodAdded(added)) => {
+                let uid = added.pod.as_ref().map(|pod| pod.uid.clone()).unwrap_or_default();
+                let result = self.pods.add(added.pod.as_ref(), &added.listeners, fds);
+                if let Err(error) = &result {
+                    tracing::error!(%error, pod_uid = uid, "cannot serve a pod");
+                }
+                if let Some(known) = known {
+                    known.insert(uid.clone());
+                }
+                acknowledge(socket, uid, result.err().map(|error| error.to_string())).await?;
+            }
+            Some(agent_message::Kind::PodRemoved(removed)) => {
+                let result = self.pods.remove(&removed.pod_uid).await;
+                if let Some(known) = known {
+                    known.remove(&removed.pod_uid);
+                }
+                acknowledge(socket, removed.pod_uid, result.err().map(|error| error.to_string())).await?;
+            }
+            Some(agent_message::Kind::SnapshotSent(_)) => {
+                if let Some(known) = known.take() {
+                    for uid in self.pods.uids() {
+                        if !known.contains(uid.as_ref())
+                            && let Err(error) = self.pods.remove(&uid).await
+                        {
+                            tracing::error!(%error, pod_uid = %uid, "a pod that the agent does not know any more");
+                        }
+                    }
+                }
+                drop(self.pending.take());
+            }
+            Some(agent_message::Kind::Sockets(sockets)) => {
+                if !sockets.error.is_empty() {
+                    tracing::warn!(pod_uid = sockets.pod_uid, error = sockets.error, "the agent gave fewer sockets");
+                }
+                let stock = self.pods.stock(&sockets.pod_uid);
+                if let (Some(stock), Some(kind)) = (stock, SocketKind::from_wire(sockets.kind)) {
+                    stock.fill(kind, fds);
+                }
+            }
+            // A newer agent may say more; what is not known here is not needed here.
+            Some(agent_message::Kind::Hello(_)) | None => {}
+        }
+        Ok(())
+    }
+
+    async fn order(&self, socket: &Socket, notice: &Notice) -> Result<(), HandoverError> {
+        let Some(stock) = self.pods.stock(&notice.pod_uid) else { return Ok(()) };
+        while let Some(count) = stock.next_order(notice.kind) {
+            let pod_uid = notice.pod_uid.as_ref().to_owned();
+            let request = node::SocketRequest { pod_uid, kind: notice.kind.to_wire() as i32, count };
+            send(socket, proxy_message::Kind::SocketRequest(request), &[]).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn acknowledge(socket: &Socket, pod_uid: String, error: Option<String>) -> Result<(), HandoverError> {
+    let ack = node::Ack { pod_uid, error: error.unwrap_or_default() };
+    send(socket, proxy_message::Kind::Ack(ack), &[]).await
+}
+
+async fn send(socket: &Socket, kind: proxy_message::Kind, fds: &[BorrowedFd<'_>]) -> Result<(), HandoverError> {
+    let message = node::ProxyMessage { kind: Some(kind) };
+    Ok(socket.send(&message.encode_to_vec(), fds).await?)
+}
+
+/// Waits that double from 50 ms to [`MAX_BACKOFF`], each with up to a quarter more at random.
+#[derive(Default)]
+struct Backoff {
+    attempts: u32,
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let base = Duration::from_millis(50).saturating_mul(1 << self.attempts.min(10)).min(MAX_BACKOFF);
+        self.attempts += 1;
+        base + base.mul_f64(fastrand::f64() / 4.0)
+    }
+}

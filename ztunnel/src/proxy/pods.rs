@@ -1,0 +1,239 @@
+//! The pods that this proxy serves: who they are, and the register that the hand-over keeps.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mesh_model::address::ip_from_bytes;
+use mesh_model::{InvalidAddress, InvalidSpiffeId, SpiffeId};
+use mesh_proto::node;
+use tokio::sync::mpsc;
+
+use super::dial::DeliveryPorts;
+use super::live::Live;
+use super::record::Facts;
+use super::sockets::{NodeCap, Notice, SocketSource, Stock};
+
+/// Time for everything of a pod to end once it is gone.
+const REMOVAL: Duration = Duration::from_millis(1500);
+
+/// A pod of this node that the kernel captures.
+pub struct Pod {
+    /// Unique, as the agent names it.
+    pub uid: Arc<str>,
+    /// Kubernetes name.
+    pub name: Arc<str>,
+    /// Kubernetes namespace.
+    pub namespace: Arc<str>,
+    /// Who the pod is.
+    pub identity: SpiffeId,
+    /// Its addresses, the primary one first; never empty.
+    pub addresses: Vec<IpAddr>,
+    /// Where sockets in its namespace come from.
+    pub sockets: Arc<dyn SocketSource>,
+    /// What lives in it.
+    pub live: Arc<Live<Facts>>,
+    /// Which source ports deliveries use.
+    pub delivery_ports: DeliveryPorts,
+}
+
+impl Pod {
+    /// The pod's primary address.
+    pub fn ip(&self) -> IpAddr {
+        self.addresses.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
+    }
+}
+
+impl std::fmt::Debug for Pod {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} ({})", self.namespace, self.name, self.uid)
+    }
+}
+
+/// Which of a pod's listening sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Port {
+    /// 15001: what the pod's applications open.
+    Outbound,
+    /// 15006: plaintext from outside the pod.
+    Plaintext,
+    /// 15008: HBONE from peers.
+    Hbone,
+}
+
+impl Port {
+    const ALL: [Self; 3] = [Self::Outbound, Self::Plaintext, Self::Hbone];
+
+    /// As the agent knows it.
+    pub fn to_wire(self) -> node::Listener {
+        match self {
+            Self::Outbound => node::Listener::Outbound,
+            Self::Plaintext => node::Listener::InboundPlaintext,
+            Self::Hbone => node::Listener::InboundHbone,
+        }
+    }
+
+    /// What the agent means; none for one that is not known here.
+    pub fn from_wire(listener: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.to_wire() as i32 == listener)
+    }
+}
+
+/// Why a pod that the agent announced cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum AddError {
+    /// The message has no pod.
+    #[error("the message names no pod")]
+    NoPod,
+    /// Descriptors and listeners differ in number.
+    #[error("{listeners} listeners are announced and {descriptors} descriptors came with them")]
+    Descriptors {
+        /// Listeners named in the message.
+        listeners: usize,
+        /// Descriptors beside it.
+        descriptors: usize,
+    },
+    /// A pod without address.
+    #[error("the pod has no address")]
+    NoAddress,
+    /// An address that is none.
+    #[error(transparent)]
+    Address(#[from] InvalidAddress),
+    /// Namespace and service account make no identity.
+    #[error("the pod's identity: {0}")]
+    Identity(#[from] InvalidSpiffeId),
+    /// A socket could not be taken over.
+    #[error("taking over a listening socket: {0}")]
+    Socket(#[from] io::Error),
+}
+
+/// What begins to serve a pod. What it returns is kept while the pod lives.
+pub trait Host: Send + Sync {
+    /// Serves the pod from these sockets, until its [`Live`] is closed.
+    ///
+    /// # Errors
+    /// When a socket cannot be used.
+    fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>>;
+}
+
+/// The register of pods.
+pub struct Pods {
+    entries: Mutex<HashMap<Arc<str>, Entry>>,
+    host: Box<dyn Host>,
+    trust_domain: String,
+    max_connections: usize,
+    cap: Arc<NodeCap>,
+    notices: mpsc::UnboundedSender<Notice>,
+}
+
+/// A pod with what the proxy keeps of it.
+struct Entry {
+    pod: Arc<Pod>,
+    stock: Arc<Stock>,
+    /// Ours to return to an agent that was restarted; every worker has duplicates.
+    listeners: Arc<Vec<(Port, OwnedFd)>>,
+    _hold: Box<dyn Send>,
+}
+
+impl Pods {
+    /// No pods. Stocks tell through `notices` what they lack.
+    pub fn new(
+        host: Box<dyn Host>,
+        trust_domain: String,
+        max_connections: usize,
+        cap: Arc<NodeCap>,
+        notices: mpsc::UnboundedSender<Notice>,
+    ) -> Arc<Self> {
+        Arc::new(Self { entries: Mutex::default(), host, trust_domain, max_connections, cap, notices })
+    }
+
+    /// Serves a pod that the agent announced. One that is served already stays as it is, and the descriptors are closed.
+    ///
+    /// # Errors
+    /// Why it cannot be served.
+    pub fn add(&self, wire: Option<&node::Pod>, listeners: &[i32], fds: Vec<OwnedFd>) -> Result<(), AddError> {
+        let wire = wire.ok_or(AddError::NoPod)?;
+        if listeners.len() != fds.len() {
+            return Err(AddError::Descriptors { listeners: listeners.len(), descriptors: fds.len() });
+        }
+        if self.entries().contains_key(wire.uid.as_str()) {
+            return Ok(());
+        }
+        let addresses = wire.addresses.iter().map(|bytes| ip_from_bytes(bytes)).collect::<Result<Vec<_>, _>>()?;
+        if addresses.is_empty() {
+            return Err(AddError::NoAddress);
+        }
+        let uid: Arc<str> = wire.uid.as_str().into();
+        let stock = Stock::new(Arc::clone(&uid), Arc::clone(&self.cap), self.notices.clone());
+        let pod = Arc::new(Pod {
+            uid: Arc::clone(&uid),
+            name: wire.name.as_str().into(),
+            namespace: wire.namespace.as_str().into(),
+            identity: SpiffeId::new(&self.trust_domain, &wire.namespace, &wire.service_account)?,
+            addresses,
+            sockets: Arc::clone(&stock) as Arc<dyn SocketSource>,
+            live: Live::new(self.max_connections),
+            delivery_ports: DeliveryPorts::default(),
+        });
+        // A kind of listener that this version does not know is closed: nothing may queue in it for ever.
+        let known = listeners.iter().zip(fds).filter_map(|(port, fd)| Some((Port::from_wire(*port)?, fd)));
+        let listeners: Vec<_> = known.collect();
+        let duplicates = listeners.iter().map(|(port, fd)| Ok((*port, fd.try_clone()?)));
+        let hold = self.host.start(&pod, duplicates.collect::<io::Result<_>>()?)?;
+        stock.prime();
+        tracing::info!(pod = ?pod, identity = %pod.identity, addresses = ?pod.addresses, "pod added");
+        self.entries().insert(uid, Entry { pod, stock, listeners: Arc::new(listeners), _hold: hold });
+        Ok(())
+    }
+
+    /// Ends everything of a pod and closes every socket of it. One that is not served is gone already.
+    ///
+    /// # Errors
+    /// When something of it did not end in time.
+    pub async fn remove(&self, uid: &str) -> Result<(), StillAlive> {
+        let Some(entry) = self.entries().remove(uid) else { return Ok(()) };
+        entry.stock.close();
+        drop(entry.listeners);
+        let ended = tokio::time::timeout(REMOVAL, entry.pod.live.close()).await;
+        tracing::info!(pod = ?entry.pod, ended = ended.is_ok(), "pod removed");
+        ended.map_err(|_| StillAlive)
+    }
+
+    /// Uids of the pods that are served.
+    pub fn uids(&self) -> Vec<Arc<str>> {
+        self.entries().keys().cloned().collect()
+    }
+
+    /// The pods that are served.
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.entries().values().map(|entry| Arc::clone(&entry.pod)).collect()
+    }
+
+    /// The stock of a pod.
+    pub fn stock(&self, uid: &str) -> Option<Arc<Stock>> {
+        self.entries().get(uid).map(|entry| Arc::clone(&entry.stock))
+    }
+
+    /// The stocks of all pods.
+    pub fn stocks(&self) -> Vec<Arc<Stock>> {
+        self.entries().values().map(|entry| Arc::clone(&entry.stock)).collect()
+    }
+
+    /// Each pod's listening sockets, for an agent that was restarted.
+    pub fn listeners(&self) -> Vec<(Arc<str>, Arc<Vec<(Port, OwnedFd)>>)> {
+        self.entries().iter().map(|(uid, entry)| (Arc::clone(uid), Arc::clone(&entry.listeners))).collect()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<Arc<str>, Entry>> {
+        // Inserting and removing leave nothing half done.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Something of a removed pod did not end in time, and may hold a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("connections of the pod did not end within 1.5 s; restart the proxy to close their sockets")]
+pub struct StillAlive;

@@ -1,0 +1,1 @@
+//! The record of a connection: metrics and access log.

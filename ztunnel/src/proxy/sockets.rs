@@ -1,0 +1,317 @@
+//! Sockets in a pod's network namespace, where the proxy itself cannot go: the trait by which the data path asks for
+//! one, and the stock that answers from what the agent has handed over.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use mesh_proto::node;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+#[cfg(test)]
+mod tests;
+
+/// Longest time that a connection waits for a socket when the stock is empty.
+pub const STOCK_WAIT: Duration = Duration::from_millis(100);
+
+/// Most sockets of one kind that lie in stock for one pod.
+const SHELF_CAP: usize = 64;
+
+/// Most descriptors that one message can carry (SCM_MAX_FD of the kernel).
+const BATCH_CAP: usize = 253;
+
+/// Sockets kept ready for a pod that has used any lately.
+const WARM_STOCK: usize = 2;
+
+/// Sweeps without use after which a pod is no longer warm.
+const WARM_SWEEPS: u32 = 30;
+
+/// An order that the agent has not answered by then is forgotten, and made again when needed.
+const ORDER_LIFE: Duration = Duration::from_secs(2);
+
+/// What a socket is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SocketKind {
+    /// IPv4 TCP to the next hop, exempt from capture.
+    Upstream,
+    /// IPv4 TCP to the pod's own application: transparent, so that it can be bound to the client's address.
+    Delivery,
+}
+
+impl SocketKind {
+    /// All kinds.
+    pub const ALL: [Self; 2] = [Self::Upstream, Self::Delivery];
+
+    /// The kind as the agent knows it.
+    pub fn to_wire(self) -> node::SocketKind {
+        match self {
+            Self::Upstream => node::SocketKind::UpstreamV4,
+            Self::Delivery => node::SocketKind::DeliveryV4,
+        }
+    }
+
+    /// The kind that the agent means; none for one that is not known here.
+    pub fn from_wire(kind: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.to_wire() as i32 == kind)
+    }
+}
+
+/// Why there is no socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TakeError {
+    /// The stock is empty and the agent did not refill it in [`STOCK_WAIT`].
+    #[error("no socket in the pod's namespace is in stock and the agent gave none within 100 ms; see the agent's log")]
+    Empty,
+    /// The pod is gone.
+    #[error("the pod is gone")]
+    PodGone,
+}
+
+/// Gives out fresh TCP sockets that live in one pod's network namespace, and in no other.
+pub trait SocketSource: Send + Sync {
+    /// A fresh, unbound, unconnected, non-blocking socket.
+    fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
+}
+
+/// How many sockets lie in stock on this node, all pods together, and how many may.
+#[derive(Debug)]
+pub struct NodeCap {
+    idle: AtomicUsize,
+    cap: usize,
+}
+
+impl NodeCap {
+    /// Room for `cap` sockets.
+    pub fn new(cap: usize) -> Arc<Self> {
+        Arc::new(Self { idle: AtomicUsize::new(0), cap })
+    }
+
+    /// Sockets in stock now.
+    pub fn idle(&self) -> usize {
+        self.idle.load(Ordering::Relaxed)
+    }
+
+    fn room(&self) -> usize {
+        self.cap.saturating_sub(self.idle())
+    }
+
+    fn add(&self) -> bool {
+        let more = |idle: usize| (idle < self.cap).then_some(idle + 1);
+        self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    fn remove(&self, count: usize) {
+        self.idle.fetch_sub(count, Ordering::Relaxed);
+    }
+}
+
+/// A shelf of this pod wants an order to be made: see [`Stock::next_order`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// Which pod.
+    pub pod_uid: Arc<str>,
+    /// Which shelf.
+    pub kind: SocketKind,
+}
+
+/// The stock of one pod. Taken from by every worker thread, filled by the hand-over task.
+#[derive(Debug)]
+pub struct Stock {
+    pod_uid: Arc<str>,
+    shelves: [Mutex<Shelf>; 2],
+    node: Arc<NodeCap>,
+    notices: mpsc::UnboundedSender<Notice>,
+}
+
+/// Sockets of one kind.
+#[derive(Debug, Default)]
+struct Shelf {
+    idle: Vec<OwnedFd>,
+    waiting: VecDeque<oneshot::Sender<OwnedFd>>,
+    /// Orders not yet answered, oldest first: when, and how many.
+    ordered: VecDeque<(Instant, usize)>,
+    /// A notice is on its way.
+    noticed: bool,
+    closed: bool,
+    taken_now: usize,
+    taken_before: usize,
+    quiet_sweeps: u32,
+}
+
+impl Shelf {
+    /// How many should lie here: what is taken in an eighth of a second.
+    fn target(&self) -> usize {
+        if self.quiet_sweeps >= WARM_SWEEPS {
+            return 0;
+        }
+        (self.taken_now.max(self.taken_before) / 8).clamp(WARM_STOCK, SHELF_CAP)
+    }
+
+    /// How many more are needed than are on their way.
+    fn lack(&mut self, room: usize) -> usize {
+        self.waiting.retain(|waiter| !waiter.is_closed());
+        let coming: usize = self.ordered.iter().map(|(_, count)| count).sum();
+        let stock = self.target().min(self.idle.len() + room);
+        (self.waiting.len() + stock).saturating_sub(self.idle.len() + coming)
+    }
+
+    /// Whether it is time to order: somebody waits for nothing, or half of the stock is gone.
+    fn is_low(&mut self, room: usize) -> bool {
+        let lack = self.lack(room);
+        let coming: usize = self.ordered.iter().map(|(_, count)| count).sum();
+        lack > 0 && (self.waiting.len() > coming || lack > self.target() / 2)
+    }
+}
+
+impl Stock {
+    /// An empty stock. What it needs is told through `notices`.
+    pub fn new(pod_uid: Arc<str>, node: Arc<NodeCap>, notices: mpsc::UnboundedSender<Notice>) -> Arc<Self> {
+        Arc::new(Self { pod_uid, shelves: Default::default(), node, notices })
+    }
+
+    /// Sockets of this kind that lie ready.
+    pub fn idle(&self, kind: SocketKind) -> usize {
+        self.shelf(kind).idle.len()
+    }
+
+    /// Tells the hand-over task about every shelf that is low. For a new pod, and after the agent came back.
+    pub fn prime(&self) {
+        for kind in SocketKind::ALL {
+            let mut shelf = self.shelf(kind);
+            shelf.ordered.clear();
+            shelf.noticed = false;
+            self.notice_if_low(kind, &mut shelf);
+        }
+    }
+
+    /// How many sockets to ask the agent for now, at most 253; they count as ordered from here on.
+    pub fn next_order(&self, kind: SocketKind) -> Option<u32> {
+        let now = Instant::now();
+        let mut shelf = self.shelf(kind);
+        shelf.noticed = false;
+        if shelf.ordered.front().is_some_and(|(when, _)| now.duration_since(*when) > ORDER_LIFE) {
+            shelf.ordered.clear();
+        }
+        let count = shelf.lack(self.node.room()).min(BATCH_CAP);
+        if count == 0 || shelf.closed {
+            return None;
+        }
+        shelf.ordered.push_back((now, count));
+        u32::try_from(count).ok()
+    }
+
+    /// Takes in what the agent answered to the oldest order. Those who wait are served first; what is too much is closed.
+    pub fn fill(&self, kind: SocketKind, sockets: Vec<OwnedFd>) {
+        let mut too_many = Vec::new();
+        let mut shelf = self.shelf(kind);
+        shelf.ordered.pop_front();
+        for socket in sockets {
+            let Some(socket) = serve_waiting(&mut shelf.waiting, socket) else { continue };
+            if !shelf.closed && shelf.idle.len() < shelf.target() && self.node.add() {
+                shelf.idle.push(socket);
+            } else {
+                too_many.push(socket);
+            }
+        }
+        // No notice here: an agent that answers with nothing must not be asked again at once. The next take or sweep does.
+        drop(shelf);
+    }
+
+    /// To be called once a second: closes what has become too much, and orders what has become too little.
+    pub fn sweep(&self) {
+        for kind in SocketKind::ALL {
+            let mut shelf = self.shelf(kind);
+            shelf.quiet_sweeps = if shelf.taken_now == 0 { shelf.quiet_sweeps.saturating_add(1) } else { 0 };
+            shelf.taken_before = std::mem::take(&mut shelf.taken_now);
+            // Half at a time: a rate that wavers must not make sockets be closed and made again every second.
+            let keep = shelf.target().max(shelf.idle.len() / 2);
+            let too_many = if shelf.idle.len() > keep { shelf.idle.split_off(keep) } else { Vec::new() };
+            self.node.remove(too_many.len());
+            self.notice_if_low(kind, &mut shelf);
+            drop(shelf);
+        }
+    }
+
+    /// Closes every socket in stock, for good; whoever waits is told that the pod is gone.
+    pub fn close(&self) {
+        for kind in SocketKind::ALL {
+            let mut shelf = self.shelf(kind);
+            shelf.closed = true;
+            shelf.waiting.clear();
+            self.node.remove(shelf.idle.len());
+            shelf.idle.clear();
+        }
+    }
+
+    fn shelf(&self, kind: SocketKind) -> MutexGuard<'_, Shelf> {
+        let [upstream, delivery] = &self.shelves;
+        let shelf = match kind {
+            SocketKind::Upstream => upstream,
+            SocketKind::Delivery => delivery,
+        };
+        // A panic in a holder leaves nothing half done that matters here.
+        shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn notice_if_low(&self, kind: SocketKind, shelf: &mut Shelf) {
+        if shelf.noticed || shelf.closed || !shelf.is_low(self.node.room()) {
+            return;
+        }
+        shelf.noticed = true;
+        // Without a receiver the proxy is on its way out.
+        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), kind });
+    }
+
+    fn take_or_wait(&self, kind: SocketKind) -> Result<Result<OwnedFd, oneshot::Receiver<OwnedFd>>, TakeError> {
+        let mut shelf = self.shelf(kind);
+        if shelf.closed {
+            return Err(TakeError::PodGone);
+        }
+        shelf.taken_now += 1;
+        shelf.quiet_sweeps = 0;
+        let taken = match shelf.idle.pop() {
+            Some(socket) => {
+                self.node.remove(1);
+                Ok(socket)
+            }
+            None => {
+                let (give, wait) = oneshot::channel();
+                shelf.waiting.push_back(give);
+                Err(wait)
+            }
+        };
+        self.notice_if_low(kind, &mut shelf);
+        Ok(taken)
+    }
+}
+
+impl SocketSource for Stock {
+    fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
+        let taken = self.take_or_wait(kind);
+        Box::pin(async move {
+            match taken? {
+                Ok(socket) => Ok(socket),
+                Err(wait) => match tokio::time::timeout(STOCK_WAIT, wait).await {
+                    Ok(Ok(socket)) => Ok(socket),
+                    Ok(Err(_)) => Err(TakeError::PodGone),
+                    Err(_) => Err(TakeError::Empty),
+                },
+            }
+        })
+    }
+}
+
+/// Gives the socket to the first that still waits; returns it when nobody does.
+fn serve_waiting(waiting: &mut VecDeque<oneshot::Sender<OwnedFd>>, mut socket: OwnedFd) -> Option<OwnedFd> {
+    while let Some(waiter) = waiting.pop_front() {
+        match waiter.send(socket) {
+            Ok(()) => return None,
+            Err(back) => socket = back,
+        }
+    }
+    Some(socket)
+}

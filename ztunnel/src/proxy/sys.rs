@@ -1,0 +1,55 @@
+//! System calls that `nix` has no safe form of, each wrapped once.
+
+#![expect(unsafe_code, reason = "capset and the capability prctls have no safe wrapper")]
+
+use nix::errno::Errno;
+
+/// `struct __user_cap_header_struct` of capset(2).
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+
+/// `struct __user_cap_data_struct` of capset(2); version 3 takes two of them.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilityData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Removes one capability from the bounding set of this thread.
+///
+/// # Errors
+/// `EINVAL` for a number the kernel does not know, `EPERM` without CAP_SETPCAP.
+pub fn drop_bounding(capability: u32) -> Result<(), Errno> {
+    // SAFETY: PR_CAPBSET_DROP takes integers only.
+    let done = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
+    Errno::result(done).map(drop)
+}
+
+/// Empties the ambient capability set of this thread.
+///
+/// # Errors
+/// What prctl(2) says.
+pub fn clear_ambient() -> Result<(), Errno> {
+    // SAFETY: PR_CAP_AMBIENT takes integers only.
+    let done = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    Errno::result(done).map(drop)
+}
+
+/// Empties the effective, permitted and inheritable sets of this thread.
+///
+/// # Errors
+/// What capset(2) says.
+pub fn clear_capabilities() -> Result<(), Errno> {
+    let header = CapabilityHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let data = [CapabilityData::default(); 2];
+    // SAFETY: both pointers are to live values of the layout that capset(2) states for version 3.
+    let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    Errno::result(done).map(drop)
+}
