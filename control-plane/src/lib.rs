@@ -4,4 +4,5 @@
 //! discovery). [`api`] says which objects are valid; [`app`] puts the parts together.
 
 pub mod api;
+pub mod ca;
 pub mod index;

@@ -1,0 +1,87 @@
+//! The certificate that culvertd itself shows on its port, always fresh.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use mesh_identity::authority::{Authority, AuthorityError, DEFAULT_LIFETIME};
+use mesh_identity::{Clock, tls};
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use thiserror::Error;
+
+/// Why there is no certificate to serve with.
+#[derive(Debug, Error)]
+pub enum ServingError {
+    /// The authority did not sign it; a name may be malformed.
+    #[error("cannot issue culvertd's own certificate: {0}")]
+    Authority(#[from] AuthorityError),
+    /// rustls does not take it.
+    #[error("cannot serve with culvertd's own certificate: {0}")]
+    Tls(#[from] rustls::Error),
+    /// It cannot be read back.
+    #[error("culvertd's own certificate cannot be read back")]
+    Malformed,
+}
+
+/// TLS for culvertd's port: TLS 1.3, HTTP/2, a certificate for `names` (host names and IP addresses) that `authority`
+/// signs, renewed at half of its life. Clients prove themselves by tokens.
+///
+/// # Errors
+/// When a name is malformed or the authority cannot sign.
+pub fn serving_config(
+    authority: Arc<Authority>,
+    names: Vec<String>,
+    clock: Clock,
+) -> Result<Arc<ServerConfig>, ServingError> {
+    let current = issue(&authority, &names, clock.now())?;
+    let resolver = Resolver { authority, names, clock: clock.clone(), current: Mutex::new(current) };
+    let mut config = ServerConfig::builder_with_details(tls::provider().clone(), Arc::new(clock))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(resolver));
+    config.alpn_protocols = vec![tls::ALPN.to_vec()];
+    Ok(Arc::new(config))
+}
+
+#[derive(Debug)]
+struct Current {
+    key: Arc<CertifiedKey>,
+    renew_at: SystemTime,
+}
+
+#[derive(Debug)]
+struct Resolver {
+    authority: Arc<Authority>,
+    names: Vec<String>,
+    clock: Clock,
+    current: Mutex<Current>,
+}
+
+impl ResolvesServerCert for Resolver {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let now = self.clock.now();
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.renew_at <= now {
+            match issue(&self.authority, &self.names, now) {
+                Ok(fresh) => *current = fresh,
+                // The one at hand is good for as long again; the next client brings the next attempt.
+                Err(error) => tracing::error!(%error, "cannot renew culvertd's own certificate"),
+            }
+        }
+        Some(current.key.clone())
+    }
+}
+
+fn issue(authority: &Authority, names: &[String], now: SystemTime) -> Result<Current, ServingError> {
+    let identity = authority.sign_server(names, DEFAULT_LIFETIME, now)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(identity.chain_pem.as_bytes()).collect();
+    let chain = chain.map_err(|_| ServingError::Malformed)?;
+    let key =
+        PrivateKeyDer::from_pem_slice(identity.key_pem.expose().as_bytes()).map_err(|_| ServingError::Malformed)?;
+    let key = CertifiedKey::from_der(chain, key, tls::provider())?;
+    let life = authority.not_after().duration_since(now).unwrap_or(Duration::ZERO).min(DEFAULT_LIFETIME);
+    Ok(Current { key: Arc::new(key), renew_at: now + life / 2 })
+}
