@@ -37,6 +37,13 @@ pub enum Outcome {
         /// Every mistake found.
         problems: Vec<Problem>,
     },
+    /// An object that would configure the mesh, of a kind that this version does not read.
+    Unsupported {
+        /// The same for people.
+        label: String,
+        /// Why that matters.
+        problem: Problem,
+    },
     /// An object of a kind that has nothing to do with the mesh.
     Ignored {
         /// The same for people.
@@ -97,6 +104,8 @@ fn parse_yaml(text: &str) -> Result<Value, Problem> {
             max_nodes: 500_000,
         },
         with_snippet: false,
+        // YAML 1.2: `y`, `on` and the like are text, not truth.
+        strict_booleans: true,
     };
     serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         Problem::new("", format!("is not YAML: {error}"), "correct the syntax; lines count from the document's first")
@@ -133,28 +142,17 @@ fn read_object(value: Value) -> Outcome {
         return refused(None, Problem::new(field, "is missing", "say which kind of object this is"));
     }
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == kind_name) else {
-        let group = api_version.split_once('/').map_or("", |(group, _)| group);
+        let group = group_of(api_version);
         if MESH_GROUPS.contains(&group) {
-            return refused(
-                None,
-                Problem::new(
-                    "kind",
-                    format!("{group} {kind_name} is not supported by this version, so it is not in force"),
-                    "remove it, or do not rely on it",
-                ),
-            );
+            let message = format!("{group} {kind_name} is not supported by this version, so it is not in force");
+            return Outcome::Unsupported { label, problem: Problem::new("kind", message, "do not rely on it") };
         }
         return Outcome::Ignored { label };
     };
-    if api_version != kind.api_version() {
-        // Another group's kind of the same name, such as Knative's Service, is none of ours.
-        let same_group = api_version.split_once('/').map(|(group, _)| group)
-            == kind.api_version().split_once('/').map(|(group, _)| group);
-        if !same_group {
-            return Outcome::Ignored { label };
-        }
-        let fix = format!("use {}", kind.api_version());
-        return refused(None, Problem::new("apiVersion", format!("{api_version:?} is not read for {kind}"), fix));
+    let is_ours = group_of(kind.api_version()) == group_of(api_version);
+    // Another group's kind of the same name, such as Knative's Service, is none of ours.
+    if !is_ours {
+        return Outcome::Ignored { label };
     }
     if name.is_empty() {
         return refused(None, Problem::new("metadata.name", "is missing", "name the object"));
@@ -168,10 +166,19 @@ fn read_object(value: Value) -> Outcome {
         },
         name: name.into(),
     };
+    if api_version != kind.api_version() {
+        let fix = format!("use {}", kind.api_version());
+        return refused(Some(id), Problem::new("apiVersion", format!("{api_version:?} is not read for {kind}"), fix));
+    }
     match validate(kind, value) {
         Ok(object) => Outcome::Object(object),
         Err(problems) => Outcome::Refused { label: id.to_string(), id: Some(id), problems },
     }
+}
+
+/// The API group of an API version; empty for the core group.
+fn group_of(api_version: &str) -> &str {
+    api_version.split_once('/').map_or("", |(group, _)| group)
 }
 
 fn validate(kind: Kind, value: Value) -> Result<Object, Vec<Problem>> {

@@ -20,6 +20,7 @@ mod namespaces;
 mod nodes;
 mod pods;
 mod resource;
+mod roster;
 mod services;
 mod vip;
 mod waypoint;
@@ -36,8 +37,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::api::{Kind, Name, Object, ObjectId};
 
-pub use pods::Pods;
 pub use resource::{Changes, Resource};
+pub use roster::{Entry, Roster};
 
 /// What is the same for every resource.
 #[derive(Clone, Debug)]
@@ -77,7 +78,7 @@ pub struct Index {
     options: Options,
     namespaces: namespaces::Namespaces,
     nodes: nodes::Nodes,
-    pods: Pods,
+    pods: pods::Pods,
     services: services::Services,
     slices: endpoint_slices::Slices,
     vips: vip::Vips,
@@ -105,7 +106,7 @@ impl Index {
             options,
             namespaces: namespaces::Namespaces::default(),
             nodes: nodes::Nodes::default(),
-            pods: Pods::default(),
+            pods: pods::Pods::default(),
             services: services::Services::default(),
             slices: endpoint_slices::Slices::default(),
             vips: vip::Vips::default(),
@@ -152,11 +153,6 @@ impl Index {
     /// Every resource in force.
     pub fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
         self.published.values()
-    }
-
-    /// The pods, for whoever decides which node may have which certificate.
-    pub fn pods(&self) -> &Pods {
-        &self.pods
     }
 
     /// How many objects of each kind are in force.

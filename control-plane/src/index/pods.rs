@@ -14,7 +14,7 @@ type Pair = (Arc<str>, String, String);
 
 /// The pods, with what finds them.
 #[derive(Debug, Default)]
-pub struct Pods {
+pub(super) struct Pods {
     all: HashMap<Name, Arc<Pod>>,
     by_namespace: MultiMap<Arc<str>, Name>,
     by_label: MultiMap<Pair, Name>,
@@ -25,12 +25,12 @@ pub struct Pods {
 
 impl Pods {
     /// The pod of this name.
-    pub fn get(&self, name: &Name) -> Option<&Arc<Pod>> {
+    pub(super) fn get(&self, name: &Name) -> Option<&Arc<Pod>> {
         self.all.get(name)
     }
 
     /// The names of the pods on a node, in order.
-    pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Name> {
+    pub(super) fn on_node(&self, node: &str) -> impl Iterator<Item = &Name> {
         self.by_node.get(node)
     }
 
