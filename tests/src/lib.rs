@@ -41,6 +41,7 @@ pub mod dns;
 mod error;
 pub mod forward;
 pub mod http;
+pub mod interop;
 pub mod kube;
 pub mod links;
 pub mod metrics;
