@@ -142,3 +142,67 @@ fn parse_name(host: &str) -> Result<String, InvalidAuthority> {
     }
     Ok(host.to_ascii_lowercase())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Target, InvalidAuthority> {
+        text.parse::<Authority>().map(|authority| authority.target().clone())
+    }
+
+    #[test]
+    fn addresses_and_names() {
+        assert_eq!(parse("10.0.0.1:80"), Ok(Target::Address("10.0.0.1:80".parse().unwrap())));
+        assert_eq!(parse("[fd00::1]:15008"), Ok(Target::Address("[fd00::1]:15008".parse().unwrap())));
+        let name = Target::Name { host: "reviews.default.svc.cluster.local".into(), port: 9080 };
+        assert_eq!(parse("Reviews.default.svc.cluster.local:9080"), Ok(name));
+        let authority = Authority::from_name("a_b.example.", 1).unwrap();
+        assert_eq!((authority.as_str(), authority.port(), authority.socket_addr()), ("a_b.example.:1", 1, None));
+    }
+
+    #[test]
+    fn what_is_sent_is_what_was_meant() {
+        for text in ["10.0.0.1:80", "[fd00::1]:15008", "[::ffff:10.0.0.1]:1"] {
+            let addr: SocketAddr = text.parse().unwrap();
+            let authority = Authority::from(addr);
+            assert_eq!(authority.to_string().parse(), Ok(authority.clone()));
+            assert_eq!(authority.socket_addr(), Some(addr));
+        }
+        let scoped = "[fe80::1%3]:80".parse().unwrap();
+        assert_eq!(Authority::from(SocketAddr::V6(scoped)).as_str(), "[fe80::1]:80");
+    }
+
+    #[test]
+    fn what_is_neither_is_refused() {
+        for text in ["", "10.0.0.1", "10.0.0.1:", "a:0", "a:080", "a:65536", "a:+1", "a:-1", "[fd00::1]"] {
+            assert_eq!(parse(text), Err(InvalidAuthority::Port), "{text:?}");
+        }
+        let hosts = [
+            "fd00::1",
+            ":80",
+            ".:80",
+            "a..b:80",
+            "-a:80",
+            "a-:80",
+            "a b:80",
+            "user@a:80",
+            "fd00::1:80",
+            "[fd00::1:80",
+            "[fd00::1%1]:80",
+            "[10.0.0.1]:80",
+            "10.0.0.256:80",
+            "1.2.3:80",
+            "127.1:80",
+            "010.0.0.1:80",
+            "0x7f.1:80",
+            "a/b:80",
+            "\u{e4}:80",
+        ];
+        for text in hosts {
+            assert_eq!(parse(text), Err(InvalidAuthority::Host), "{text:?}");
+        }
+        assert_eq!(parse(&format!("{}:80", "a".repeat(64))), Err(InvalidAuthority::Host));
+        assert_eq!(parse(&format!("{}:80", "a.".repeat(200))), Err(InvalidAuthority::TooLong));
+    }
+}

@@ -128,7 +128,6 @@ where
         .max_header_list_size(options.max_header_list)
         .max_send_buffer_size(options.send_buffer)
         .initial_max_send_streams(options.client_streams)
-        .max_concurrent_streams(0)
         .enable_push(false);
     let (requests, mut connection) = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(io))
         .await

@@ -82,13 +82,21 @@ pub async fn splice<P: Plain>(stream: Stream, plain: P, counters: &Counters) -> 
         let Some(tcp) = plain.0.as_mut() else { return Poll::Ready(Ok(())) };
         let (read, write) = stream.halves();
         let received = down.poll(cx, read, tcp, &counters.left_to_right)?;
-        let sent = up.poll(cx, tcp, Side::Right, write, &counters.right_to_left)?;
-        match (received, sent) {
-            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
+        let sent = up.poll(cx, tcp, Side::Right, write, &counters.right_to_left);
+        let sent = match (received, sent) {
+            (Poll::Pending, sent) => {
+                let _ = sent?;
+                return Poll::Pending;
+            }
             // Nobody reads the stream any more, so nobody else would see a reset.
             (Poll::Ready(()), Poll::Pending) => write.poll_reset(cx).map(|error| Err(error.into())),
-            (Poll::Pending, Poll::Ready(()) | Poll::Pending) => Poll::Pending,
-        }
+            (Poll::Ready(()), Poll::Ready(sent)) => Poll::Ready(sent),
+        };
+        sent.map(|sent| match sent {
+            // The peer has said all it had to say and wants no more (RFC 9113 section 8.1): not a failure.
+            Err(CopyError::Tunnel(StreamError::Reset(ResetReason::NoError))) => Ok(()),
+            sent => sent,
+        })
     })
     .await;
     match &result {

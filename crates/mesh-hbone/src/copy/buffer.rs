@@ -13,7 +13,7 @@ pub(super) const SIZE: usize = 256 << 10;
 /// A read that returns less is copied out of the buffer; more is given away with the buffer itself.
 const COPY_BELOW: usize = 32 << 10;
 /// Buffers that a thread keeps for later.
-const KEPT: usize = 8;
+const KEPT: usize = 16;
 
 thread_local! {
     static FREE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };

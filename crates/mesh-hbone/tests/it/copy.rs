@@ -159,6 +159,21 @@ async fn failures_name_their_side() {
     assert_eq!(soon(far.read()).await, Err(StreamError::Reset(ResetReason::Connect)));
 }
 
+/// A server that has said everything may stop listening: its last bytes and its end arrive nevertheless.
+#[tokio::test]
+async fn peer_that_wants_no_more_is_no_failure() {
+    let mut pair = pair().await;
+    let (near, mut far) = pair.stream().await;
+    let (mut app, plain) = tcp().await;
+    let copying = tokio::spawn(async move { copy::splice(near, plain, &Counters::default()).await });
+    far.write(Bytes::from_static(b"all there is")).await.unwrap();
+    far.finish().await.unwrap();
+    drop(far);
+    expect(&mut app, "all there is").await;
+    expect_end(&mut app).await;
+    soon(copying).await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn lost_tunnel_resets_the_application() {
     let mut pair = pair().await;
