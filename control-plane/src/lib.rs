@@ -6,3 +6,4 @@
 pub mod api;
 pub mod ca;
 pub mod index;
+pub mod ingest;

@@ -24,13 +24,14 @@ pub(super) fn workload(
     aliases: Vec<Arc<str>>,
 ) -> Resource {
     let mut message = workload.encode_to_vec();
+    let member_of = services.keys().map(|name| name.as_str().into()).collect();
     // A map's own encoding follows the hash map's order, which differs from run to run. Messages may be concatenated:
     // one message per entry, in order, means the same.
     for entry in services {
         let part = wire::Workload { services: HashMap::from([entry]), ..Default::default() };
         message.extend(part.encode_to_vec());
     }
-    resource(workload.uid.as_str().into(), aliases, address(WORKLOAD, &message))
+    Resource { member_of, ..resource(workload.uid.as_str().into(), aliases, address(WORKLOAD, &message)) }
 }
 
 /// The resource of a service.
@@ -44,7 +45,7 @@ fn resource(name: Arc<str>, aliases: Vec<Arc<str>>, body: Bytes) -> Resource {
         // Writing to a string cannot fail.
         let _ = write!(version, "{byte:02x}");
     }
-    Resource { name, aliases, version: version.into(), body }
+    Resource { name, aliases, version: version.into(), body, member_of: Vec::new() }
 }
 
 fn address(field: u32, message: &[u8]) -> Bytes {

@@ -38,7 +38,7 @@ use std::time::{Duration, SystemTime};
 use crate::api::{Kind, Name, Object, ObjectId};
 
 pub use resource::{Changes, Resource};
-pub use roster::{Entry, Roster};
+pub use roster::Roster;
 
 /// What is the same for every resource.
 #[derive(Clone, Debug)]

@@ -1,1 +1,173 @@
+//! After any sequence of edits, the index is what a fresh one makes of the surviving objects; and what it told along the
+//! way adds up to that.
 
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::tests::{apply, delete, options, time};
+use super::{Event, Index, Resource};
+use crate::api::{Kind, Object, ObjectId};
+
+/// One edit. Names and values come from small sets, so that edits meet.
+#[derive(Clone, Debug)]
+enum Edit {
+    Namespace { name: u8, labels: &'static str },
+    Node { name: u8, zone: u8 },
+    Pod { namespace: u8, name: u8, address: u8, app: u8, node: u8, shape: u8 },
+    Service { namespace: u8, name: u8, app: u8, address: u8, port: &'static str },
+    Slice { namespace: u8, name: u8, service: u8, addresses: Vec<u8> },
+    Delete { kind: Kind, namespace: u8, name: u8 },
+}
+
+fn edits() -> impl Strategy<Value = Vec<Edit>> {
+    let small = 0..3u8;
+    let labels = prop_oneof![
+        Just(""),
+        Just("istio.io/dataplane-mode: ambient"),
+        Just("istio.io/dataplane-mode: none"),
+        Just("istio.io/use-waypoint: gate"),
+    ];
+    let port = prop_oneof![Just("web"), Just("8080"), Just("other")];
+    let kind = prop_oneof![
+        Just(Kind::Namespace),
+        Just(Kind::Node),
+        Just(Kind::Pod),
+        Just(Kind::Service),
+        Just(Kind::EndpointSlice),
+    ];
+    let edit = prop_oneof![
+        1 => (0..2u8, labels).prop_map(|(name, labels)| Edit::Namespace { name, labels }),
+        1 => (small.clone(), small.clone()).prop_map(|(name, zone)| Edit::Node { name, zone }),
+        4 => (0..2u8, 0..5u8, 0..6u8, small.clone(), small.clone(), 0..8u8).prop_map(
+            |(namespace, name, address, app, node, shape)| Edit::Pod { namespace, name, address, app, node, shape }
+        ),
+        4 => (0..2u8, 0..4u8, 0..4u8, 0..7u8, port).prop_map(
+            |(namespace, name, app, address, port)| Edit::Service { namespace, name, app, address, port }
+        ),
+        2 => (0..2u8, small.clone(), 0..4u8, prop::collection::vec(0..6u8, 0..4)).prop_map(
+            |(namespace, name, service, addresses)| Edit::Slice { namespace, name, service, addresses }
+        ),
+        2 => (kind, 0..2u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),
+    ];
+    prop::collection::vec(edit, 1..60)
+}
+
+fn event(edit: &Edit) -> Event {
+    let text = match edit {
+        Edit::Namespace { name, labels } => {
+            format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: ns{name}, labels: {{{labels}}}}}}}")
+        }
+        Edit::Node { name, zone } => format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: node{name}, labels: {{topology.kubernetes.io/zone: z{zone}}}}}}}"
+        ),
+        Edit::Pod { namespace, name, address, app, node, shape } => {
+            let host = if *shape == 1 { "hostNetwork: true," } else { "" };
+            let phase = if *shape == 2 { "Succeeded" } else { "Running" };
+            let annotation = if *shape < 4 { "enabled" } else { "pending" };
+            let address = if *shape == 3 { String::new() } else { format!("podIP: 10.0.0.{address},") };
+            format!(
+                "{{apiVersion: v1, kind: Pod, metadata: {{name: x{name}, namespace: ns{namespace}, labels: {{app: a{app}, n: x{name}}},
+                   annotations: {{ambient.istio.io/redirection: {annotation}}}}},
+                  spec: {{{host} nodeName: node{node}, containers: [{{name: c, ports: [{{name: web, containerPort: 80}}]}}]}},
+                  status: {{{address} phase: {phase}, conditions: [{{type: Ready, status: 'True'}}]}}}}"
+            )
+        }
+        Edit::Service { namespace, name, app, address, port } => {
+            let selector = match app {
+                3 => String::new(),
+                app => format!("selector: {{app: a{app}}},"),
+            };
+            let address = match address {
+                0 => "clusterIP: None,".to_owned(),
+                1..=3 => format!("clusterIP: 10.96.0.{address},"),
+                // What x0 in ns0 would choose for itself, so that it is displaced and comes back.
+                4 => format!("clusterIP: {CHOSEN_BY_X0},"),
+                _ => String::new(),
+            };
+            format!(
+                "{{apiVersion: v1, kind: Service, metadata: {{name: x{name}, namespace: ns{namespace}}},
+                  spec: {{{address} {selector} ports: [{{name: p, port: 80, targetPort: {port}}}]}}}}"
+            )
+        }
+        Edit::Slice { namespace, name, service, addresses } => {
+            let endpoints: Vec<String> = addresses
+                .iter()
+                .map(|address| {
+                    format!(
+                        "{{addresses: [10.0.0.{address}], targetRef: {{kind: Pod, namespace: ns0, name: x{address}}}, nodeName: node{}}}",
+                        address % 3
+                    )
+                })
+                .collect();
+            format!(
+                "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, ports: [{{name: p, port: 81}}],
+                  metadata: {{name: x{name}, namespace: ns{namespace}, labels: {{kubernetes.io/service-name: x{service}}}}},
+                  endpoints: [{}]}}",
+                endpoints.join(", ")
+            )
+        }
+        Edit::Delete { kind: kind @ Kind::Namespace, name, .. } => return delete(*kind, "", &format!("ns{name}")),
+        Edit::Delete { kind: kind @ Kind::Node, name, .. } => return delete(*kind, "", &format!("node{name}")),
+        Edit::Delete { kind, namespace, name } => {
+            return delete(*kind, &format!("ns{namespace}"), &format!("x{name}"));
+        }
+    };
+    apply(&text).remove(0)
+}
+
+const CHOSEN_BY_X0: &str = "10.96.40.128";
+
+type Resources = BTreeMap<Arc<str>, Arc<Resource>>;
+
+fn resources(index: &Index) -> Resources {
+    index.resources().map(|resource| (resource.name.clone(), resource.clone())).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn incremental_equals_rebuilt(edits in edits(), cuts in prop::collection::vec(any::<bool>(), 60)) {
+        let mut index = Index::new(options());
+        let mut objects: HashMap<ObjectId, Object> = HashMap::new();
+        let mut followed = Resources::new();
+        let mut batch = Vec::new();
+        for (position, edit) in edits.iter().enumerate() {
+            let event = event(edit);
+            match &event {
+                Event::Apply(object) => drop(objects.insert(object.id(), object.clone())),
+                Event::Delete(id) => drop(objects.remove(id)),
+            }
+            batch.push(event);
+            if !cuts[position] && position + 1 < edits.len() {
+                continue;
+            }
+            let changes = index.apply(batch.drain(..), time(0));
+            for name in changes.removed() {
+                prop_assert!(followed.remove(name).is_some(), "{name} was removed, but was not there");
+            }
+            for resource in changes.changed() {
+                let before = followed.insert(resource.name.clone(), resource.clone());
+                prop_assert!(before.as_ref() != Some(resource), "{} was sent unchanged", resource.name);
+            }
+        }
+        prop_assert_eq!(&followed, &resources(&index));
+        let mut fresh = Index::new(options());
+        fresh.apply(objects.into_values().map(Event::Apply), time(0));
+        prop_assert_eq!(resources(&fresh), followed);
+        prop_assert_eq!(fresh.notes(), index.notes());
+        prop_assert_eq!(fresh.counts(), index.counts());
+        prop_assert_eq!(fresh.next_deadline(), index.next_deadline());
+    }
+}
+
+#[test]
+fn the_address_in_the_edits_is_the_one_that_is_chosen() {
+    let mut index = Index::new(options());
+    let edit = Edit::Service { namespace: 0, name: 0, app: 0, address: 6, port: "web" };
+    index.apply([event(&edit)], time(0));
+    let aliases: Vec<_> = index.resources().flat_map(|resource| resource.aliases.clone()).collect();
+    assert_eq!(aliases, [format!("/{CHOSEN_BY_X0}").into()]);
+}

@@ -16,6 +16,8 @@ pub struct Resource {
     pub version: Arc<str>,
     /// The encoded `istio.workload.Address`.
     pub body: Bytes,
+    /// The services that a workload stands behind, by primary name: whoever asks for one of them gets it too.
+    pub member_of: Vec<Arc<str>>,
 }
 
 /// Resources that are new or different, and names of resources that are gone.

@@ -20,6 +20,10 @@ use crate::api::{Families, Kind, Name, ObjectId, Service, ServiceAddresses};
 /// Addresses that one service asks for before it goes without. The chance to need more is negligible until the range is
 /// nearly full.
 const MAX_ATTEMPTS: u32 = 64;
+/// The first address of the range to choose from.
+const FIRST: Ipv4Addr = Ipv4Addr::new(10, 96, 1, 0);
+/// Addresses in the range: up to 10.96.255.254.
+const SIZE: u32 = 255 * 256 - 1;
 
 /// Claims on addresses. Derived order: given addresses win, then the name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,10 +33,18 @@ struct Claim {
 }
 
 /// Who has which address.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Vips {
+    /// How many addresses there are to choose from.
+    size: u32,
     claims: HashMap<IpAddr, BTreeSet<Claim>>,
     services: HashMap<Name, Wish>,
+}
+
+impl Default for Vips {
+    fn default() -> Self {
+        Self { size: SIZE, claims: HashMap::new(), services: HashMap::new() }
+    }
 }
 
 #[derive(Debug)]
@@ -161,8 +173,14 @@ impl Vips {
         while let Some(service) = asking.take() {
             touched.insert(service.clone());
             let Some(Wish::Chosen(asked)) = self.services.get_mut(&service) else { return };
-            let Some(address) = candidate(&service, asked.len()) else { return };
+            let Some(address) = candidate(&service, asked.len(), self.size) else { return };
+            // The sequence may come back to an address; what refused once refuses twice.
+            let is_again = asked.contains(&address);
             asked.push(address);
+            if is_again {
+                asking = Some(service);
+                continue;
+            }
             let claim = Claim { chosen: true, service: service.clone() };
             let loser = self.claim(address, claim);
             asking = if self.has(address, &service) { loser.map(|loser| loser.service) } else { Some(service) };
@@ -186,24 +204,113 @@ impl Vips {
             touched.insert(next.service.clone());
             if let (true, Some(Wish::Chosen(asked))) = (next.chosen, self.services.get_mut(&next.service)) {
                 let kept = asked.iter().position(|candidate| *candidate == address).map_or(asked.len(), |at| at + 1);
-                released.extend(asked.split_off(kept).into_iter().map(|later| (later, next.clone())));
+                let later = asked.split_off(kept);
+                let given_back = later.into_iter().filter(|later| !asked.contains(later));
+                released.extend(given_back.map(|later| (later, next.clone())));
             }
         }
     }
 }
 
-/// The address that a service asks for at its n-th attempt; none once it has asked often enough.
-fn candidate(service: &Name, attempt: usize) -> Option<IpAddr> {
+/// The address that a service asks for at its n-th attempt, among `size`; none once it has asked often enough.
+fn candidate(service: &Name, attempt: usize, size: u32) -> Option<IpAddr> {
     let attempt = u32::try_from(attempt).ok().filter(|attempt| *attempt < MAX_ATTEMPTS)?;
     let mut hash = Sha256::new();
     hash.update(service.namespace.as_bytes());
     hash.update(b"/");
     hash.update(service.name.as_bytes());
     hash.update(attempt.to_be_bytes());
-    let digest = hash.finalize();
-    let [high, low] = [digest.first().copied()?, digest.get(1).copied()?];
-    // 255 x 256 addresses from 10.96.1.0 on; the last one is the network's broadcast address and moves by one.
-    let high = high % 255 + 1;
-    let low = if high == 255 && low == 255 { 254 } else { low };
-    Some(Ipv4Addr::new(10, 96, high, low).into())
+    let start = hash.finalize().first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes))?;
+    let offset = start.checked_rem(size)?;
+    Some(Ipv4Addr::from_bits(FIRST.to_bits() + offset).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::api::{Topology, WaypointBinding};
+
+    fn service(name: &str, addresses: ServiceAddresses) -> Arc<Service> {
+        Arc::new(Service {
+            name: Name::new("ns", name),
+            addresses,
+            ports: Vec::new(),
+            selector: BTreeMap::new(),
+            publish_not_ready: false,
+            families: Families::Automatic,
+            topology: Topology::Anywhere,
+            waypoint: WaypointBinding::Unset,
+        })
+    }
+
+    fn addresses(vips: &Vips, names: impl Iterator<Item = Name>) -> Vec<Vec<IpAddr>> {
+        names.map(|name| vips.of(&name)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// A range this small is nearly always full, so that services displace each other all the time.
+        #[test]
+        fn the_outcome_does_not_depend_on_history(edits in prop::collection::vec((0..9u8, 0..6u8), 1..80)) {
+            let size = 6;
+            let mut vips = Vips { size, ..Vips::default() };
+            let mut services: BTreeMap<Name, Arc<Service>> = BTreeMap::new();
+            let mut known: BTreeMap<Name, Vec<IpAddr>> = BTreeMap::new();
+            for (name, wish) in edits {
+                let wish = match wish {
+                    0..=2 => Some(ServiceAddresses::Allocate),
+                    3 => Some(ServiceAddresses::Given(vec![FIRST.into(), Ipv4Addr::new(10, 96, 1, 3).into()])),
+                    4 => Some(ServiceAddresses::Headless),
+                    _ => None,
+                };
+                let name = Name::new("ns", format!("s{name}"));
+                let touched = match wish {
+                    Some(wish) => {
+                        let service = service(&name.name, wish);
+                        services.insert(name, service.clone());
+                        vips.set(&service)
+                    }
+                    None => {
+                        services.remove(&name);
+                        vips.remove(&name)
+                    }
+                };
+                for name in touched {
+                    let now = vips.of(&name);
+                    known.insert(name, now);
+                }
+            }
+            let mut fresh = Vips { size, ..Vips::default() };
+            for service in services.values().rev() {
+                fresh.set(service);
+            }
+            prop_assert_eq!(addresses(&vips, services.keys().cloned()), addresses(&fresh, services.keys().cloned()));
+            prop_assert_eq!(vips.notes(), fresh.notes());
+            // Whoever followed the touched services knows every address.
+            for name in services.keys() {
+                prop_assert_eq!(known.get(name).cloned().unwrap_or_default(), vips.of(name));
+            }
+            // No address has two owners.
+            let mut all: Vec<IpAddr> = services.keys().flat_map(|name| vips.of(name)).collect();
+            let count = all.len();
+            all.sort();
+            all.dedup();
+            prop_assert_eq!(all.len(), count);
+        }
+    }
+
+    #[test]
+    fn the_range_ends_before_the_broadcast_address() {
+        let last = Ipv4Addr::from_bits(FIRST.to_bits() + SIZE - 1);
+        assert_eq!(last, Ipv4Addr::new(10, 96, 255, 254));
+        let name = Name::new("ns", "a");
+        assert_eq!(candidate(&name, 0, 1), Some(FIRST.into()));
+        assert_eq!(candidate(&name, MAX_ATTEMPTS as usize, SIZE), None);
+    }
 }
