@@ -1,1 +1,92 @@
-//! The test applications: subcommands of `culvert-app`.
+//! The test applications: subcommands of `culvert-app`. Servers run until they are killed; clients print one line of
+//! JSON to standard output and end with 0 if everything was as asked.
+//!
+//! They need nothing of the machine but `CULVERT_RESOLVER` (address of the cluster's resolver) and `CULVERT_MARKER`
+//! (a string put into what they send), which the harness sets.
+
+pub mod bookinfo;
+pub mod clients;
+pub mod echo;
+pub mod http;
+pub mod load;
+pub mod net;
+mod page;
+pub mod transfer;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-app", about = "Servers and clients that run in the pods of the test cluster")]
+pub struct Cli {
+    /// Threads that serve connections.
+    #[arg(long, default_value_t = 1, global = true)]
+    threads: usize,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A service of the Bookinfo sample.
+    Bookinfo(bookinfo::Options),
+    /// A TCP server: echo, banner, sink, transfer and ill-mannered modes.
+    Echo(echo::Options),
+    /// An HTTP/1.1 server with keepalive and a body of fixed size.
+    Http(http::Options),
+    /// One connection: what it saw, as JSON.
+    Connect(clients::connect::Options),
+    /// A connection that is kept and used until it breaks or its time is over.
+    Hold(clients::hold::Options),
+    /// Half-close in both directions against an echo server.
+    HalfClose(clients::half_close::Options),
+    /// Many connections at once, each with one exchange.
+    Parallel(clients::parallel::Options),
+    /// Bulk data with checksums, against `echo --mode transfer`.
+    Transfer(transfer::Options),
+    /// Load: keepalive requests or new connections, with percentiles.
+    Load(load::Options),
+    /// Looks a name up at the cluster's resolver.
+    Resolve(net::ResolveOptions),
+}
+
+/// Runs the command; the exit code is 0 if all went as asked, 1 if not, 2 for wrong usage.
+pub fn run(cli: Cli) -> ExitCode {
+    let mut builder = match cli.threads {
+        0 | 1 => tokio::runtime::Builder::new_current_thread(),
+        threads => {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
+    };
+    let done = match builder.enable_all().build() {
+        Ok(runtime) => runtime.block_on(dispatch(cli.command)),
+        Err(error) => Err(error),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            net::emit(&serde_json::json!({"ok": false, "error": net::kind(&error), "message": error.to_string()}));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> std::io::Result<bool> {
+    match command {
+        Command::Bookinfo(options) => bookinfo::run(options).await,
+        Command::Echo(options) => echo::run(options).await,
+        Command::Http(options) => http::run(options).await,
+        Command::Connect(options) => clients::connect::run(options).await,
+        Command::Hold(options) => clients::hold::run(options).await,
+        Command::HalfClose(options) => clients::half_close::run(options).await,
+        Command::Parallel(options) => clients::parallel::run(options).await,
+        Command::Transfer(options) => transfer::run(options).await,
+        Command::Load(options) => load::run(options).await,
+        Command::Resolve(options) => net::resolve_command(options).await,
+    }
+}

@@ -184,10 +184,8 @@ impl AggregatedDiscoveryService for Control {
             let first = requests.message().await.unwrap().unwrap();
             assert!(first.node.unwrap().id.starts_with("ztunnel~10.0.0.1~pod.ns~ns."));
             assert_eq!(first.initial_resource_versions.get("old").unwrap(), "1");
-            let body = prost_types::Any {
-                type_url: WORKLOAD_TYPE.to_owned(),
-                value: Address::default().encode_to_vec(),
-            };
+            let body =
+                prost_types::Any { type_url: WORKLOAD_TYPE.to_owned(), value: Address::default().encode_to_vec() };
             let resource = Resource { name: "new".to_owned(), resource: Some(body), ..Resource::default() };
             let response = DeltaDiscoveryResponse {
                 type_url: WORKLOAD_TYPE.to_owned(),

@@ -85,12 +85,8 @@ fn dump(subsystem: u16, get: u16) -> io::Result<usize> {
 }
 
 fn open() -> io::Result<std::os::fd::OwnedFd> {
-    let netlink = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkNetFilter,
-    )?;
+    let netlink =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
     Ok(netlink)
 }
