@@ -1,0 +1,140 @@
+//! What there is to serve: the current resources of each type, and a bounded log of what changed.
+//!
+//! A change costs time in proportion to the logarithm of the number of resources. Readers take a [`Snapshot`], which
+//! shares its structure with the catalog, and never wait for a writer. Clients that are further behind than the log
+//! reaches must start over.
+
+mod kind;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio::sync::watch;
+
+pub(super) use self::kind::{Kind, Overrun};
+use crate::Resource;
+
+/// Changes kept per type at least; twice the number of resources if that is more.
+const MIN_LOG: usize = 16_384;
+
+/// A resource, and the resources whose subscribers get it as well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The resource.
+    pub resource: Resource,
+    /// Primary names of resources of the same type that this one belongs to: whoever asks for one of them gets this
+    /// resource too, before it. A workload names its services, so that asking for a service brings its endpoints. Not
+    /// on the wire.
+    pub member_of: Vec<Arc<str>>,
+}
+
+impl From<Resource> for Entry {
+    fn from(resource: Resource) -> Self {
+        Self { resource, member_of: Vec::new() }
+    }
+}
+
+/// The resources of all types. Shared by the writer and all clients' streams.
+#[derive(Debug)]
+pub struct Catalog {
+    current: RwLock<Snapshot>,
+    changes: watch::Sender<u64>,
+    min_log: usize,
+}
+
+impl Default for Catalog {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Catalog {
+    /// Nothing.
+    pub fn new() -> Self {
+        Self::with_log(MIN_LOG)
+    }
+
+    /// Nothing, with a log of at least `min_log` changes per type.
+    pub fn with_log(min_log: usize) -> Self {
+        Self { current: RwLock::default(), changes: watch::Sender::new(0), min_log }
+    }
+
+    /// Puts in `set` and takes out `removed`, at once. A name in both is set. What is set to what it already is, and the
+    /// removal of what is not there, is no change. Returns the number of changes.
+    pub fn update<E: Into<Entry>, N: AsRef<str>>(
+        &self,
+        type_url: &str,
+        set: impl IntoIterator<Item = E>,
+        removed: impl IntoIterator<Item = N>,
+    ) -> usize {
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let kinds = Arc::make_mut(&mut current.0);
+        if !kinds.contains_key(type_url) {
+            kinds.insert(type_url.into(), Kind::default());
+        }
+        let Some(kind) = kinds.get_mut(type_url) else { return 0 };
+        let before = kind.version();
+        let set: Vec<Entry> = set.into_iter().map(Into::into).collect();
+        let names: std::collections::HashSet<&str> = set.iter().map(|entry| &*entry.resource.name).collect();
+        for name in removed {
+            if !names.contains(name.as_ref()) {
+                kind.remove(name.as_ref());
+            }
+        }
+        drop(names);
+        for entry in set {
+            kind.set(entry);
+        }
+        let changes = kind.version() - before;
+        kind.trim(self.min_log);
+        drop(current);
+        if changes > 0 {
+            self.changes.send_modify(|version| *version += changes);
+        }
+        usize::try_from(changes).unwrap_or(usize::MAX)
+    }
+
+    /// Everything as it is now. Costs no copy.
+    pub fn snapshot(&self) -> Snapshot {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Wakes after each update that changed something; the value counts the changes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+}
+
+/// A catalog at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot(Arc<BTreeMap<Arc<str>, Kind>>);
+
+impl Snapshot {
+    /// The resources with this primary name or alias: more than one if they share an alias.
+    pub fn lookup(&self, type_url: &str, name: &str) -> Vec<&Resource> {
+        let Some(kind) = self.kind(type_url) else { return Vec::new() };
+        kind.lookup(name).iter().filter_map(|name| kind.get(name)).map(|entry| &entry.resource).collect()
+    }
+
+    /// Every resource of a type, in the order of their names.
+    pub fn resources(&self, type_url: &str) -> impl Iterator<Item = &Resource> {
+        self.kind(type_url).into_iter().flat_map(|kind| kind.after(None)).map(|(_, entry)| &entry.resource)
+    }
+
+    /// The number of resources of a type.
+    pub fn len(&self, type_url: &str) -> usize {
+        self.kind(type_url).map_or(0, Kind::len)
+    }
+
+    /// The types that ever had a resource, and the number of changes to each so far.
+    pub fn versions(&self) -> impl Iterator<Item = (&Arc<str>, u64)> {
+        self.0.iter().map(|(type_url, kind)| (type_url, kind.version()))
+    }
+
+    pub(super) fn kind(&self, type_url: &str) -> Option<&Kind> {
+        self.0.get(type_url)
+    }
+}
+
+#[cfg(test)]
+mod tests;
