@@ -14,8 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
     tonic_prost_build::configure()
-        // Resource bodies stay reference-counted slices of the received frame.
-        .bytes(".google.protobuf.Any")
+        // Addresses stay slices of the received message.
         .bytes(".istio")
         .include_file("wire.rs")
         .compile_fds(descriptors)?;
