@@ -161,3 +161,8 @@ impl Snapshot {
 fn denied(reason: DenyReason, noted: Vec<Noted>) -> Result<Allowed, Denied> {
     Err(Denied { reason, noted })
 }
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,8 @@
 pub mod address;
 pub mod authorize;
 mod endpoints;
+#[cfg(test)]
+mod fixture;
 pub mod gateway;
 pub mod identity;
 pub mod policy;

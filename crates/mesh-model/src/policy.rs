@@ -372,3 +372,6 @@ fn service_account(wire: &wire::ServiceAccountMatch) -> Result<ServiceAccount, I
 fn port(port: &u32) -> Result<u16, InvalidAuthorization> {
     u16::try_from(*port).map_err(|_| InvalidAuthorization::Port { port: *port })
 }
+
+#[cfg(test)]
+mod tests;

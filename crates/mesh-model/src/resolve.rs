@@ -93,6 +93,8 @@ impl Snapshot {
         from: &Viewpoint<'_>,
         random: &mut fastrand::Rng,
     ) -> Option<Endpoint<'_>> {
+        // An endpoint may list more ports than the service has.
+        service.port(service_port)?;
         let workload = self.endpoints_of(service.key())?.pick(Some(service_port), from, random)?;
         let target_port = workload.target_port(service, service_port)?;
         Some(Endpoint { workload, target_port })
@@ -111,6 +113,10 @@ impl Snapshot {
     /// Every endpoint of the service of that key that is ready for `service_port`, in any network; ready for anything
     /// with None. For listings: it walks all of them.
     pub fn ready_endpoints(&self, service: &str, service_port: Option<u16>) -> Vec<&Arc<Workload>> {
+        let Some(known) = self.service_by_name(service) else { return Vec::new() };
+        if service_port.is_some_and(|port| known.port(port).is_none()) {
+            return Vec::new();
+        }
         self.endpoints_of(service).map_or_else(Vec::new, |endpoints| endpoints.ready(service_port))
     }
 }

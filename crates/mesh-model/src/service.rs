@@ -338,3 +338,6 @@ pub(crate) fn ports_from_wire(wire: &[wire::Port]) -> Result<Box<[ServicePort]>,
 pub(crate) fn find_port(ports: &[ServicePort], service_port: u16) -> Option<&ServicePort> {
     ports.binary_search_by_key(&service_port, |port| port.service_port).ok().and_then(|at| ports.get(at))
 }
+
+#[cfg(test)]
+mod tests;

@@ -375,3 +375,8 @@ where
     lists.insert(key.clone(), left);
     false
 }
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;

@@ -191,3 +191,6 @@ fn merge(left: Tree, right: Tree) -> Tree {
         Some(right)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -334,3 +334,6 @@ fn sorted(items: impl Iterator<Item = Arc<str>>) -> Box<[Arc<str>]> {
     items.dedup();
     items.into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,62 @@
+//! A pod of this node as the decisions know it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_model::{Snapshot, SpiffeId, Viewpoint, Workload};
+
+/// Ports that the mesh itself listens on in every enrolled pod: no connection is carried to them.
+const FORBIDDEN_PORTS: [u16; 3] = [15001, 15006, 15008];
+
+/// Whether `port` of an enrolled pod belongs to the mesh itself.
+pub fn is_forbidden(port: u16) -> bool {
+    FORBIDDEN_PORTS.contains(&port)
+}
+
+/// A pod of this node. All of it is known from the agent and the configuration, so that a pod whose workload
+/// discovery has not brought yet is served all the same.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalPod<'a> {
+    /// Kubernetes name.
+    pub name: &'a str,
+    /// Kubernetes namespace.
+    pub namespace: &'a str,
+    /// Who the pod is.
+    pub identity: &'a SpiffeId,
+    /// The pod's addresses, the primary one first.
+    pub addresses: &'a [IpAddr],
+    /// Network of this node.
+    pub network: &'a str,
+    /// Kubernetes node.
+    pub node: &'a str,
+    /// Kubernetes cluster.
+    pub cluster_id: &'a str,
+}
+
+impl LocalPod<'_> {
+    /// What discovery knows of the pod. A workload that has the pod's address but is another pod, because the address
+    /// was given anew and discovery is behind, does not count.
+    pub fn workload<'s>(&self, snapshot: &'s Snapshot) -> Option<&'s Arc<Workload>> {
+        let at_address = self.addresses.iter().filter_map(|ip| snapshot.workload_by_ip(self.network, *ip));
+        at_address.into_iter().find(|workload| {
+            *workload.name == *self.name
+                && *workload.namespace == *self.namespace
+                && workload.spiffe_id().service_account() == self.identity.service_account()
+        })
+    }
+
+    /// Where the pod is, as far as is known.
+    pub fn viewpoint<'a>(&'a self, workload: Option<&'a Arc<Workload>>) -> Viewpoint<'a> {
+        let own = Viewpoint {
+            network: self.network,
+            namespace: self.namespace,
+            node: self.node,
+            cluster_id: self.cluster_id,
+            ..Viewpoint::default()
+        };
+        workload.map_or(own, |workload| Viewpoint::of(workload))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod fixture;

@@ -1,0 +1,312 @@
+//! Where an outbound connection goes: a pure decision over a snapshot.
+//!
+//! | destination | plan |
+//! |---|---|
+//! | service with a waypoint | tunnel to an instance of the waypoint, which is told the virtual address |
+//! | service | a ready endpoint: by tunnel where it speaks HBONE, else plain |
+//! | workload with a waypoint | tunnel to an instance of the waypoint, which is told the workload's address |
+//! | workload | by tunnel where it speaks HBONE, else plain |
+//! | anything else | passed through to the address that the application asked for |
+//!
+//! A waypoint's own connections do not go through itself. What is bound to a waypoint that cannot be had is refused.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mesh_hbone::Authority;
+use mesh_model::gateway::{GatewayAddress, UnresolvedGateway};
+use mesh_model::service::{LoadBalancingMode, Service};
+use mesh_model::{Destination, HBONE_PORT, Snapshot, SpiffeId, TunnelProtocol, Viewpoint, Workload};
+use thiserror::Error;
+
+use super::local::{LocalPod, is_forbidden};
+
+/// Where the application believes it connects to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OriginalDst(pub SocketAddr);
+
+/// Where the proxy's own TCP connection goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NextHop(pub SocketAddr);
+
+/// What the far end of a tunnel is asked to connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target(pub SocketAddr);
+
+impl Target {
+    /// The target as a CONNECT names it.
+    pub fn authority(self) -> Authority {
+        Authority::from(self.0)
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What to do with one outbound connection.
+#[derive(Debug, Clone)]
+pub enum Plan {
+    /// Through an HBONE tunnel.
+    Tunnel {
+        /// Where the tunnel's connection goes.
+        next_hop: NextHop,
+        /// What the CONNECT asks for.
+        authority: Target,
+        /// The identities of which the far end must present one.
+        expected: Vec<SpiffeId>,
+        /// For the record.
+        destination: Planned,
+        /// Who is at the far end.
+        kind: TunnelKind,
+    },
+    /// In plain TCP, to something that the mesh knows.
+    Plain {
+        /// Where the connection goes.
+        next_hop: NextHop,
+        /// For the record.
+        destination: Planned,
+    },
+    /// In plain TCP, to what the application asked for; the mesh does not know it, or is asked to leave it alone.
+    PassThrough {
+        /// Where the connection goes: the original destination.
+        next_hop: NextHop,
+        /// For the record.
+        destination: Planned,
+    },
+}
+
+/// Who is at the far end of a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelKind {
+    /// The destination itself.
+    Direct,
+    /// The waypoint of the destination service.
+    ServiceWaypoint,
+    /// The waypoint of the destination workload.
+    WorkloadWaypoint,
+}
+
+/// What is known of a destination, for the record.
+#[derive(Debug, Clone, Default)]
+pub struct Planned {
+    /// The workload at the far end; a waypoint's where there is one.
+    pub workload: Option<Arc<Workload>>,
+    /// The service that the application asked for.
+    pub service: Option<Arc<Service>>,
+}
+
+/// The connection is not carried.
+#[derive(Debug, Clone, Error)]
+#[error("{why}")]
+pub struct Refusal {
+    /// Why.
+    pub why: RefusalReason,
+    /// For the record.
+    pub destination: Planned,
+}
+
+/// Why a connection is not carried.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RefusalReason {
+    /// A port that belongs to the mesh itself.
+    #[error("port {port} of {to} belongs to the mesh itself")]
+    ForbiddenPort {
+        /// The port.
+        port: u16,
+        /// Service or workload.
+        to: Arc<str>,
+    },
+    /// The service does not have that port.
+    #[error("service {service} has no port {port}")]
+    NoSuchPort {
+        /// Key of the service.
+        service: Arc<str>,
+        /// The port asked for.
+        port: u16,
+    },
+    /// No endpoint of the service can take the connection.
+    #[error("service {service} has no ready endpoint for port {port}")]
+    NoReadyEndpoint {
+        /// Key of the service.
+        service: Arc<str>,
+        /// The port asked for.
+        port: u16,
+    },
+    /// The destination is bound to a waypoint that is not known.
+    #[error("{of} is bound to a waypoint that is not known")]
+    WaypointUnknown {
+        /// Service or workload.
+        of: Arc<str>,
+    },
+    /// The destination is bound to a waypoint of which no instance is ready.
+    #[error("no instance of the waypoint of {of} is ready")]
+    WaypointNotReady {
+        /// Service or workload.
+        of: Arc<str>,
+    },
+}
+
+impl Refusal {
+    /// A label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self.why {
+            RefusalReason::ForbiddenPort { .. } => "forbidden_port",
+            RefusalReason::NoSuchPort { .. } => "no_such_port",
+            RefusalReason::NoReadyEndpoint { .. } => "no_ready_endpoint",
+            RefusalReason::WaypointUnknown { .. } => "waypoint_unknown",
+            RefusalReason::WaypointNotReady { .. } => "waypoint_not_ready",
+        }
+    }
+}
+
+/// Decides where a connection that an application in `source` opened to `dst` goes.
+///
+/// # Errors
+/// When the connection must not or cannot be carried.
+pub fn plan(
+    snapshot: &Snapshot,
+    source: &LocalPod<'_>,
+    dst: OriginalDst,
+    random: &mut fastrand::Rng,
+) -> Result<Plan, Refusal> {
+    // An IPv4 address mapped into IPv6 is the IPv4 address, for look-ups and on the wire.
+    let dst = OriginalDst(SocketAddr::new(dst.0.ip().to_canonical(), dst.0.port()));
+    let workload = source.workload(snapshot);
+    let mut planner = Planner { snapshot, source: workload, from: source.viewpoint(workload), dst, random };
+    match snapshot.destination(&planner.from, dst.0.ip()) {
+        Destination::Service(service) => planner.to_service(service),
+        Destination::Workload(workload) => planner.to_workload(workload),
+        Destination::Unknown => Ok(planner.pass_through(None)),
+    }
+}
+
+/// What every step of one decision needs.
+struct Planner<'a> {
+    snapshot: &'a Snapshot,
+    /// The source, if discovery has brought it.
+    source: Option<&'a Arc<Workload>>,
+    from: Viewpoint<'a>,
+    dst: OriginalDst,
+    random: &'a mut fastrand::Rng,
+}
+
+impl Planner<'_> {
+    fn to_service(&mut self, service: &Arc<Service>) -> Result<Plan, Refusal> {
+        let OriginalDst(dst) = self.dst;
+        let key = service.key();
+        let destination = Planned { workload: None, service: Some(Arc::clone(service)) };
+        let refuse = |why| Err(Refusal { why, destination: destination.clone() });
+        if is_forbidden(dst.port()) {
+            return refuse(RefusalReason::ForbiddenPort { port: dst.port(), to: Arc::clone(key) });
+        }
+        if service.port(dst.port()).is_none() {
+            return refuse(RefusalReason::NoSuchPort { service: Arc::clone(key), port: dst.port() });
+        }
+        let weighted = service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint);
+        if service.has_waypoint() && !self.source_is_any_of(weighted.chain(&service.waypoint)) {
+            // `choose_waypoint` has one to give whenever the service is bound.
+            let waypoint = service.choose_waypoint(self.random);
+            return self.to_waypoint(waypoint, key, destination, TunnelKind::ServiceWaypoint);
+        }
+        if service.load_balancing.mode == LoadBalancingMode::Passthrough {
+            return match self.snapshot.workload_by_ip(self.from.network, dst.ip()) {
+                Some(workload) => self.to_workload(workload),
+                None => Ok(self.pass_through(Some(service))),
+            };
+        }
+        let endpoint = self.snapshot.select(service, dst.port(), &self.from, self.random);
+        let address =
+            endpoint.and_then(|to| Some(SocketAddr::new(to.workload.address_like(dst.ip())?, to.target_port)));
+        let (Some(endpoint), Some(address)) = (endpoint, address) else {
+            return refuse(RefusalReason::NoReadyEndpoint { service: Arc::clone(key), port: dst.port() });
+        };
+        let destination = Planned { workload: Some(Arc::clone(endpoint.workload)), service: Some(Arc::clone(service)) };
+        carry(endpoint.workload, address, service.expected_identities(endpoint.workload), destination)
+    }
+
+    fn to_workload(&mut self, workload: &Arc<Workload>) -> Result<Plan, Refusal> {
+        let OriginalDst(dst) = self.dst;
+        let destination = Planned { workload: Some(Arc::clone(workload)), service: None };
+        if is_forbidden(dst.port()) && workload.waypoint.is_some() {
+            let why = RefusalReason::ForbiddenPort { port: dst.port(), to: Arc::clone(&workload.uid) };
+            return Err(Refusal { why, destination });
+        }
+        if workload.waypoint.is_some() && !self.source_is_any_of(&workload.waypoint) {
+            let kind = TunnelKind::WorkloadWaypoint;
+            return self.to_waypoint(workload.waypoint.as_ref(), &workload.uid, destination, kind);
+        }
+        carry(workload, dst, vec![workload.spiffe_id().clone()], destination)
+    }
+
+    /// `of` and `bound` are what is bound to the waypoint.
+    fn to_waypoint(
+        &mut self,
+        waypoint: Option<&GatewayAddress>,
+        of: &Arc<str>,
+        bound: Planned,
+        kind: TunnelKind,
+    ) -> Result<Plan, Refusal> {
+        let OriginalDst(dst) = self.dst;
+        let instance = waypoint.ok_or(UnresolvedGateway::Unknown);
+        let instance = instance.and_then(|at| self.snapshot.gateway(at, &self.from, dst.ip(), self.random));
+        match instance {
+            Ok(instance) => Ok(Plan::Tunnel {
+                next_hop: NextHop(instance.address),
+                authority: Target(dst),
+                expected: instance.expected,
+                destination: Planned { workload: Some(instance.workload), service: bound.service },
+                kind,
+            }),
+            Err(UnresolvedGateway::Unknown) => {
+                Err(Refusal { why: RefusalReason::WaypointUnknown { of: Arc::clone(of) }, destination: bound })
+            }
+            Err(UnresolvedGateway::NoReadyInstance) => {
+                Err(Refusal { why: RefusalReason::WaypointNotReady { of: Arc::clone(of) }, destination: bound })
+            }
+        }
+    }
+
+    fn source_is_any_of<'g>(&self, waypoints: impl IntoIterator<Item = &'g GatewayAddress>) -> bool {
+        let Some(source) = self.source else { return false };
+        waypoints.into_iter().any(|waypoint| self.snapshot.is_instance(waypoint, source))
+    }
+
+    fn pass_through(&self, service: Option<&Arc<Service>>) -> Plan {
+        let destination = Planned { workload: None, service: service.cloned() };
+        Plan::PassThrough { next_hop: NextHop(self.dst.0), destination }
+    }
+}
+
+/// To `workload` itself, whose application listens on `address`.
+fn carry(
+    workload: &Arc<Workload>,
+    address: SocketAddr,
+    expected: Vec<SpiffeId>,
+    destination: Planned,
+) -> Result<Plan, Refusal> {
+    match workload.tunnel_protocol {
+        TunnelProtocol::Hbone if is_forbidden(address.port()) => {
+            let why = RefusalReason::ForbiddenPort { port: address.port(), to: Arc::clone(&workload.uid) };
+            Err(Refusal { why, destination })
+        }
+        TunnelProtocol::Hbone => Ok(Plan::Tunnel {
+            next_hop: NextHop(SocketAddr::new(address.ip(), HBONE_PORT)),
+            authority: Target(address),
+            expected,
+            destination,
+            kind: TunnelKind::Direct,
+        }),
+        // A sidecar of the older kind takes plain TCP unless its own policy forbids it, and its mutual TLS is nothing
+        // that a node proxy speaks: it then refuses by itself, where the reason can be seen.
+        TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => {
+            Ok(Plan::Plain { next_hop: NextHop(address), destination })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

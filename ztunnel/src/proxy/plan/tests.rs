@@ -1,0 +1,269 @@
+use super::*;
+use crate::proxy::local::fixture::{
+    at, id, in_service, ip, local, mesh, network_address, pod, service, waypoint, wire_ports,
+};
+use mesh_proto::workload as wire;
+
+const CLIENT: &str = "10.0.0.1";
+
+/// Plans for the pod `client`, which has [`CLIENT`].
+fn from_client(snapshot: &Snapshot, dst: &str) -> Result<Plan, Refusal> {
+    from_pod(snapshot, "client", CLIENT, dst)
+}
+
+fn from_pod(snapshot: &Snapshot, name: &str, address: &str, dst: &str) -> Result<Plan, Refusal> {
+    let (identity, addresses) = (id("shop", name), [ip(address)]);
+    plan(snapshot, &local(name, &identity, &addresses), OriginalDst(at(dst)), &mut fastrand::Rng::with_seed(7))
+}
+
+/// A plan in one line, to compare tables with.
+fn line(planned: Result<Plan, Refusal>) -> String {
+    let who = |to: &Planned| {
+        let name = |text: Option<&str>| text.unwrap_or("-").to_owned();
+        let workload = name(to.workload.as_ref().map(|workload| &*workload.name));
+        let service = name(to.service.as_ref().map(|service| &*service.name));
+        format!("{workload} {service}")
+    };
+    match planned {
+        Ok(Plan::Tunnel { next_hop, authority, expected, destination, kind }) => {
+            let expected: Vec<_> =
+                expected.iter().map(|id| format!("{}/{}", id.namespace(), id.service_account())).collect();
+            format!("{kind:?} {} {authority} [{}] {}", next_hop.0, expected.join(","), who(&destination))
+        }
+        Ok(Plan::Plain { next_hop, destination }) => format!("Plain {} {}", next_hop.0, who(&destination)),
+        Ok(Plan::PassThrough { next_hop, destination }) => format!("PassThrough {} {}", next_hop.0, who(&destination)),
+        Err(refusal) => format!("{} {}", refusal.reason(), who(&refusal.destination)),
+    }
+}
+
+/// `web` speaks HBONE, `old` does not, `legacy` has a sidecar; `named` leaves its target port to `web`.
+fn shop() -> Snapshot {
+    let web = in_service(pod("web", &["10.0.0.2"]), "web", &[(80, 8080), (81, 0)]);
+    let web = in_service(web, "named", &[(80, 9090)]);
+    let old = wire::Workload { tunnel_protocol: 0, ..in_service(pod("old", &["10.0.0.3"]), "old", &[(80, 8080)]) };
+    let legacy = wire::Workload { tunnel_protocol: 2, ..pod("legacy", &["10.0.0.4"]) };
+    let sick = in_service(pod("sick", &["10.0.0.5"]), "sick", &[]);
+    let sick = wire::Workload { status: wire::WorkloadStatus::Unhealthy.into(), ..sick };
+    let services = [
+        service("web", "10.96.0.1", &[(80, 8080), (81, 8081), (15008, 8080), (90, 15008)]),
+        service("old", "10.96.0.2", &[(80, 8080)]),
+        service("named", "10.96.0.3", &[(80, 0), (81, 0)]),
+        service("sick", "10.96.0.4", &[(80, 8080)]),
+        service("empty", "10.96.0.5", &[(80, 8080)]),
+    ];
+    mesh(&[pod("client", &[CLIENT]), web, old, legacy, sick], &services)
+}
+
+#[test]
+fn services_and_workloads() {
+    let cases = [
+        // An endpoint's target port, and the service's where the endpoint says none.
+        ("10.96.0.1:80", "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/web] web web"),
+        ("10.96.0.1:81", "Direct 10.0.0.2:15008 10.0.0.2:8081 [shop/web] web web"),
+        ("10.96.0.1:82", "no_such_port - web"),
+        // The mesh's own ports, asked for or led to.
+        ("10.96.0.1:15008", "forbidden_port - web"),
+        ("10.96.0.1:90", "forbidden_port web web"),
+        ("10.96.0.2:80", "Plain 10.0.0.3:8080 old old"),
+        ("10.96.0.3:80", "Direct 10.0.0.2:15008 10.0.0.2:9090 [shop/web] web named"),
+        ("10.96.0.3:81", "no_ready_endpoint - named"),
+        ("10.96.0.4:80", "no_ready_endpoint - sick"),
+        ("10.96.0.5:80", "no_ready_endpoint - empty"),
+        ("10.0.0.2:1234", "Direct 10.0.0.2:15008 10.0.0.2:1234 [shop/web] web -"),
+        ("[::ffff:10.0.0.2]:1234", "Direct 10.0.0.2:15008 10.0.0.2:1234 [shop/web] web -"),
+        ("10.0.0.2:15001", "forbidden_port web -"),
+        ("10.0.0.2:15006", "forbidden_port web -"),
+        ("10.0.0.2:15008", "forbidden_port web -"),
+        ("10.0.0.3:1234", "Plain 10.0.0.3:1234 old -"),
+        ("10.0.0.3:15008", "Plain 10.0.0.3:15008 old -"),
+        ("10.0.0.4:1234", "Plain 10.0.0.4:1234 legacy -"),
+        ("192.0.2.1:443", "PassThrough 192.0.2.1:443 - -"),
+        ("192.0.2.1:15008", "PassThrough 192.0.2.1:15008 - -"),
+    ];
+    let snapshot = shop();
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+}
+
+#[test]
+fn a_pod_that_discovery_has_not_brought_is_served() {
+    let snapshot = shop();
+    let planned = from_pod(&snapshot, "newcomer", "10.0.0.99", "10.96.0.1:80");
+    assert_eq!(line(planned), "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/web] web web");
+}
+
+#[test]
+fn the_pod_reaches_itself_by_its_service() {
+    let planned = from_pod(&shop(), "web", "10.0.0.2", "10.96.0.1:80");
+    assert_eq!(line(planned), "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/web] web web");
+}
+
+#[test]
+fn identities_of_the_service_are_expected_too() {
+    let names = ["spiffe://cluster.local/ns/shop/sa/other", "spiffe://cluster.local/ns/shop/sa/web", "web.example.com"];
+    let subject_alt_names = names.map(String::from).to_vec();
+    let web = wire::Service { subject_alt_names, ..service("web", "10.96.0.1", &[(80, 8080)]) };
+    let snapshot = mesh(&[in_service(pod("web", &["10.0.0.2"]), "web", &[])], &[web]);
+    let planned = line(from_client(&snapshot, "10.96.0.1:80"));
+    assert_eq!(planned, "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/web,shop/other] web web");
+}
+
+#[test]
+fn the_address_is_of_the_family_asked_for_where_there_is_one() {
+    let dual = in_service(pod("dual", &["10.0.0.2", "2001:db8::2"]), "dual", &[]);
+    let single = in_service(pod("single", &["10.0.0.3"]), "single", &[]);
+    let both = |name, v4, v6| wire::Service {
+        addresses: vec![network_address(v4), network_address(v6)],
+        ..service(name, v4, &[(80, 8080)])
+    };
+    let services = [both("dual", "10.96.0.1", "2001:db8:f::1"), both("single", "10.96.0.2", "2001:db8:f::2")];
+    let snapshot = mesh(&[dual, single], &services);
+    let cases = [
+        ("10.96.0.1:80", "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/dual] dual dual"),
+        ("[2001:db8:f::1]:80", "Direct [2001:db8::2]:15008 [2001:db8::2]:8080 [shop/dual] dual dual"),
+        ("[2001:db8:f::2]:80", "Direct 10.0.0.3:15008 10.0.0.3:8080 [shop/single] single single"),
+    ];
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+}
+
+/// `web` is a service with a waypoint, `direct` a pod with one. `gate` is the waypoint, `shut` has no ready instance,
+/// `gone` is not known.
+fn guarded() -> Snapshot {
+    let bound = |to: &str, vip, via| wire::Service { waypoint: Some(waypoint(via)), ..service(to, vip, &[(80, 8080)]) };
+    let web = in_service(pod("web", &["10.0.0.2"]), "web", &[]);
+    let gate = wire::Workload { tunnel_protocol: 0, ..in_service(pod("gate", &["10.0.0.10"]), "gate", &[]) };
+    let shut = wire::Workload { status: 1, ..in_service(pod("shut", &["10.0.0.11"]), "shut", &[]) };
+    let direct = wire::Workload { waypoint: Some(waypoint("gate")), ..pod("direct", &["10.0.0.3"]) };
+    let lost = wire::Workload { waypoint: Some(waypoint("gone")), ..pod("lost", &["10.0.0.4"]) };
+    let services = [
+        bound("web", "10.96.0.1", "gate"),
+        bound("behind-shut", "10.96.0.2", "shut"),
+        bound("behind-gone", "10.96.0.3", "gone"),
+        service("gate", "10.96.0.10", &[(15021, 15021)]),
+        service("shut", "10.96.0.11", &[(15008, 15008)]),
+        service("plain-way", "10.96.0.4", &[(80, 8080)]),
+    ];
+    mesh(&[web, gate, shut, direct, lost], &services)
+}
+
+#[test]
+fn waypoints() {
+    let cases = [
+        ("10.96.0.1:80", "ServiceWaypoint 10.0.0.10:15008 10.96.0.1:80 [shop/gate] gate web"),
+        ("10.96.0.1:81", "no_such_port - web"),
+        ("10.96.0.2:80", "waypoint_not_ready - behind-shut"),
+        ("10.96.0.3:80", "waypoint_unknown - behind-gone"),
+        ("10.0.0.3:99", "WorkloadWaypoint 10.0.0.10:15008 10.0.0.3:99 [shop/gate] gate -"),
+        ("10.0.0.3:15008", "forbidden_port direct -"),
+        ("10.0.0.4:99", "waypoint_unknown lost -"),
+        // Bound is the service, not the pod behind it.
+        ("10.0.0.2:99", "Direct 10.0.0.2:15008 10.0.0.2:99 [shop/web] web -"),
+    ];
+    let snapshot = guarded();
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+}
+
+#[test]
+fn a_waypoint_does_not_go_through_itself() {
+    let snapshot = guarded();
+    let planned = |dst| line(from_pod(&snapshot, "gate", "10.0.0.10", dst));
+    assert_eq!(planned("10.96.0.1:80"), "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/web] web web");
+    assert_eq!(planned("10.0.0.3:99"), "Direct 10.0.0.3:15008 10.0.0.3:99 [shop/direct] direct -");
+    // Another one's destinations still go through that one.
+    assert_eq!(planned("10.96.0.3:80"), "waypoint_unknown - behind-gone");
+}
+
+#[test]
+fn a_waypoint_may_be_named_by_address_and_port() {
+    let by_address = |ip: &str, port| {
+        let destination = Some(wire::gateway_address::Destination::Address(network_address(ip)));
+        Some(wire::GatewayAddress { destination, hbone_mtls_port: port })
+    };
+    let bound = |name, vip, waypoint| wire::Service { waypoint, ..service(name, vip, &[(80, 8080)]) };
+    let gate = in_service(pod("gate", &["10.0.0.10"]), "gate", &[]);
+    let services = [
+        bound("by-vip", "10.96.0.1", by_address("10.96.0.10", 16000)),
+        bound("by-pod", "10.96.0.2", by_address("10.0.0.10", 16000)),
+        bound("by-none", "10.96.0.3", by_address("10.0.0.77", 0)),
+        service("gate", "10.96.0.10", &[(16000, 17000)]),
+    ];
+    let snapshot = mesh(&[gate], &services);
+    let cases = [
+        ("10.96.0.1:80", "ServiceWaypoint 10.0.0.10:17000 10.96.0.1:80 [shop/gate] gate by-vip"),
+        ("10.96.0.2:80", "ServiceWaypoint 10.0.0.10:16000 10.96.0.2:80 [shop/gate] gate by-pod"),
+        ("10.96.0.3:80", "waypoint_unknown - by-none"),
+    ];
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+    let own = |dst| line(from_pod(&snapshot, "gate", "10.0.0.10", dst));
+    assert_eq!(own("10.96.0.1:80"), "no_ready_endpoint - by-vip");
+    assert_eq!(own("10.96.0.2:80"), "no_ready_endpoint - by-pod");
+}
+
+#[test]
+fn several_waypoints_share_by_weight() {
+    let weighted = |service, weight| wire::WeightedWaypoint { destination: Some(waypoint(service)), weight };
+    let web = wire::Service {
+        weighted_waypoints: vec![weighted("a", 1), weighted("b", 3), weighted("never", 0)],
+        ..service("web", "10.96.0.1", &[(80, 8080)])
+    };
+    let gate = |name, ip| in_service(pod(name, &[ip]), name, &[]);
+    let services = [web, service("a", "10.96.0.2", &[]), service("b", "10.96.0.3", &[])];
+    let snapshot = mesh(&[gate("a", "10.0.0.10"), gate("b", "10.0.0.11")], &services);
+    let (identity, addresses) = (id("shop", "client"), [ip(CLIENT)]);
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut to_b = 0;
+    for _ in 0..1000 {
+        let source = local("client", &identity, &addresses);
+        let Plan::Tunnel { next_hop, .. } =
+            plan(&snapshot, &source, OriginalDst(at("10.96.0.1:80")), &mut random).unwrap()
+        else {
+            panic!("not a tunnel")
+        };
+        to_b += usize::from(next_hop.0.ip() == ip("10.0.0.11"));
+    }
+    assert!((690..=810).contains(&to_b), "{to_b} of 1000");
+}
+
+#[test]
+fn passthrough_goes_where_it_was_addressed() {
+    let passthrough =
+        wire::LoadBalancing { mode: wire::load_balancing::Mode::Passthrough.into(), ..Default::default() };
+    let block = wire::NetworkAddress { length: Some(24), ..network_address("192.0.2.0") };
+    let external = wire::Service {
+        addresses: vec![block, network_address("10.0.0.2")],
+        load_balancing: Some(passthrough),
+        ..service("external", "192.0.2.0", &[(443, 0)])
+    };
+    let snapshot = mesh(&[pod("web", &["10.0.0.2"])], &[external]);
+    let cases = [
+        ("192.0.2.77:443", "PassThrough 192.0.2.77:443 - external"),
+        ("192.0.2.77:444", "no_such_port - external"),
+        ("10.0.0.2:443", "Direct 10.0.0.2:15008 10.0.0.2:443 [shop/web] web -"),
+        ("192.0.3.77:443", "PassThrough 192.0.3.77:443 - -"),
+    ];
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+}
+
+#[test]
+fn a_private_service_is_seen_in_its_namespace_only() {
+    let private = wire::Service {
+        visibility: wire::service::Visibility::Namespace.into(),
+        ports: wire_ports(&[(80, 8080)]),
+        ..service("web", "10.96.0.1", &[])
+    };
+    let snapshot = mesh(&[in_service(pod("web", &["10.0.0.2"]), "web", &[])], &[private]);
+    let (identity, addresses) = (id("elsewhere", "client"), [ip(CLIENT)]);
+    let stranger = LocalPod { namespace: "elsewhere", ..local("client", &identity, &addresses) };
+    let planned = plan(&snapshot, &stranger, OriginalDst(at("10.96.0.1:80")), &mut fastrand::Rng::with_seed(1));
+    assert_eq!(line(planned), "PassThrough 10.96.0.1:80 - -");
+    assert!(line(from_client(&snapshot, "10.96.0.1:80")).starts_with("Direct 10.0.0.2:15008"));
+}
