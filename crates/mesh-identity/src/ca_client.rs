@@ -160,3 +160,6 @@ fn chain_of(error: &dyn std::error::Error) -> String {
     }
     text.chars().take(MAX_REASON_CHARS).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -157,3 +157,40 @@ fn certificates_of(index: usize, element: &str) -> Result<Vec<CertificateDer<'st
     }
     Ok(certificates)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{authority, id, issue};
+
+    #[test]
+    fn answers_survive_the_wire() {
+        let root = authority();
+        let intermediate = root.intermediate("cluster.local", std::time::SystemTime::now()).unwrap();
+        for authority in [root, intermediate] {
+            let more = authority.with_more_roots(&crate::testing::authority().roots_pem()).unwrap();
+            let issued = issue(&more, &id("a")).1;
+            let wire = issued.to_wire();
+            assert_eq!(wire.len(), 2 + issued.intermediates.len());
+            assert_eq!(wire.last().unwrap().matches("BEGIN").count(), 2);
+            assert!(wire.iter().flat_map(|element| element.lines()).all(|line| line.len() <= 64));
+            assert_eq!(IssuedCertificate::from_wire(&wire).unwrap(), issued);
+        }
+    }
+
+    #[test]
+    fn malformed_answers_are_named() {
+        let wire = issue(&authority(), &id("a")).1.to_wire();
+        let (leaf, roots) = (wire[0].clone(), wire[1].clone());
+        let refused = |chain: &[String]| IssuedCertificate::from_wire(chain).unwrap_err().to_string();
+        assert!(refused(&[]).starts_with("0 elements"));
+        assert!(refused(std::slice::from_ref(&leaf)).starts_with("1 elements"));
+        assert_eq!(refused(&[leaf.clone(), String::new()]), "element 1 holds no certificate");
+        assert_eq!(refused(&["x".to_owned(), roots.clone()]), "element 0 holds no certificate");
+        assert!(refused(&["-----BEGIN CERTIFICATE-----".to_owned(), roots.clone()]).contains("element 0 is not PEM"));
+        let long = vec![leaf.clone(); MAX_ELEMENTS + 1];
+        assert!(refused(&long).starts_with("longer than accepted"));
+        assert!(refused(&[leaf.repeat(500), roots.clone()]).starts_with("longer than accepted"));
+        assert!(refused(&[leaf, roots.repeat(MAX_CERTIFICATES)]).starts_with("longer than accepted"));
+    }
+}

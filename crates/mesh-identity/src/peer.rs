@@ -71,8 +71,8 @@ pub enum Refusal {
     /// No root that we trust stands behind it.
     #[error("the certificate was not issued under a root that is trusted here")]
     UnknownIssuer,
-    /// A signature in the chain or in the handshake is wrong.
-    #[error("a signature does not match its key")]
+    /// The peer does not hold the key of its certificate.
+    #[error("the handshake is not signed by the certificate's key")]
     BadSignature,
     /// It was issued for another use.
     #[error("the certificate is not for this use")]
@@ -148,8 +148,8 @@ impl Refusal {
         match error {
             webpki::Error::CertExpired { .. } => Self::Expired,
             webpki::Error::CertNotValidYet { .. } => Self::NotYetValid,
-            webpki::Error::UnknownIssuer => Self::UnknownIssuer,
-            webpki::Error::InvalidSignatureForPublicKey => Self::BadSignature,
+            // A foreign root may have the name of ours: then it is the signature that does not fit.
+            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => Self::UnknownIssuer,
             webpki::Error::RequiredEkuNotFoundContext(_) | webpki::Error::EmptyEkuExtension => Self::WrongUse,
             webpki::Error::BadDer | webpki::Error::BadDerTime => Self::Identity(PeerIdError::Malformed),
             // The enum is open; the text names the fault.

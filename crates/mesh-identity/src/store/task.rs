@@ -121,9 +121,13 @@ fn settle(shared: &Shared, id: &SpiffeId, generation: u64, result: Attempt) {
         Err(error) => {
             let Published { credential, failure } = slot.published.borrow().clone();
             let attempts = failure.map_or(0, |failure| failure.attempts).saturating_add(1);
-            let has_valid = credential.as_ref().is_some_and(|credential| credential.not_after() > now);
-            let longest = if has_valid { options.backoff_max } else { options.backoff_max_without };
-            slot.due = now + backoff(attempts, options.backoff_min, longest);
+            let end = credential.as_ref().map(|credential| credential.not_after()).filter(|end| *end > now);
+            let has_valid = end.is_some();
+            slot.due = match end {
+                // From its end on the pauses are the shorter ones.
+                Some(end) => end.min(now + backoff(attempts, options.backoff_min, options.backoff_max)),
+                None => now + backoff(attempts, options.backoff_min, options.backoff_max_without),
+            };
             tracing::warn!(%id, %error, attempts, has_valid, "no certificate issued");
             let failure = Failure { at: now, is_refusal: error.is_refusal(), error: error.to_string(), attempts };
             slot.published.send_replace(Published { credential, failure: Some(failure) });
