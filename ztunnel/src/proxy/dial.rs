@@ -144,9 +144,35 @@ pub fn tune(stream: &TcpStream) {
 
 /// Makes the connection end with a reset: what an application must see when its connection was never carried.
 pub fn reset(stream: TcpStream) {
-    // As above.
-    let _ = stream.set_zero_linger();
-    drop(stream);
+    drop(Unanswered::new(stream));
+}
+
+/// A connection whose other half is not there yet. Dropped like that, it is reset.
+#[derive(Debug)]
+pub struct Unanswered(Option<TcpStream>);
+
+impl Unanswered {
+    /// A connection just accepted or made.
+    pub fn new(stream: TcpStream) -> Self {
+        Self(Some(stream))
+    }
+
+    /// The other half is there: who takes the connection now says how it ends.
+    ///
+    /// # Errors
+    /// Never: the connection is there until this is called, which is once.
+    pub fn answered(mut self) -> Result<TcpStream, ConnectionError> {
+        self.0.take().ok_or(ConnectionError::Dropped)
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(stream) = self.0.take() {
+            // Fails only on what is no TCP socket.
+            let _ = stream.set_zero_linger();
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,20 +1,33 @@
 //! The node proxy: everything that touches bytes from outside, in a process without any privilege.
 
+use std::io;
+use std::net::SocketAddr;
+
 pub mod admit;
+mod app;
 pub mod config;
 pub mod connect;
 pub mod dial;
+pub mod discovery;
+pub mod dump;
 pub mod error;
+pub mod guard;
 pub mod handover;
+pub mod inbound;
 pub mod jail;
 pub mod live;
 pub mod local;
 pub mod metrics;
+pub mod outbound;
+pub mod plaintext;
 pub mod plan;
 pub mod pods;
 pub mod record;
 pub mod sockets;
+pub mod state;
 mod sys;
+pub mod tunnels;
+pub mod worker;
 
 pub use config::Config;
 
@@ -27,14 +40,55 @@ pub enum Error {
     /// Privilege could not be given up.
     #[error(transparent)]
     Jail(#[from] jail::JailError),
+    /// The log could not be set up.
+    #[error("cannot set up the log: {0}")]
+    Log(#[from] mesh_runtime::log::LogError),
+    /// Files that the proxy needs cannot be read.
+    #[error("cannot read what the proxy needs: {}", .0.join("; "))]
+    Files(Vec<String>),
+    /// The main thread's runtime.
+    #[error("cannot start the runtime: {0}")]
+    Runtime(io::Error),
+    /// The signal handlers.
+    #[error("cannot install signal handlers: {0}")]
+    Signals(io::Error),
+    /// The worker threads.
+    #[error("cannot start the worker threads: {0}; lower --workers or raise the limit of processes")]
+    Workers(io::Error),
+    /// An address to listen on.
+    #[error("cannot listen on {flag} {address}: {source}; does another proxy run in this network namespace?")]
+    Bind {
+        /// The flag.
+        flag: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The control plane's address.
+    #[error(transparent)]
+    ControlPlane(mesh_identity::connector::ConnectorError),
 }
 
 /// Runs the proxy until it is told to end. Must be called before the process has a second thread.
 ///
 /// # Errors
 /// Why it did not start.
+#[expect(clippy::needless_pass_by_value, reason = "the configuration is the caller's last word")]
 pub fn run(config: Config) -> Result<(), Error> {
     config.check()?;
+    let format = config.log_format.parse()?;
+    // A lower limit carries fewer connections, and is no reason not to start.
+    let file_limit = app::raise_file_limit();
     jail::enter(config.uid)?;
-    Ok(())
+    let unreadable = app::check_files(&config);
+    if !unreadable.is_empty() {
+        return Err(Error::Files(unreadable));
+    }
+    let log = mesh_runtime::log::init(&config.log_level, format)?;
+    if let Err(error) = file_limit {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
+    runtime.block_on(app::run(config, log))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use mesh_hbone::Authority;
 use mesh_hbone::copy::Counters;
 use mesh_model::{Service, SpiffeId, Workload};
 
@@ -74,7 +75,7 @@ pub struct Facts {
     /// Who takes it; for a tunnel, the tunnel's far end.
     pub dst: Side,
     /// Inside a tunnel: the CONNECT's authority.
-    pub hbone_addr: Option<Arc<str>>,
+    pub hbone_addr: Option<Authority>,
     /// The service that was asked for.
     pub service: Option<Arc<Service>>,
     /// Whether it is carried by mutual TLS.
@@ -232,7 +233,7 @@ fn log(facts: &Facts, error: Option<&ConnectionError>) {
                 src.identity = src.identity,
                 src.cluster = src.cluster,
                 dst.addr = %facts.dst.addr,
-                dst.hbone_addr = facts.hbone_addr.as_deref().map(tracing::field::display),
+                dst.hbone_addr = facts.hbone_addr.as_ref().map(tracing::field::display),
                 dst.service = facts.service.as_ref().map(|service| service.hostname.as_ref()),
                 dst.workload = dst.workload,
                 dst.namespace = dst.namespace,

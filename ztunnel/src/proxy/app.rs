@@ -1,0 +1,224 @@
+//! The proxy put together: what is bound, what is started, in what order it ends.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_identity::ca_client::CaOptions;
+use mesh_identity::{CaClient, Connector, FileToken, Store};
+use mesh_runtime::admin;
+use mesh_runtime::drain::{self, Drained};
+use mesh_runtime::http::{Reply, Router, Server};
+use mesh_runtime::log::LogHandle;
+use mesh_runtime::metrics::Registry;
+use mesh_runtime::ready::Readiness;
+use mesh_runtime::signal::Shutdown;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Error;
+use super::config::Config;
+use super::discovery::{self, ControlPlane, DiscoveryMetrics};
+use super::dump::Dump;
+use super::guard;
+use super::handover::Handover;
+use super::live::CloseReason;
+use super::metrics::Metrics;
+use super::pods::Pods;
+use super::sockets::NodeCap;
+use super::state::State;
+use super::tunnels::Tunnels;
+use super::worker::{Shared, Workers};
+
+/// Time that forced connections have to end.
+const FORCED: Duration = Duration::from_secs(1);
+
+/// Time between two updates of the byte counters of connections that live long.
+const PUBLISH: Duration = Duration::from_secs(1);
+
+/// Runs the proxy until it is told to end, on the main thread's runtime.
+///
+/// # Errors
+/// Why it could not start.
+pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
+    let mut shutdown = Shutdown::new().map_err(Error::Signals)?;
+    let (admin, ready, stats) = tokio::try_join!(
+        bind("--admin-addr", config.admin_addr),
+        bind("--ready-addr", config.ready_addr),
+        bind("--metrics-addr", config.metrics_addr),
+    )?;
+    let readiness = Readiness::new();
+    let (pending_discovery, pending_agent) =
+        (readiness.register("first answer of discovery"), readiness.register("pods of this node, from the agent"));
+
+    let registry = Registry::new();
+    let metrics = Metrics::register(&registry);
+    let (driver, discovery) = discovery::client(&config);
+    let collector = DiscoveryMetrics(discovery.clone());
+    registry.register(|registry| registry.register_collector(Box::new(collector)));
+
+    let state = State::new();
+    let shared = Arc::new(Shared {
+        state: Arc::clone(&state),
+        certificates: certificates(&config)?,
+        metrics: metrics.clone(),
+        tunnels: Tunnels::default(),
+        hbone: mesh_hbone::Options::default(),
+        network: config.network.clone(),
+        node: config.node.clone(),
+        cluster_id: config.cluster_id.clone(),
+    });
+    let (trigger, watcher) = drain::channel();
+    let workers = Workers::start(config.worker_count(), &shared, &watcher).map_err(Error::Workers)?;
+    drop(watcher);
+
+    let (notices, orders) = mpsc::unbounded_channel();
+    let cap = NodeCap::new(config.stock_cap);
+    let host = Box::new(Arc::clone(&workers));
+    let max = config.max_connections_per_pod;
+    let pods = Pods::new(host, config.trust_domain.clone(), max, Arc::clone(&cap), notices);
+    let handover = Handover {
+        agent_socket: config.agent_socket.clone(),
+        pods: Arc::clone(&pods),
+        notices: orders,
+        pending: Some(pending_agent),
+    };
+    let control_plane = ControlPlane {
+        connector: Connector::new(&config.xds_address, &config.ca_roots).map_err(Error::ControlPlane)?,
+        token: FileToken::new(&config.token),
+        cluster_id: config.cluster_id.clone(),
+    };
+    let synced = discovery.clone();
+    tokio::spawn(driver.run(control_plane, state.sink(&config.node)));
+    tokio::spawn(async move {
+        if synced.synced().await {
+            pending_discovery.done();
+        }
+    });
+    tokio::spawn(handover.run());
+    tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
+    tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap)));
+
+    let pages = Pages { log: log.clone(), readiness, registry };
+    let dump = Dump { shared, pods: Arc::clone(&pods), cap, discovery };
+    let ended = pages.serve(admin, ready, stats, dump, &shutdown);
+    tracing::info!(node = config.node, workers = config.worker_count(), "ztunnel proxy started");
+
+    let reason = shutdown.wait().await;
+    tracing::info!(?reason, connections = open_connections(&pods), deadline = ?config.drain_deadline, "draining");
+    let drained = tokio::select! {
+        drained = end(trigger, &pods, config.drain_deadline) => drained,
+        _ = shutdown.wait() => Drained::Abandoned,
+    };
+    tracing::info!(?drained, "ended");
+    workers.stop();
+    ended.send_replace(true);
+    log.flush(Duration::from_secs(1));
+    Ok(())
+}
+
+/// Lets connections end by themselves until the deadline, then tells them to.
+async fn end(trigger: drain::Trigger, pods: &Pods, deadline: Duration) -> Drained {
+    let drained = trigger.drain(deadline + FORCED / 2);
+    tokio::pin!(drained);
+    tokio::select! {
+        drained = &mut drained => return drained,
+        () = tokio::time::sleep(deadline) => {}
+    }
+    for pod in pods.pods() {
+        pod.live.close_all(&CloseReason::Drained);
+    }
+    drained.await
+}
+
+fn certificates(config: &Config) -> Result<Store, Error> {
+    let connector = Connector::new(config.ca(), &config.ca_roots).map_err(Error::ControlPlane)?;
+    let options = CaOptions { cluster_id: config.cluster_id.clone(), ..CaOptions::default() };
+    let client = CaClient::with_connector(Arc::new(connector), Arc::new(FileToken::new(&config.token)), options);
+    Ok(Store::new(Arc::new(client), mesh_identity::Options::default()))
+}
+
+async fn bind(flag: &'static str, address: SocketAddr) -> Result<Server, Error> {
+    Server::bind(address).await.map_err(|source| Error::Bind { flag, address, source })
+}
+
+/// Raises the limit of open files to what is allowed: every connection has two.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn raise_file_limit() -> io::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+}
+
+/// Says at start what else would be noticed only by a connection that fails.
+pub fn check_files(config: &Config) -> Vec<String> {
+    let readable = |flag: &str, path: &Path| match std::fs::File::open(path) {
+        Ok(_) => None,
+        Err(error) => Some(format!("{flag} {}: {error}; it must be readable for uid {}", path.display(), config.uid)),
+    };
+    [readable("--ca-roots", &config.ca_roots), readable("--token", &config.token)].into_iter().flatten().collect()
+}
+
+fn open_connections(pods: &Pods) -> usize {
+    pods.pods().iter().map(|pod| pod.live.count()).sum()
+}
+
+async fn publish(metrics: Metrics, pods: Arc<Pods>, cap: Arc<NodeCap>) {
+    let mut ticks = interval(PUBLISH);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        metrics.stock_idle.set(i64::try_from(cap.idle()).unwrap_or(i64::MAX));
+        for pod in pods.pods() {
+            for connection in pod.live.connections() {
+                connection.facts.publish_bytes();
+            }
+        }
+    }
+}
+
+/// What is served about the process.
+struct Pages {
+    log: LogHandle,
+    readiness: Readiness,
+    registry: Registry,
+}
+
+impl Pages {
+    /// Serves all pages, until the returned switch is set.
+    fn serve(
+        self,
+        admin: Server,
+        ready: Server,
+        stats: Server,
+        dump: Dump,
+        shutdown: &Shutdown,
+    ) -> watch::Sender<bool> {
+        let ended = watch::Sender::new(false);
+        let until = || {
+            let mut ended = ended.subscribe();
+            async move {
+                // An error means that the process ends as well.
+                let _ = ended.wait_for(|ended| *ended).await;
+            }
+        };
+        let mut pages = admin::routes(&self.log, shutdown.requester());
+        let dump = Arc::new(dump);
+        pages.get("/config_dump", "what decisions are made by, and what lives", move |_| {
+            let dump = Arc::clone(&dump);
+            async move { Reply::json(&dump.json()) }
+        });
+        tokio::spawn(admin.local_only().serve(admin::finish(pages), until()));
+        let mut health = Router::new();
+        self.readiness.mount(&mut health);
+        tokio::spawn(ready.serve(health, until()));
+        let mut numbers = Router::new();
+        self.registry.mount(&mut numbers);
+        tokio::spawn(stats.serve(numbers, until()));
+        ended
+    }
+}

@@ -1,0 +1,109 @@
+//! The way to the control plane: who this proxy says it is, and its state as metrics.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use mesh_identity::{Connector, FileToken, TokenSource};
+use mesh_proto::core::Node;
+use mesh_xds::client::{Connect, ConnectError, Connection, Driver, Handle, Mode, Options};
+use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
+use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
+
+use super::config::Config;
+
+/// A client for everything that there is, not connected yet.
+pub fn client(config: &Config) -> (Driver, Handle) {
+    // Policies first: a workload that names one that has not come yet is closed to everybody.
+    let types = [AUTHORIZATION_TYPE, WORKLOAD_TYPE].map(|type_url| (Arc::from(type_url), Mode::Wildcard));
+    Driver::new(node(config), types, Options::default())
+}
+
+/// Who this proxy says it is.
+fn node(config: &Config) -> Node {
+    let (name, namespace, ip) = (config.own_pod_name(), &config.pod_namespace, config.instance_ip);
+    let text = |value: &str| Value { kind: Some(Kind::StringValue(value.to_owned())) };
+    let metadata = [
+        ("NAME", text(&name)),
+        ("NAMESPACE", text(namespace)),
+        ("INSTANCE_IPS", text(&ip.to_string())),
+        ("NODE_NAME", text(&config.node)),
+        ("CLUSTER_ID", text(&config.cluster_id)),
+    ];
+    let fields: BTreeMap<String, Value> = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    Node {
+        id: format!("ztunnel~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local"),
+        metadata: Some(Struct { fields }),
+        ..Node::default()
+    }
+}
+
+/// Makes connections to the control plane, with the token and the roots that the files hold at that time.
+pub struct ControlPlane {
+    /// The channel, and the roots that it trusts.
+    pub connector: Connector,
+    /// The bearer token.
+    pub token: FileToken,
+    /// Sent as `clusterid`.
+    pub cluster_id: String,
+}
+
+impl Connect for ControlPlane {
+    async fn connect(&mut self) -> Result<Connection, ConnectError> {
+        let token = self.token.token().await.map_err(ConnectError::new)?;
+        let channel = self.connector.channel().await.map_err(ConnectError::new)?;
+        let mut metadata = MetadataMap::new();
+        let mut bearer: MetadataValue<Ascii> = token.header().parse().map_err(ConnectError::new)?;
+        bearer.set_sensitive(true);
+        metadata.insert("authorization", bearer);
+        metadata.insert("clusterid", self.cluster_id.parse().map_err(ConnectError::new)?);
+        Ok(Connection { channel, metadata })
+    }
+}
+
+/// Discovery's state, read at each scrape.
+pub struct DiscoveryMetrics(pub Handle);
+
+impl fmt::Debug for DiscoveryMetrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DiscoveryMetrics")
+    }
+}
+
+impl Collector for DiscoveryMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let status = self.0.status().borrow().clone();
+        let terminations = status.terminations.iter().map(|(reason, count)| (*reason, *count));
+        counters(
+            &mut encoder,
+            ("istio_xds_connection_terminations", "Discovery streams that ended", "reason"),
+            terminations,
+        )?;
+        let messages = status.types.iter().map(|(type_url, status)| (type_url.as_ref(), status.responses));
+        counters(&mut encoder, ("istio_xds_message", "Discovery responses received", "url"), messages)?;
+        let bytes = status.types.iter().map(|(type_url, status)| (type_url.as_ref(), status.bytes));
+        counters(&mut encoder, ("istio_xds_message_bytes", "Bytes of discovery responses received", "url"), bytes)?;
+        let refused = status.types.iter().map(|(type_url, status)| (type_url.as_ref(), status.nacks));
+        counters(&mut encoder, ("culvert_xds_rejected", "Discovery resources refused", "url"), refused)
+    }
+}
+
+/// Writes one counter per value of a label.
+fn counters<'a>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help, label): (&str, &str, &'static str),
+    values: impl Iterator<Item = (&'a str, u64)>,
+) -> fmt::Result {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (value, count) in values {
+        let labels = [(label, value)];
+        ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}

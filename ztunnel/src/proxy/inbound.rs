@@ -1,0 +1,201 @@
+//! HBONE from peers: mutual TLS as the pod, then for each CONNECT a decision by [`admit`](super::admit), a connection to the
+//! pod's application with the client's address, and only then the answer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mesh_hbone::copy::splice;
+use mesh_hbone::headers::FORWARDED;
+use mesh_hbone::server::Request;
+use mesh_hbone::{Headers, StreamError, server};
+use mesh_identity::handshake;
+use mesh_model::{Service, Snapshot, SpiffeId, Workload};
+use mesh_runtime::drain::Watcher;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::admit::{Admission, Connect, Connection, admit};
+use super::dial::{self, Unanswered};
+use super::error::ConnectionError;
+use super::pods::Pod;
+use super::record::{Direction, Facts, Record};
+use super::tunnels::{Negotiated, TunnelFacts};
+use super::worker::{Accepted, Worker};
+
+/// One tunnel that a peer has opened to a pod.
+struct Tunnel {
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    peer: SpiffeId,
+    connection: Connection,
+    facts: Arc<TunnelFacts>,
+    drain: Watcher,
+}
+
+/// Serves one tunnel until it ends, the pod is gone, or the proxy has drained. The permit counts the handshake.
+pub async fn serve(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    accepted: Accepted,
+    permit: Option<OwnedSemaphorePermit>,
+    drain: Watcher,
+) {
+    let _token = pod.live.token();
+    let serving = async {
+        let Accepted { stream, peer } = accepted;
+        let Ok(local) = stream.local_addr() else { return };
+        let accepted = authenticate(&worker, &pod, stream, peer).await;
+        drop(permit);
+        let (tls, identity) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                let mut facts = Facts::new(Direction::Inbound, peer, local);
+                facts.dst.workload = worker.shared.local(&pod).workload(&worker.shared.state.snapshot()).cloned();
+                return Record::refused(&worker.shared.metrics, facts, &error);
+            }
+        };
+        let facts = Arc::clone(tls.get_ref().0.facts());
+        let tunnel = Arc::new(Tunnel {
+            worker: Arc::clone(&worker),
+            pod: Arc::clone(&pod),
+            peer: identity,
+            connection: Connection { local, peer },
+            facts,
+            drain: drain.clone(),
+        });
+        let options = &worker.shared.hbone;
+        let handler = move |request| Arc::clone(&tunnel).connect(request);
+        if let Err(error) = server::serve(tls, options, drain.draining(), handler).await {
+            tracing::debug!(%error, %peer, "tunnel ended");
+        }
+    };
+    tokio::select! {
+        () = serving => {}
+        () = pod.live.closed() => {}
+        () = drain.forced() => {}
+    }
+}
+
+async fn authenticate(
+    worker: &Worker,
+    pod: &Pod,
+    stream: tokio::net::TcpStream,
+    peer: SocketAddr,
+) -> Result<(tokio_rustls::server::TlsStream<super::tunnels::Metered>, SpiffeId), ConnectionError> {
+    dial::tune(&stream);
+    let shared = &worker.shared;
+    let credential = shared.certificates.certificate(&pod.identity).await?;
+    let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream);
+    let (tls, identity) = handshake::accept(io, &credential).await?;
+    let (io, connection) = tls.get_ref();
+    // Set once, here.
+    let _ = io.facts().negotiated.set(Negotiated::of(identity.clone(), connection));
+    Ok((tls, identity))
+}
+
+impl Tunnel {
+    /// Serves one CONNECT, from its arrival to its record.
+    async fn connect(self: Arc<Self>, request: Request) {
+        let _drain = self.drain.clone();
+        let _counted = Counted::new(&self.facts);
+        let shared = &self.worker.shared;
+        let mut facts = Facts::new(Direction::Inbound, self.connection.peer, self.connection.local);
+        facts.mtls = true;
+        facts.hbone_addr = Some(request.authority.clone());
+        facts.src.identity = Some(self.peer.clone());
+        facts.dst.identity = Some(self.pod.identity.clone());
+        let admission = match self.decide(&mut facts, &request) {
+            Ok(admission) => admission,
+            Err(error) => {
+                request.refuse(error.reply());
+                return Record::refused(&shared.metrics, facts, &error);
+            }
+        };
+        let record = match Record::open(&shared.metrics, &self.pod.live, facts) {
+            Ok(record) => record,
+            Err(error) => return request.refuse(error.reply()),
+        };
+        let result = tokio::select! {
+            biased;
+            reason = record.told_to_close() => Err(reason.into()),
+            result = self.carry(&admission, request, &record) => result,
+        };
+        record.finish(result);
+    }
+
+    fn decide(&self, facts: &mut Facts, request: &Request) -> Result<Admission, ConnectionError> {
+        let shared = &self.worker.shared;
+        let snapshot = shared.state.snapshot();
+        let connect = Connect { authority: &request.authority };
+        match admit(&snapshot, &shared.local(&self.pod), &self.peer, self.connection, &connect) {
+            Ok(admission) => {
+                let host = request.headers.get(FORWARDED).and_then(forwarded_host);
+                let port = admission.target.0.port();
+                facts.service = service_of(&snapshot, &admission.destination, port, host);
+                facts.src.workload.clone_from(&admission.source);
+                facts.dst.workload = Some(Arc::clone(&admission.destination));
+                facts.policy.clone_from(&admission.allowed.policy);
+                Ok(admission)
+            }
+            Err(denial) => {
+                facts.src.workload.clone_from(&denial.source);
+                facts.dst.workload.clone_from(&denial.destination);
+                facts.policy = denial.policy().cloned();
+                Err(denial.into())
+            }
+        }
+    }
+
+    /// Connects to the application, answers, and copies until both directions have ended.
+    async fn carry(&self, admission: &Admission, mut request: Request, record: &Record) -> Result<(), ConnectionError> {
+        let client = SocketAddr::new(admission.source_ip, self.connection.peer.port());
+        let delivered = tokio::select! {
+            delivered = dial::deliver(&self.pod, client, admission.target.0) => delivered,
+            () = request.cancelled() => {
+                return Err(ConnectionError::GaveUp(StreamError::Reset(mesh_hbone::ResetReason::Cancel)));
+            }
+        };
+        let app = match delivered {
+            Ok(app) => Unanswered::new(app),
+            Err(error) => {
+                request.refuse(error.reply());
+                return Err(error);
+            }
+        };
+        let stream = request.accept(&Headers::new()).map_err(ConnectionError::GaveUp)?;
+        Ok(splice(stream, app.answered()?, &record.facts.counters).await?)
+    }
+}
+
+/// Counts a stream of a tunnel.
+struct Counted(Arc<TunnelFacts>);
+
+impl Counted {
+    fn new(facts: &Arc<TunnelFacts>) -> Self {
+        facts.streams.fetch_add(1, Ordering::Relaxed);
+        facts.served.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(facts))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The `host` that a `forwarded` field names (RFC 7239).
+fn forwarded_host(forwarded: &str) -> Option<&str> {
+    forwarded.split([';', ',']).find_map(|pair| pair.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'))
+}
+
+/// The service that a connection to `port` of `workload` was probably meant for: the one that the client says, if the
+/// workload is in it, else the first that has the port. For the record only.
+pub fn service_of(snapshot: &Snapshot, workload: &Workload, port: u16, host: Option<&str>) -> Option<Arc<Service>> {
+    let services = || workload.services.iter().filter_map(|member| snapshot.service_by_name(&member.service));
+    let named = host.and_then(|host| services().find(|service| *service.hostname == *host));
+    let serves = |service: &Service| {
+        service.ports.iter().any(|known| workload.target_port(service, known.service_port) == Some(port))
+    };
+    named.or_else(|| services().find(|service| serves(service))).cloned()
+}

@@ -1,0 +1,69 @@
+//! What comes to a pod in plain from outside the mesh: decided by [`admit_plaintext`](super::admit::admit_plaintext), then
+//! delivered with the client's address, as if no proxy were there.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mesh_hbone::copy::relay;
+
+use super::admit::{Admission, Connection, admit_plaintext};
+use super::dial::{self, Unanswered};
+use super::error::ConnectionError;
+use super::inbound::service_of;
+use super::pods::Pod;
+use super::record::{Direction, Facts, Record};
+use super::worker::{Accepted, Worker};
+
+/// Carries one connection, from its acceptance to its record.
+pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
+    let Accepted { stream, peer } = accepted;
+    // The accepted socket's own address is what the client connected to.
+    let Ok(local) = stream.local_addr() else { return dial::reset(stream) };
+    dial::tune(&stream);
+    let client = Unanswered::new(stream);
+    let shared = &worker.shared;
+    let mut facts = Facts::new(Direction::Inbound, peer, local);
+    let admission = match decide(worker, pod, &mut facts, Connection { local, peer }) {
+        Ok(admission) => admission,
+        Err(error) => return Record::refused(&shared.metrics, facts, &error),
+    };
+    let Ok(record) = Record::open(&shared.metrics, &pod.live, facts) else { return };
+    let result = tokio::select! {
+        biased;
+        reason = record.told_to_close() => Err(reason.into()),
+        result = carry(pod, &admission, peer, client, &record) => result,
+    };
+    record.finish(result);
+}
+
+fn decide(worker: &Worker, pod: &Pod, facts: &mut Facts, connection: Connection) -> Result<Admission, ConnectionError> {
+    let shared = &worker.shared;
+    let snapshot = shared.state.snapshot();
+    match admit_plaintext(&snapshot, &shared.local(pod), connection) {
+        Ok(admission) => {
+            facts.service = service_of(&snapshot, &admission.destination, admission.target.0.port(), None);
+            facts.src.workload.clone_from(&admission.source);
+            facts.dst.workload = Some(Arc::clone(&admission.destination));
+            facts.policy.clone_from(&admission.allowed.policy);
+            Ok(admission)
+        }
+        Err(denial) => {
+            facts.src.workload.clone_from(&denial.source);
+            facts.dst.workload.clone_from(&denial.destination);
+            facts.policy = denial.policy().cloned();
+            Err(denial.into())
+        }
+    }
+}
+
+async fn carry(
+    pod: &Pod,
+    admission: &Admission,
+    peer: SocketAddr,
+    client: Unanswered,
+    record: &Record,
+) -> Result<(), ConnectionError> {
+    let from = SocketAddr::new(admission.source_ip, peer.port());
+    let app = dial::deliver(pod, from, admission.target.0).await?;
+    Ok(relay(client.answered()?, app, &record.facts.counters).await?)
+}

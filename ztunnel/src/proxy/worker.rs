@@ -1,0 +1,290 @@
+//! The threads that carry connections. Each has a runtime of its own and accepts on its own duplicate of every pod's
+//! listening sockets; a connection never leaves the thread that accepted it, nor does a pooled tunnel.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mesh_hbone::pool::{IDLE_TIMEOUT, Pool};
+use mesh_identity::Store;
+use mesh_model::SpiffeId;
+use mesh_runtime::drain::Watcher;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+
+use super::error::ConnectionError;
+use super::local::LocalPod;
+use super::metrics::Metrics;
+use super::pods::{Host, Pod, Port};
+use super::state::State;
+use super::tunnels::Tunnels;
+use super::{inbound, outbound, plaintext};
+
+/// TLS handshakes that one thread runs at a time for one pod; more wait in the kernel's accept queue.
+const HANDSHAKES: usize = 128;
+
+/// Pause after a failed accept, which is a shortage of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What all threads share.
+pub struct Shared {
+    /// What discovery has brought.
+    pub state: Arc<State>,
+    /// Certificates of the pods.
+    pub certificates: Store,
+    /// All metrics.
+    pub metrics: Metrics,
+    /// The tunnels that are open.
+    pub tunnels: Tunnels,
+    /// Limits and times of tunnels.
+    pub hbone: mesh_hbone::Options,
+    /// Network of this node.
+    pub network: String,
+    /// Name of this node.
+    pub node: String,
+    /// Cluster of this node.
+    pub cluster_id: String,
+}
+
+impl Shared {
+    /// A pod as the decisions know it.
+    pub fn local<'a>(&'a self, pod: &'a Pod) -> LocalPod<'a> {
+        LocalPod {
+            name: &pod.name,
+            namespace: &pod.namespace,
+            identity: &pod.identity,
+            addresses: &pod.addresses,
+            network: &self.network,
+            node: &self.node,
+            cluster_id: &self.cluster_id,
+        }
+    }
+}
+
+/// What connections may share a tunnel: those of one source to one destination.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TunnelKey {
+    /// Who opens it.
+    pub source: SpiffeId,
+    /// From where.
+    pub source_ip: IpAddr,
+    /// To where.
+    pub next_hop: SocketAddr,
+    /// Who may be there.
+    pub expected: Vec<SpiffeId>,
+}
+
+/// One thread's own things.
+pub struct Worker {
+    /// What it shares with the others.
+    pub shared: Arc<Shared>,
+    /// Its tunnels.
+    pub pool: Pool<TunnelKey, ConnectionError>,
+    /// Peers that refused a tunnel's certificate after the handshake, which TLS 1.3 allows: the reason, until the
+    /// connection that asked for the tunnel has taken it.
+    pub refusals: Mutex<HashMap<TunnelKey, Arc<ConnectionError>>>,
+}
+
+impl Worker {
+    /// A worker without tunnels.
+    pub fn new(shared: Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self { shared, pool: Pool::new(IDLE_TIMEOUT), refusals: Mutex::default() })
+    }
+
+    /// Keeps why the peer did not take a tunnel.
+    pub fn note_refusal(&self, key: TunnelKey, error: ConnectionError) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody may come for it; the list must not grow.
+        if refusals.len() >= 1024 {
+            refusals.clear();
+        }
+        refusals.insert(key, Arc::new(error));
+    }
+
+    /// Why the peer did not take the tunnel, if it said so.
+    pub fn take_refusal(&self, key: &TunnelKey) -> Option<Arc<ConnectionError>> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).remove(key)
+    }
+}
+
+/// A listening socket to serve.
+struct Serve {
+    pod: Arc<Pod>,
+    port: Port,
+    listener: OwnedFd,
+}
+
+/// All threads.
+pub struct Workers {
+    serve: Vec<mpsc::UnboundedSender<Serve>>,
+    stop: watch::Sender<bool>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    shared: Arc<Shared>,
+}
+
+impl Workers {
+    /// Starts `count` threads, which end after [`Workers::stop`].
+    ///
+    /// # Errors
+    /// When a thread or its runtime cannot be made.
+    pub fn start(count: usize, shared: &Arc<Shared>, drain: &Watcher) -> io::Result<Arc<Self>> {
+        let stop = watch::Sender::new(false);
+        let (mut serve, mut threads) = (Vec::new(), Vec::new());
+        for index in 0..count {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let (sender, receiver) = mpsc::unbounded_channel();
+            let worker = Worker::new(Arc::clone(shared));
+            let main = run(worker, receiver, drain.clone(), stop.subscribe());
+            let thread = std::thread::Builder::new().name(format!("worker-{index}"));
+            threads.push(thread.spawn(move || runtime.block_on(main))?);
+            serve.push(sender);
+        }
+        Ok(Arc::new(Self { serve, stop, threads: Mutex::new(threads), shared: Arc::clone(shared) }))
+    }
+
+    /// Ends all threads, and what they still carry.
+    pub fn stop(&self) {
+        self.stop.send_replace(true);
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a worker thread had panicked");
+            }
+        }
+    }
+}
+
+impl Host for Arc<Workers> {
+    fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>> {
+        let mut all = Vec::new();
+        for (port, listener) in listeners {
+            nonblocking(&listener)?;
+            for _ in 1..self.serve.len() {
+                all.push((port, listener.try_clone()?));
+            }
+            all.push((port, listener));
+        }
+        // One duplicate of each listener for each worker, in turn.
+        for ((port, listener), worker) in all.into_iter().zip(self.serve.iter().cycle()) {
+            // A worker that is gone: the proxy is ending.
+            let _ = worker.send(Serve { pod: Arc::clone(pod), port, listener });
+        }
+        self.shared.metrics.pods_active.inc();
+        self.shared.metrics.pods_started.inc();
+        let certificate = self.shared.certificates.retain(&pod.identity);
+        Ok(Box::new(Served { metrics: self.shared.metrics.clone(), _certificate: certificate }))
+    }
+}
+
+/// Kept while a pod is served: its certificate stays fresh.
+struct Served {
+    metrics: Metrics,
+    _certificate: mesh_identity::Retained,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.metrics.pods_active.dec();
+        self.metrics.pods_stopped.inc();
+    }
+}
+
+fn nonblocking(listener: &OwnedFd) -> io::Result<()> {
+    socket2::SockRef::from(listener).set_nonblocking(true)
+}
+
+async fn run(
+    worker: Arc<Worker>,
+    mut serve: mpsc::UnboundedReceiver<Serve>,
+    drain: Watcher,
+    mut stop: watch::Receiver<bool>,
+) {
+    loop {
+        let next = tokio::select! {
+            biased;
+            () = drain.draining() => break,
+            next = serve.recv() => next,
+        };
+        let Some(Serve { pod, port, listener }) = next else { break };
+        match TcpListener::from_std(std::net::TcpListener::from(listener)) {
+            Ok(listener) => {
+                tokio::spawn(accept(Arc::clone(&worker), pod, port, listener, drain.clone()));
+            }
+            Err(error) => tracing::error!(%error, ?pod, ?port, "cannot serve a listening socket"),
+        }
+    }
+    drop(drain);
+    // What was begun goes on until the owner says stop.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
+pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: TcpListener, drain: Watcher) {
+    let _token = pod.live.token();
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let ended = async {
+        tokio::select! {
+            () = pod.live.closed() => {}
+            () = drain.draining() => {}
+        }
+    };
+    tokio::pin!(ended);
+    loop {
+        let next = async {
+            // The permit first: a connection over the limit stays in the kernel's queue.
+            let permit = match port {
+                Port::Hbone => Arc::clone(&handshakes).acquire_owned().await.ok(),
+                Port::Outbound | Port::Plaintext => None,
+            };
+            (permit, listener.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
+            biased;
+            () = &mut ended => return,
+            next = next => next,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, ?pod, ?port, "accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (worker, pod, drain) = (Arc::clone(&worker), Arc::clone(&pod), drain.clone());
+        spawn(worker, pod, port, Accepted { stream, peer }, permit, drain);
+    }
+}
+
+/// A connection that was accepted.
+pub struct Accepted {
+    /// The connection.
+    pub stream: TcpStream,
+    /// Its far end.
+    pub peer: SocketAddr,
+}
+
+fn spawn(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    port: Port,
+    accepted: Accepted,
+    permit: Option<tokio::sync::OwnedSemaphorePermit>,
+    drain: Watcher,
+) {
+    match port {
+        Port::Outbound => tokio::spawn(async move {
+            let _token = drain;
+            outbound::serve(&worker, &pod, accepted).await;
+        }),
+        Port::Plaintext => tokio::spawn(async move {
+            let _token = drain;
+            plaintext::serve(&worker, &pod, accepted).await;
+        }),
+        Port::Hbone => tokio::spawn(inbound::serve(worker, pod, accepted, permit, drain)),
+    };
+}
