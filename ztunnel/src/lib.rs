@@ -1,1 +1,5 @@
 //! The node proxy and its agent.
+
+pub mod agent;
+pub mod cni;
+pub mod proxy;

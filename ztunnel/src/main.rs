@@ -1,3 +1,51 @@
 //! The node: `ztunnel agent`, `ztunnel proxy`, `ztunnel cni`.
 
-fn main() {}
+#![expect(clippy::print_stderr, clippy::print_stdout, reason = "a command's own output")]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ztunnel::{agent, cni, proxy};
+
+/// The mesh on one node: captures the traffic of its pods and carries it through mutual TLS.
+#[derive(clap::Parser)]
+#[command(name = "ztunnel", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Prepare pods and hand their sockets to the proxy (privileged)
+    Agent(agent::Config),
+    /// Carry connections (no privilege)
+    Proxy(proxy::Config),
+    /// The CNI plugin: environment and standard input as the CNI specification has it
+    Cni,
+    /// Print the version
+    Version,
+}
+
+fn main() -> ExitCode {
+    // The runtime calls the plugin by its file and without arguments; CNI_COMMAND says that it is meant.
+    let as_plugin = std::env::args_os().len() == 1 && std::env::var_os("CNI_COMMAND").is_some();
+    let command = if as_plugin { Command::Cni } else { Arguments::parse().command };
+    // No thread is started before this: the proxy gives up its privileges while it has only one.
+    let result: Result<(), Box<dyn std::error::Error>> = match command {
+        Command::Agent(config) => agent::run(&config).map_err(Into::into),
+        Command::Proxy(config) => proxy::run(config).map_err(Into::into),
+        Command::Cni => return cni::run(),
+        Command::Version => {
+            println!("{}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ztunnel: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! System calls that neither aya nor nix offers: what a link is attached to, what else is attached, the cookie of a namespace.
+#![expect(unsafe_code, reason = "bpf(2) and SO_NETNS_COOKIE have no safe wrapper")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// `bpf_attach_type` of the connect hook for IPv4.
+pub const ATTACH_CONNECT4: u32 = 10;
+/// `bpf_attach_type` of the connect hook for IPv6.
+pub const ATTACH_CONNECT6: u32 = 11;
+/// `bpf_attach_type` of socket look-up.
+pub const ATTACH_SK_LOOKUP: u32 = 36;
+
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
+
+/// What a link in the kernel is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkTarget {
+    /// The program that runs.
+    pub program_id: u32,
+    /// The hook.
+    pub attach_type: u32,
+    /// Id of the cgroup, or inode of the network namespace; 0: the target is gone and the link does nothing.
+    pub target: u64,
+}
+
+/// Opens what is pinned at a path.
+///
+/// # Errors
+/// As `bpf(BPF_OBJ_GET)`; `NotFound` when nothing is pinned there.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    let fd = bpf(BPF_OBJ_GET, &mut attr)?;
+    // SAFETY: the kernel returned a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Asks the kernel about a link on a cgroup or a network namespace.
+///
+/// # Errors
+/// As `bpf(BPF_OBJ_GET_INFO_BY_FD)`.
+pub fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
+    /// The head of `struct bpf_link_info`, and both shapes of its union as bytes.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program_id: u32,
+        padding: u32,
+        union: [u32; 4],
+    }
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    const LINK_CGROUP: u32 = 3;
+    const LINK_NETNS: u32 = 5;
+
+    let mut info = Info::default();
+    let length = u32::try_from(size_of::<Info>()).map_err(io::Error::other)?;
+    let fd = u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?;
+    let mut attr = Attr { fd, length, info: &raw mut info as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    let [first, second, third, _] = info.union;
+    match info.kind {
+        // cgroup_id: u64, attach_type: u32
+        LINK_CGROUP => Ok(LinkTarget {
+            program_id: info.program_id,
+            attach_type: third,
+            target: u64::from(first) | u64::from(second) << 32,
+        }),
+        // netns_ino: u32, attach_type: u32
+        LINK_NETNS => Ok(LinkTarget { program_id: info.program_id, attach_type: second, target: u64::from(first) }),
+        other => Err(io::Error::other(format!("the link is of another kind ({other})"))),
+    }
+}
+
+/// Ids of the programs attached to a hook of a cgroup.
+///
+/// # Errors
+/// As `bpf(BPF_PROG_QUERY)`.
+pub fn attached_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    #[repr(C)]
+    struct Attr {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        padding: u32,
+        // Later kernels write more here.
+        rest: [u64; 4],
+    }
+    let mut ids = [0_u32; 64];
+    let mut attr = Attr {
+        target: u32::try_from(cgroup.as_raw_fd()).map_err(io::Error::other)?,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: 64,
+        padding: 0,
+        rest: [0; 4],
+    };
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    let count = usize::try_from(attr.count).map_err(io::Error::other)?.min(ids.len());
+    Ok(ids.into_iter().take(count).collect())
+}
+
+/// The cookie of a socket's network namespace: never reused while the machine is up.
+///
+/// # Errors
+/// As `getsockopt(SO_NETNS_COOKIE)`; the option exists since Linux 5.14.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut cookie = 0_u64;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: the kernel writes at most `length` bytes into `cookie`, which is that long.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Watches a descriptor's owner for input, with tokio.
+///
+/// # Errors
+/// When the descriptor cannot be watched.
+pub fn watch<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: an owner that lends its descriptor safely keeps it open while it lives, and the AsyncFd owns it.
+    unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
+}
+
+/// One bpf(2) call with a command's own attributes.
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is a live #[repr(C)] value of the given size; the pointers in it point to live buffers of the
+    // lengths beside them (each caller above).
+    let done = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(done).map_err(io::Error::other) }
+}

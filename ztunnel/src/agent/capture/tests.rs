@@ -1,0 +1,303 @@
+//! Capture on the real kernel: two namespaces, the real programs, the listeners of a proxy played by the test.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+use ztunnel_ebpf::{Counter, PodEntry};
+
+use super::*;
+use crate::agent::netns::Netns;
+use crate::agent::pod_network;
+use crate::agent::sockets::{self, ListenerSet};
+use crate::agent::testing::{A, B, Scratch, TestPod, cgroup_root, pair};
+
+const PORT: u16 = 8080;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A node with pod A enrolled and pod B beside it, not enrolled, with an application on [`PORT`].
+struct World {
+    node: NodeCapture,
+    a: TestPod,
+    b: TestPod,
+    listeners: ListenerSet,
+    capture: PodCapture,
+    application: TcpListener,
+    before: pod_network::Before,
+    scratch: Scratch,
+}
+
+impl World {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+        let (a, b) = pair();
+        let before = pod_network::prepare(&a.netns, A).unwrap();
+        let listeners = ListenerSet::open(&a.netns).unwrap();
+        let capture = node.attach_pod("uid/a", a.netns.as_fd(), entry(A), listeners.borrow()).unwrap();
+        node.enrol(a.netns.cookie(), entry(A)).unwrap();
+        capture.verify(a.netns.as_fd(), entry(A)).unwrap();
+        pod_network::verify(&a.netns, A).unwrap();
+        let application = listen(&b.netns, PORT);
+        Self { node, a, b, listeners, capture, application, before, scratch }
+    }
+
+    /// The connection that a listener of the proxy got: its two addresses as the proxy sees them.
+    fn accepted(&self, listener: &OwnedFd) -> (SocketAddr, SocketAddr) {
+        let (stream, peer) = accept(&TcpListener::from(listener.try_clone().unwrap())).expect("a captured connection");
+        (stream.local_addr().unwrap(), peer)
+    }
+
+    fn counter(&self, counter: Counter) -> u64 {
+        self.node.counter(counter).unwrap()
+    }
+}
+
+fn entry(address: Ipv4Addr) -> PodEntry {
+    PodEntry::new(&[address.octets()]).unwrap()
+}
+
+fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddrV4::new(address, port).into()
+}
+
+fn listen(netns: &Netns, port: u16) -> TcpListener {
+    let listener = netns.run(|| TcpListener::bind(at(Ipv4Addr::UNSPECIFIED, port))).unwrap().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+/// Waits for a connection; `None` if none came.
+fn accept(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
+    accept_within(listener, PATIENCE)
+}
+
+fn accept_within(listener: &TcpListener, patience: Duration) -> Option<(TcpStream, SocketAddr)> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let timeout = PollTimeout::try_from(patience).unwrap();
+    poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout).unwrap();
+    match listener.accept() {
+        Ok(accepted) => Some(accepted),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => panic!("accept: {error}"),
+    }
+}
+
+fn connect(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
+    connect_with(netns, to, |_| Ok(()))
+}
+
+fn connect_with(
+    netns: &Netns,
+    to: SocketAddr,
+    options: impl FnOnce(&Socket) -> io::Result<()> + Send,
+) -> io::Result<TcpStream> {
+    netns
+        .run(|| {
+            let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+            let socket = Socket::new(domain, Type::STREAM, None)?;
+            options(&socket)?;
+            socket.connect_timeout(&to.into(), Duration::from_secs(2))?;
+            Ok(TcpStream::from(socket))
+        })
+        .unwrap()
+}
+
+#[test]
+fn connection_of_an_enrolled_pod_reaches_the_outbound_listener_with_true_addresses() {
+    let world = World::new();
+    let client = connect(&world.a.netns, at(B, PORT)).unwrap();
+    let (local, peer) = world.accepted(&world.listeners.outbound);
+    assert_eq!(local, at(B, PORT), "the listener sees the original destination");
+    assert_eq!(peer, client.local_addr().unwrap());
+    assert_eq!(client.peer_addr().unwrap(), at(B, PORT));
+    assert_eq!(client.local_addr().unwrap().ip(), A);
+    assert_eq!(world.counter(Counter::Captured), 1);
+    assert!(accept_within(&world.application, Duration::ZERO).is_none(), "nothing left the pod");
+}
+
+#[test]
+fn connection_of_another_namespace_is_left_alone() {
+    let world = World::new();
+    let application = listen(&world.b.netns, 8081);
+    connect(&world.b.netns, at(B, 8081)).unwrap();
+    assert!(accept(&application).is_some());
+    assert_eq!(world.counter(Counter::Captured), 0);
+}
+
+#[test]
+fn mark_and_device_of_the_application_are_overridden() {
+    let world = World::new();
+    connect_with(&world.a.netns, at(B, PORT), |socket| socket.set_mark(0x77)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+    connect_with(&world.a.netns, at(B, PORT), |socket| socket.bind_device(Some(b"eth0"))).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+    assert!(accept_within(&world.application, Duration::ZERO).is_none(), "nothing left the pod");
+}
+
+#[test]
+fn delivery_mark_set_by_an_application_does_not_exempt() {
+    let world = World::new();
+    connect_with(&world.a.netns, at(B, PORT), |socket| socket.set_mark(ztunnel_ebpf::MARK_DELIVERY)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+}
+
+#[test]
+fn ipv4_mapped_connection_of_an_ipv6_socket_is_captured() {
+    let world = World::new();
+    let mapped = SocketAddr::new(B.to_ipv6_mapped().into(), PORT);
+    connect(&world.a.netns, mapped).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+}
+
+#[test]
+fn exempt_socket_is_not_captured() {
+    let world = World::new();
+    connect_with(&world.a.netns, at(B, PORT), |socket| world.node.exempt(socket.as_fd()).map_err(io::Error::other))
+        .unwrap();
+    assert_eq!(accept(&world.application).expect("it went straight to the application").1.ip(), A);
+    assert_eq!(world.counter(Counter::Captured), 0);
+}
+
+#[test]
+fn loopback_and_own_address_are_left_alone() {
+    let world = World::new();
+    let own = listen(&world.a.netns, PORT);
+    for address in [Ipv4Addr::LOCALHOST, A] {
+        let client = connect(&world.a.netns, at(address, PORT)).unwrap();
+        assert_eq!(accept(&own).expect("straight to the pod's own listener").1, client.local_addr().unwrap());
+    }
+    assert_eq!(world.counter(Counter::Captured), 0);
+}
+
+#[test]
+fn listeners_of_the_proxy_cannot_be_addressed_from_inside() {
+    let world = World::new();
+    for port in [ztunnel_ebpf::PORT_OUTBOUND, ztunnel_ebpf::PORT_INBOUND_PLAINTEXT] {
+        for address in [Ipv4Addr::LOCALHOST, A] {
+            let error = connect(&world.a.netns, at(address, port)).unwrap_err();
+            assert!(matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut), "{error}");
+        }
+    }
+    assert!(world.counter(Counter::Dropped) >= 4);
+}
+
+#[test]
+fn plaintext_from_outside_reaches_the_inbound_listener() {
+    let world = World::new();
+    let own = listen(&world.a.netns, PORT);
+    let client = connect(&world.b.netns, at(A, PORT)).unwrap();
+    let (local, peer) = world.accepted(&world.listeners.inbound_plaintext);
+    assert_eq!((local, peer), (at(A, PORT), client.local_addr().unwrap()));
+    assert!(accept_within(&own, Duration::ZERO).is_none(), "the application's own listener did not get it");
+    // A port of the proxy is no way in either: the proxy sees it as the destination that was asked for.
+    connect(&world.b.netns, at(A, ztunnel_ebpf::PORT_OUTBOUND)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.inbound_plaintext).0, at(A, ztunnel_ebpf::PORT_OUTBOUND));
+}
+
+#[test]
+fn hbone_from_outside_reaches_its_listener() {
+    let world = World::new();
+    connect(&world.b.netns, at(A, ztunnel_ebpf::PORT_INBOUND_HBONE)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.inbound_hbone).0, at(A, ztunnel_ebpf::PORT_INBOUND_HBONE));
+}
+
+#[test]
+fn without_listeners_nothing_passes_in_either_direction() {
+    let world = World::new();
+    let own = listen(&world.a.netns, PORT);
+    drop(world.listeners);
+    let hbone = listen(&world.a.netns, ztunnel_ebpf::PORT_INBOUND_HBONE);
+    assert!(connect(&world.b.netns, at(A, PORT)).is_err());
+    assert!(connect(&world.b.netns, at(A, ztunnel_ebpf::PORT_INBOUND_HBONE)).is_err());
+    assert!(connect(&world.a.netns, at(B, PORT)).is_err());
+    for application in [&own, &hbone, &world.application] {
+        assert!(accept_within(application, Duration::ZERO).is_none());
+    }
+    assert!(world.node.counter(Counter::Dropped).unwrap() >= 3);
+}
+
+#[test]
+fn listeners_can_be_replaced() {
+    let world = World::new();
+    drop(world.listeners);
+    let listeners = ListenerSet::open(&world.a.netns).unwrap();
+    world.capture.replace_listeners(listeners.borrow()).unwrap();
+    let client = connect(&world.a.netns, at(B, PORT)).unwrap();
+    let accepted = accept(&TcpListener::from(listeners.outbound)).unwrap();
+    assert_eq!(accepted.1, client.local_addr().unwrap());
+}
+
+#[test]
+fn delivery_shows_the_clients_address_and_replies_return_over_lo() {
+    let world = World::new();
+    let own = listen(&world.a.netns, PORT);
+    let stranger = Ipv4Addr::new(203, 0, 113, 9);
+    let socket = Socket::from(world.a.netns.run(sockets::delivery).unwrap().unwrap());
+    world.node.exempt(socket.as_fd()).unwrap();
+    socket.bind(&at(stranger, 0).into()).unwrap();
+    socket.set_nonblocking(false).unwrap();
+    // The socket keeps its namespace; this thread is in another.
+    socket.connect_timeout(&at(A, PORT).into(), PATIENCE).unwrap();
+    let (mut application, peer) = accept(&own).unwrap();
+    assert_eq!(peer.ip(), stranger);
+    application.set_nonblocking(false).unwrap();
+    application.write_all(b"hello").unwrap();
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut bytes = [0; 5];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"hello");
+    assert_eq!(world.counter(Counter::Captured), 0);
+}
+
+#[test]
+fn release_restores_everything() {
+    let world = World::new();
+    world.node.release(world.a.netns.cookie()).unwrap();
+    world.capture.unpin().unwrap();
+    pod_network::restore(&world.a.netns, world.before).unwrap();
+    assert!(pod_network::verify(&world.a.netns, A).is_err());
+    assert_eq!(world.node.enrolled(world.a.netns.cookie()).unwrap(), None);
+    assert_eq!(world.node.pinned().unwrap(), Vec::<String>::new());
+    connect(&world.a.netns, at(B, PORT)).unwrap();
+    assert_eq!(accept(&world.application).expect("left alone").1.ip(), A);
+    let own = listen(&world.a.netns, PORT);
+    connect(&world.b.netns, at(A, PORT)).unwrap();
+    assert_eq!(accept(&own).expect("left alone").1.ip(), B);
+}
+
+#[test]
+fn capture_outlives_the_agent_and_is_adopted() {
+    let World { node, a, b, listeners, capture, application, scratch, .. } = World::new();
+    drop((node, capture));
+    connect(&a.netns, at(B, PORT)).unwrap();
+    assert!(accept(&TcpListener::from(listeners.outbound.try_clone().unwrap())).is_some(), "no agent, still captured");
+    let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+    let capture = node.adopt_pod("uid/a").expect("pinned");
+    capture.verify(a.netns.as_fd(), entry(A)).unwrap();
+    assert_eq!(node.enrolled(a.netns.cookie()).unwrap(), Some(entry(A)));
+    assert!(capture.verify(b.netns.as_fd(), entry(A)).is_err(), "another namespace");
+    assert!(capture.verify(a.netns.as_fd(), entry(B)).is_err(), "another address");
+    assert!(!capture.is_dead().unwrap());
+    assert_eq!(node.counter(Counter::Captured).unwrap(), 1, "the maps are the old ones");
+    drop(application);
+}
+
+#[test]
+fn purge_leaves_nothing() {
+    let world = World::new();
+    purge(&world.scratch.bpffs()).unwrap();
+    assert!(!world.scratch.bpffs().join("v1").exists());
+    connect(&world.a.netns, at(Ipv4Addr::LOCALHOST, PORT)).unwrap_err();
+    assert!(world.node.pinned().is_err());
+}
+
+#[test]
+fn folder_names_suit_bpffs() {
+    assert_eq!(folder_name("8c1e-4"), "8c1e-4");
+    assert_eq!(folder_name("Kubernetes//Pod/ns/a.b"), "Kubernetes_2f_2fPod_2fns_2fa_2eb");
+    assert_ne!(folder_name("a_2f"), folder_name("a/"));
+}

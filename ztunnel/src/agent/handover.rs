@@ -1,0 +1,233 @@
+//! The proxy's side of the agent: says which pods there are, gives out listeners and fresh sockets, takes listeners back.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use mesh_proto::node::{self, agent_message, proxy_message};
+use mesh_runtime::seqpacket::{self, Listener, Socket};
+use prost::Message as _;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::maker::{Kind, Maker};
+use super::manager::{Manager, ManagerError, Notice};
+use super::sockets::ListenerSet;
+
+/// The version of the protocol that this agent speaks; it speaks no older one yet.
+pub const VERSION: u32 = 1;
+/// Largest message of a proxy.
+const MAX_MESSAGE: usize = 4096;
+/// Proxies at a time: the current one, its successor, and room for one that is not noticed to be gone.
+const MAX_PROXIES: usize = 4;
+/// How long the peer may take for the first messages, and to take a message that is sent to it.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Pods that a proxy can have kept: more than a node has.
+const MAX_KEPT: u32 = 4096;
+/// Messages that a proxy may leave unacknowledged.
+const MAX_UNACKED: usize = 2 * ztunnel_ebpf::PODS_CAPACITY;
+
+/// Why a connection was ended.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// The peer is neither the proxy's user nor root.
+    #[error("user {0} may not take sockets")]
+    NotAllowed(u32),
+    /// The socket failed, or the peer is gone.
+    #[error(transparent)]
+    Socket(#[from] seqpacket::Error),
+    /// A message that is none.
+    #[error("not a message: {0}")]
+    Decode(#[from] prost::DecodeError),
+    /// A message that has no place here.
+    #[error("{0}")]
+    Protocol(&'static str),
+    /// The peer did not answer or read in time.
+    #[error("the proxy did not {0} in time")]
+    Slow(&'static str),
+    /// The agent stops.
+    #[error(transparent)]
+    Manager(#[from] ManagerError),
+}
+
+/// Serves proxies until the task is aborted.
+///
+/// # Errors
+/// When the socket itself fails.
+pub async fn serve(listener: Listener, proxy_uid: u32, manager: Manager, maker: Maker) -> Result<(), HandoverError> {
+    let permits = Arc::new(Semaphore::new(MAX_PROXIES));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return Ok(()) };
+        let socket = listener.accept().await?;
+        let (manager, maker) = (manager.clone(), maker.clone());
+        tokio::spawn(async move {
+            match connection(&socket, proxy_uid, &manager, &maker).await {
+                Err(HandoverError::Socket(seqpacket::Error::Closed)) => tracing::info!("the proxy disconnected"),
+                Err(error) => tracing::warn!(%error, "connection of a proxy ended"),
+                Ok(()) => tracing::info!("connection of a proxy ended: the agent cut it off"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn connection(socket: &Socket, proxy_uid: u32, manager: &Manager, maker: &Maker) -> Result<(), HandoverError> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let peer = socket.peer()?;
+    if peer.uid != proxy_uid && peer.uid != 0 {
+        return Err(HandoverError::NotAllowed(peer.uid));
+    }
+    let kept = tokio::time::timeout(PATIENCE, greet(socket)).await.map_err(|_| HandoverError::Slow("say hello"))??;
+    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+    tracing::info!(proxy = id, pid = peer.pid, kept = kept.len(), "a proxy connected");
+    let mut notices = manager.join(id, kept).await?;
+    let mut unacked = VecDeque::new();
+    let result = exchange(socket, manager, maker, &mut notices, &mut unacked).await;
+    // The manager may wait for an acknowledgement that will not come.
+    drop((notices, unacked));
+    manager.leave(id).await;
+    result
+}
+
+/// Exchanges the first messages: what the proxy kept from an earlier agent.
+async fn greet(socket: &Socket) -> Result<HashMap<String, ListenerSet>, HandoverError> {
+    send(socket, agent_message::Kind::Hello(node::Hello { version: VERSION, kept_pods: 0 }), &[]).await?;
+    let proxy_message::Kind::Hello(hello) = receive(socket).await?.0 else {
+        return Err(HandoverError::Protocol("the first message is not Hello"));
+    };
+    if hello.version < VERSION {
+        return Err(HandoverError::Protocol("the proxy speaks only versions that this agent does not"));
+    }
+    if hello.kept_pods > MAX_KEPT {
+        return Err(HandoverError::Protocol("more kept pods than a node has"));
+    }
+    let mut kept = HashMap::new();
+    for _ in 0..hello.kept_pods {
+        let (proxy_message::Kind::PodKept(pod), sockets) = receive(socket).await? else {
+            return Err(HandoverError::Protocol("PodKept was announced and did not come"));
+        };
+        if pod.listeners.len() != sockets.len() {
+            return Err(HandoverError::Protocol("PodKept with another number of descriptors than listeners"));
+        }
+        let sockets = pod.listeners().zip(sockets).collect();
+        if let Some(listeners) = ListenerSet::returned(sockets) {
+            kept.insert(pod.pod_uid, listeners);
+        } else {
+            tracing::warn!(pod = pod.pod_uid, "the proxy returned something else than the pod's listeners");
+        }
+    }
+    Ok(kept)
+}
+
+/// Messages that wait for their acknowledgement, in order: the pod, and who wants to know that it is removed.
+type Unacked = VecDeque<(String, Option<oneshot::Sender<()>>)>;
+
+/// Returns when the manager cut the proxy off.
+async fn exchange(
+    socket: &Socket,
+    manager: &Manager,
+    maker: &Maker,
+    notices: &mut mpsc::Receiver<Notice>,
+    unacked: &mut Unacked,
+) -> Result<(), HandoverError> {
+    loop {
+        tokio::select! {
+            notice = notices.recv() => match notice {
+                Some(notice) => tell(socket, notice, unacked).await?,
+                None => return Ok(()),
+            },
+            message = receive(socket) => match message?.0 {
+                proxy_message::Kind::Ack(ack) => acknowledge(&ack, unacked)?,
+                proxy_message::Kind::SocketRequest(request) => answer(socket, manager, maker, request).await?,
+                proxy_message::Kind::Hello(_) | proxy_message::Kind::PodKept(_) => {
+                    return Err(HandoverError::Protocol("Hello or PodKept after the beginning"));
+                }
+            },
+        }
+    }
+}
+
+async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<(), HandoverError> {
+    if unacked.len() >= MAX_UNACKED {
+        return Err(HandoverError::Slow("acknowledge"));
+    }
+    match notice {
+        Notice::Added(pod, listeners) => {
+            let message = node::PodAdded {
+                pod: Some(pod.info.to_wire()),
+                listeners: ListenerSet::KINDS.map(Into::into).to_vec(),
+            };
+            unacked.push_back((pod.info.uid.clone(), None));
+            send(socket, agent_message::Kind::PodAdded(message), &listeners.descriptors()).await
+        }
+        Notice::Removed(uid, removed) => {
+            unacked.push_back((uid.clone(), Some(removed)));
+            send(socket, agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid: uid }), &[]).await
+        }
+        Notice::SnapshotSent => send(socket, agent_message::Kind::SnapshotSent(node::SnapshotSent {}), &[]).await,
+    }
+}
+
+fn acknowledge(ack: &node::Ack, unacked: &mut Unacked) -> Result<(), HandoverError> {
+    match unacked.pop_front() {
+        Some((uid, removed)) if uid == ack.pod_uid => {
+            if !ack.error.is_empty() {
+                tracing::error!(pod = uid, error = ack.error, "the proxy does not serve a pod");
+            }
+            if let Some(removed) = removed {
+                // The manager may have lost patience.
+                let _ = removed.send(());
+            }
+            Ok(())
+        }
+        Some(_) | None => Err(HandoverError::Protocol("an acknowledgement of something else")),
+    }
+}
+
+async fn answer(
+    socket: &Socket,
+    manager: &Manager,
+    maker: &Maker,
+    request: node::SocketRequest,
+) -> Result<(), HandoverError> {
+    let (sockets, error) = match make(manager, maker, &request).await {
+        Ok(sockets) => (sockets, String::new()),
+        Err(error) => {
+            tracing::warn!(pod = request.pod_uid, error, "no sockets for the proxy");
+            (Vec::new(), error)
+        }
+    };
+    let message = node::Sockets {
+        pod_uid: request.pod_uid,
+        kind: request.kind,
+        count: u32::try_from(sockets.len()).unwrap_or(0),
+        error,
+    };
+    let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(|socket| socket.as_fd()).collect();
+    send(socket, agent_message::Kind::Sockets(message), &sockets).await
+}
+
+async fn make(manager: &Manager, maker: &Maker, request: &node::SocketRequest) -> Result<Vec<OwnedFd>, String> {
+    let kind = Kind::try_from(request.kind).map_err(|error| error.to_string())?;
+    let count = usize::try_from(request.count).unwrap_or(usize::MAX);
+    if count == 0 || count > seqpacket::MAX_FDS {
+        return Err(format!("1 to {} sockets can be asked for at a time", seqpacket::MAX_FDS));
+    }
+    let pod = manager.pod(&request.pod_uid).ok_or_else(|| String::from("no such pod"))?;
+    maker.make(pod, kind, count).await.map_err(|error| error.to_string())
+}
+
+async fn send(socket: &Socket, kind: agent_message::Kind, fds: &[BorrowedFd<'_>]) -> Result<(), HandoverError> {
+    let bytes = node::AgentMessage { kind: Some(kind) }.encode_to_vec();
+    tokio::time::timeout(PATIENCE, socket.send(&bytes, fds)).await.map_err(|_| HandoverError::Slow("read"))??;
+    Ok(())
+}
+
+async fn receive(socket: &Socket) -> Result<(proxy_message::Kind, Vec<OwnedFd>), HandoverError> {
+    let (bytes, fds) = socket.recv(MAX_MESSAGE).await?;
+    match node::ProxyMessage::decode(bytes)?.kind {
+        Some(kind) => Ok((kind, fds)),
+        None => Err(HandoverError::Protocol("a message of an unknown kind")),
+    }
+}

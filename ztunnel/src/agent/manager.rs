@@ -1,0 +1,436 @@
+//! The pods of the node: one task that owns them, enrols and withdraws them one after the other, and tells the proxies.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mesh_proto::node;
+use tokio::sync::{mpsc, oneshot};
+
+use super::capture::{NodeCapture, PodCapture, folder_name};
+use super::netns::Netns;
+use super::pod::{EnrolError, Pod, PodInfo};
+use super::sockets::ListenerSet;
+use super::state::{Saved, State, StateError};
+
+/// How long a proxy may take to close the sockets of a pod that is gone.
+const ACK_PATIENCE: Duration = Duration::from_secs(2);
+/// How often pods are looked after: namespaces that are gone, listeners that nobody returned.
+const ROUND: Duration = Duration::from_secs(5);
+/// Commands that wait.
+const QUEUE: usize = 256;
+/// Notices that wait for one proxy: more than all pods of a node. A proxy that lets them pile up is cut off.
+const NOTICES: usize = 2 * ztunnel_ebpf::PODS_CAPACITY;
+
+/// The way to the task. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Manager {
+    commands: mpsc::Sender<Command>,
+    pods: Shared,
+}
+
+/// Pods by UID, for those who only look.
+type Shared = Arc<Mutex<HashMap<String, Arc<Pod>>>>;
+
+/// What a proxy's connection has to tell it.
+#[derive(Debug)]
+pub enum Notice {
+    /// A pod, with listeners that the proxy gets duplicates of.
+    Added(Arc<Pod>, Arc<ListenerSet>),
+    /// A pod is gone; the sender fires when the proxy has closed its sockets.
+    Removed(String, oneshot::Sender<()>),
+    /// Everything known at connect time has been told.
+    SnapshotSent,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum ManagerError {
+    /// The pod could not be enrolled, or not wholly released.
+    #[error(transparent)]
+    Pod(#[from] EnrolError),
+    /// The agent shuts down.
+    #[error("the agent is shutting down")]
+    Stopping,
+}
+
+/// One pod, as `ListPods` shows it.
+#[derive(Debug)]
+pub struct Listed {
+    /// The pod.
+    pub info: PodInfo,
+    /// Empty: enrolled, as checked in the kernel.
+    pub reason: String,
+}
+
+enum Command {
+    Enrol { info: PodInfo, netns: OwnedFd, path: PathBuf, done: oneshot::Sender<Result<(), ManagerError>> },
+    Withdraw { uid: String, done: oneshot::Sender<Result<(), ManagerError>> },
+    List { done: oneshot::Sender<Vec<Listed>> },
+    Join { id: u64, kept: HashMap<String, ListenerSet>, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
+    Leave { id: u64 },
+}
+
+impl Manager {
+    /// Adopts what an earlier agent left, then starts the task. It ends when all clones are dropped, and leaves capture in place.
+    ///
+    /// # Errors
+    /// When the state cannot be read.
+    pub fn start(node: Arc<NodeCapture>, state: State) -> Result<Self, StateError> {
+        let pods = Shared::default();
+        let stranded = adopt(&node, &state, &pods)?;
+        let (commands, queue) = mpsc::channel(QUEUE);
+        let task = Task { node, state, pods: Arc::clone(&pods), stranded, proxies: HashMap::new() };
+        tokio::spawn(task.run(queue));
+        Ok(Self { commands, pods })
+    }
+
+    /// Enrols a pod; when this returns it is in force, as checked in the kernel.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn enrol(&self, info: PodInfo, netns: OwnedFd, path: PathBuf) -> Result<(), ManagerError> {
+        self.ask(|done| Command::Enrol { info, netns, path, done }).await?
+    }
+
+    /// Withdraws a pod. A pod that is not known is withdrawn already.
+    ///
+    /// # Errors
+    /// When something of it stays.
+    pub async fn withdraw(&self, uid: String) -> Result<(), ManagerError> {
+        self.ask(|done| Command::Withdraw { uid, done }).await?
+    }
+
+    /// All pods, each checked in the kernel now.
+    ///
+    /// # Errors
+    /// When the agent stops.
+    pub async fn list(&self) -> Result<Vec<Listed>, ManagerError> {
+        self.ask(|done| Command::List { done }).await
+    }
+
+    /// A proxy connected, with the listeners that it kept: what it has to be told from now on.
+    ///
+    /// # Errors
+    /// When the agent stops.
+    pub async fn join(
+        &self,
+        id: u64,
+        kept: HashMap<String, ListenerSet>,
+    ) -> Result<mpsc::Receiver<Notice>, ManagerError> {
+        self.ask(|notices| Command::Join { id, kept, notices }).await
+    }
+
+    /// A proxy is gone.
+    pub async fn leave(&self, id: u64) {
+        // The task may be gone too.
+        let _ = self.commands.send(Command::Leave { id }).await;
+    }
+
+    /// An enrolled pod.
+    #[must_use]
+    pub fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// How many pods are enrolled.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, ManagerError> {
+        let (done, answer) = oneshot::channel();
+        self.commands.send(command(done)).await.map_err(|_| ManagerError::Stopping)?;
+        answer.await.map_err(|_| ManagerError::Stopping)
+    }
+}
+
+/// Takes over the pods of an earlier agent. Those that cannot be served are returned, with the reason; their capture stays.
+fn adopt(node: &NodeCapture, state: &State, pods: &Shared) -> Result<BTreeMap<String, Stranded>, StateError> {
+    let mut stranded = BTreeMap::new();
+    let mut known = Vec::new();
+    for saved in state.load()? {
+        let saved = match saved {
+            Ok(saved) => saved,
+            Err(error) => {
+                tracing::error!(%error, "cannot read the state of a pod; its capture stays as it is");
+                continue;
+            }
+        };
+        let uid = saved.pod.uid.clone();
+        known.push(folder_name(&uid));
+        let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
+            if node.adopt_pod(&uid).is_some_and(|capture| capture.is_dead().is_ok_and(|dead| !dead)) {
+                stranded.insert(uid, Stranded { saved, reason: String::from("its network namespace was not found") });
+            } else {
+                tracing::info!(pod = uid, "gone while no agent ran");
+                bury(node, state, &saved);
+            }
+            continue;
+        };
+        match Pod::adopt(node, &saved, netns) {
+            Ok(pod) => {
+                tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "adopted");
+                pods.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::new(pod));
+            }
+            Err(error) => {
+                tracing::error!(pod = uid, %error, "cannot adopt; its capture stays as it is");
+                stranded.insert(uid, Stranded { saved, reason: error.to_string() });
+            }
+        }
+    }
+    for folder in node.pinned().unwrap_or_default() {
+        if !known.contains(&folder) {
+            let capture = PodCapture::named(node, &folder);
+            match capture.is_dead() {
+                Ok(false) => tracing::warn!(folder, "pinned for a pod that this agent knows nothing of; left in force"),
+                Ok(true) | Err(_) => {
+                    let _ = capture.unpin();
+                }
+            }
+        }
+    }
+    Ok(stranded)
+}
+
+/// Removes what is left of a pod whose namespace is gone.
+fn bury(node: &NodeCapture, state: &State, saved: &Saved) {
+    let uid = &saved.pod.uid;
+    let steps =
+        [node.release(saved.netns_cookie).map_err(EnrolError::from), node.unpin_pod(uid).map_err(EnrolError::from)];
+    for error in steps.into_iter().chain([state.remove(uid).map_err(EnrolError::from)]).filter_map(Result::err) {
+        tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
+    }
+}
+
+/// A pod that is captured but cannot be served.
+struct Stranded {
+    saved: Saved,
+    reason: String,
+}
+
+struct Task {
+    node: Arc<NodeCapture>,
+    state: State,
+    pods: Shared,
+    stranded: BTreeMap<String, Stranded>,
+    proxies: HashMap<u64, mpsc::Sender<Notice>>,
+}
+
+impl Task {
+    async fn run(mut self, mut queue: mpsc::Receiver<Command>) {
+        let mut rounds = tokio::time::interval(ROUND);
+        rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = queue.recv() => match command {
+                    // An answer that nobody waits for any more is dropped: the work is done all the same.
+                    Some(Command::Enrol { info, netns, path, done }) => {
+                        let _ = done.send(self.enrol(info, netns, path).await);
+                    }
+                    Some(Command::Withdraw { uid, done }) => {
+                        let _ = done.send(self.withdraw(&uid).await);
+                    }
+                    Some(Command::List { done }) => {
+                        let _ = done.send(self.list().await);
+                    }
+                    Some(Command::Join { id, kept, notices }) => {
+                        let _ = notices.send(self.join(id, kept).await);
+                    }
+                    Some(Command::Leave { id }) => {
+                        self.proxies.remove(&id);
+                    }
+                    None => return,
+                },
+                _ = rounds.tick() => self.look_after().await,
+            }
+        }
+    }
+
+    async fn enrol(&mut self, info: PodInfo, netns: OwnedFd, path: PathBuf) -> Result<(), ManagerError> {
+        let uid = info.uid.clone();
+        let (netns, inode) = blocking(move || {
+            let copy = netns.try_clone().map_err(super::netns::NetnsError::Enter)?;
+            Ok::<_, EnrolError>((netns, Netns::new(copy)?.inode()))
+        })
+        .await?;
+        if let Some(pod) = self.get(&uid) {
+            let node = Arc::clone(&self.node);
+            let same = pod.info == info && pod.netns().inode() == inode;
+            if same && blocking(move || pod.verify(&node)).await.is_ok() {
+                return Ok(());
+            }
+            self.withdraw(&uid).await?;
+        }
+        if let Some(other) = self.all().into_iter().find(|pod| pod.netns().inode() == inode) {
+            return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
+        }
+        self.stranded.remove(&uid);
+        // A path that means something else here (another mount namespace) would make the pod look gone.
+        let path = if inode_at(&path) == Some(inode) { path } else { PathBuf::new() };
+        let (node, state) = (Arc::clone(&self.node), self.state.clone());
+        let enrolled = blocking(move || Pod::enrol(&node, &state, info, netns, path)).await;
+        let pod = match enrolled {
+            Ok(pod) => Arc::new(pod),
+            Err(error) => {
+                tracing::error!(pod = uid, %error, "not enrolled");
+                return Err(error.into());
+            }
+        };
+        tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "enrolled");
+        self.lock().insert(uid, Arc::clone(&pod));
+        self.announce(&pod);
+        Ok(())
+    }
+
+    async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
+        if let Some(Stranded { saved, .. }) = self.stranded.remove(uid) {
+            let (node, state) = (Arc::clone(&self.node), self.state.clone());
+            blocking(move || {
+                bury(&node, &state, &saved);
+                Ok::<_, EnrolError>(())
+            })
+            .await?;
+        }
+        let Some(pod) = self.lock().remove(uid) else { return Ok(()) };
+        let (node, releasing) = (Arc::clone(&self.node), Arc::clone(&pod));
+        let released = blocking(move || releasing.release(&node)).await;
+        self.tell_removed(uid).await;
+        let state = self.state.clone();
+        let restored = blocking(move || pod.restore(&state)).await;
+        tracing::info!(pod = uid, "withdrawn");
+        Ok(released.and(restored)?)
+    }
+
+    /// Waits until every proxy has closed the pod's sockets; one that does not in time is cut off.
+    async fn tell_removed(&mut self, uid: &str) {
+        let mut acks = Vec::new();
+        for (id, notices) in &self.proxies {
+            let (acked, ack) = oneshot::channel();
+            if notices.try_send(Notice::Removed(uid.to_owned(), acked)).is_ok() {
+                acks.push((*id, ack));
+            }
+        }
+        let deadline = tokio::time::Instant::now() + ACK_PATIENCE;
+        for (id, ack) in acks {
+            // An error says that the connection ended: then the proxy is gone, or will be told again when it is back.
+            if tokio::time::timeout_at(deadline, ack).await.is_err() {
+                tracing::error!(
+                    proxy = id,
+                    pod = uid,
+                    "the proxy did not close a pod's sockets in time; it is cut off"
+                );
+                self.proxies.remove(&id);
+            }
+        }
+    }
+
+    async fn list(&self) -> Vec<Listed> {
+        let (node, pods) = (Arc::clone(&self.node), self.all());
+        let checked = tokio::task::spawn_blocking(move || {
+            pods.into_iter()
+                .map(|pod| {
+                    let reason = pod.verify(&node).err().map(|error| error.to_string()).unwrap_or_default();
+                    Listed { info: pod.info.clone(), reason }
+                })
+                .collect::<Vec<_>>()
+        });
+        let mut listed = checked.await.unwrap_or_default();
+        listed.extend(
+            self.stranded
+                .values()
+                .map(|Stranded { saved, reason }| Listed { info: saved.pod.clone(), reason: reason.clone() }),
+        );
+        listed
+    }
+
+    async fn join(&mut self, id: u64, kept: HashMap<String, ListenerSet>) -> mpsc::Receiver<Notice> {
+        for (uid, listeners) in kept {
+            if let Some(pod) = self.get(&uid)
+                && pod.take_listeners(listeners)
+            {
+                tracing::info!(pod = uid, "listeners returned by the proxy");
+                // Other proxies, if any, had to do without.
+                self.announce(&pod);
+            }
+        }
+        let (notices, receiver) = mpsc::channel(NOTICES);
+        for pod in self.all() {
+            if let Some(listeners) = pod.listeners() {
+                // The channel holds more than all pods.
+                let _ = notices.try_send(Notice::Added(pod, listeners));
+            }
+        }
+        let _ = notices.try_send(Notice::SnapshotSent);
+        self.proxies.insert(id, notices);
+        receiver
+    }
+
+    /// Withdraws pods whose namespace is gone, and opens listeners that nobody returned.
+    async fn look_after(&mut self) {
+        for pod in self.all() {
+            let path = &pod.netns_path;
+            if !path.as_os_str().is_empty() && inode_at(path) != Some(pod.netns().inode()) {
+                let uid = pod.info.uid.clone();
+                tracing::warn!(pod = uid, path = %path.display(), "its network namespace is gone and nobody withdrew it");
+                drop(pod);
+                if let Err(error) = self.withdraw(&uid).await {
+                    tracing::warn!(pod = uid, %error, "cannot withdraw");
+                }
+            } else if pod.listeners().is_none() {
+                let opening = Arc::clone(&pod);
+                match blocking(move || opening.open_listeners()).await {
+                    Ok(()) => {
+                        tracing::info!(pod = pod.info.uid, "listeners opened again");
+                        self.announce(&pod);
+                    }
+                    Err(error) => tracing::warn!(pod = pod.info.uid, %error, "no listeners yet"),
+                }
+            }
+        }
+    }
+
+    fn announce(&self, pod: &Arc<Pod>) {
+        let Some(listeners) = pod.listeners() else { return };
+        for notices in self.proxies.values() {
+            // A full or closed channel: the connection is about to end, and the next one gets a snapshot.
+            let _ = notices.try_send(Notice::Added(Arc::clone(pod), Arc::clone(&listeners)));
+        }
+    }
+
+    fn get(&self, uid: &str) -> Option<Arc<Pod>> {
+        self.lock().get(uid).cloned()
+    }
+
+    fn all(&self) -> Vec<Arc<Pod>> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Pod>>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl From<Listed> for node::PodState {
+    fn from(listed: Listed) -> Self {
+        Self { pod: Some(listed.info.to_wire()), not_enrolled_reason: listed.reason }
+    }
+}
+
+/// The inode of what lies at a path, if anything does.
+fn inode_at(path: &std::path::Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// Runs system calls that block shortly, away from the runtime's threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EnrolError> + Send + 'static,
+) -> Result<T, EnrolError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(EnrolError::Netns(super::netns::NetnsError::Thread(error.to_string()))))
+}

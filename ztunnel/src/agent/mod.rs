@@ -1,0 +1,217 @@
+//! The node's agent: prepares pods, loads eBPF, opens sockets in their namespaces and hands them to the proxy. It parses nothing
+//! that a pod or a peer sent.
+//!
+//! A pod is announced on `cni.sock` ([`announce`]) and enrolled by one task ([`manager`]) step by step ([`pod`]): rules and a
+//! route in its namespace ([`pod_network`]), listeners ([`sockets`]), programs and maps ([`capture`]). The proxy learns of it and
+//! gets its sockets on `proxy/agent.sock` ([`handover`]). All that matters lies in the kernel: an agent that dies
+//! changes nothing, the next one adopts what it finds ([`state`]).
+
+pub mod announce;
+pub mod capture;
+pub mod config;
+pub mod handover;
+pub mod maker;
+pub mod manager;
+mod metrics;
+pub mod netns;
+pub mod pod;
+pub mod pod_network;
+pub mod preflight;
+pub mod run_dir;
+pub mod sockets;
+pub mod state;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use mesh_runtime::log::{LogError, LogHandle};
+use mesh_runtime::ready::Readiness;
+use mesh_runtime::signal::Shutdown;
+use mesh_runtime::{admin, http, log, seqpacket};
+use tokio::task::JoinSet;
+
+pub use config::Config;
+
+use capture::{CaptureError, NodeCapture};
+use handover::HandoverError;
+use maker::Maker;
+use manager::Manager;
+use netns::Netns;
+use preflight::PreflightError;
+use run_dir::{RunDir, RunDirError};
+use state::{State, StateError};
+
+/// Why the agent did not start, or ended by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Logs.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The machine lacks something.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
+    /// The agent's folder.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The programs.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The pods' files.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A socket of the agent.
+    #[error("{path}: {source}")]
+    Socket {
+        /// Where.
+        path: String,
+        /// What failed.
+        #[source]
+        source: seqpacket::Error,
+    },
+    /// The proxies' socket failed while running.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The address of the admin pages.
+    #[error("cannot listen on {address} (--admin-addr): {source}")]
+    Admin {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// What failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime, a thread or a signal handler.
+    #[error("cannot start: {0}")]
+    Start(#[source] io::Error),
+    /// A task ended that never should.
+    #[error("a task of the agent failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// Runs the agent until it is told to end. Capture stays in force after that.
+///
+/// # Errors
+/// When it cannot start, with everything that is missing; or when one of its sockets fails.
+pub fn run(config: &Config) -> Result<(), Error> {
+    let log = log::init(&config.log_level, config.log_format.parse()?)?;
+    let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
+    if config.uninstall {
+        return uninstall(config, &run_dir);
+    }
+    preflight::check(config)?;
+    let node = Arc::new(NodeCapture::open(&config.bpffs, &config.cgroup_root, config.ebpf_log)?);
+    warn_of_foreign_programs(&node, &config.cgroup_root);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Error::Start)?;
+    let result = runtime.block_on(serve(config, &run_dir, node, &log));
+    // Threads that wait for the kernel must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: &Config, run_dir: &RunDir, node: Arc<NodeCapture>, log: &LogHandle) -> Result<(), Error> {
+    let mut shutdown = Shutdown::new().map_err(Error::Start)?;
+    let readiness = Readiness::new();
+    let adopting = readiness.register("adopting pods");
+    let mut tasks = Tasks::new();
+    if config.ebpf_log {
+        let node = Arc::clone(&node);
+        tasks.spawn(async move { node.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
+    }
+    let manager = start(run_dir, config.proxy_uid, &node, &mut tasks)?;
+    if let Some(address) = config.admin_addr {
+        let failed = |source| Error::Admin { address, source };
+        let mut server = http::Server::bind(address).await.map_err(failed)?;
+        if address.ip().is_loopback() {
+            server = server.local_only();
+        }
+        let mut router = admin::routes(log, shutdown.requester());
+        readiness.mount(&mut router);
+        metrics::registry(node, manager).mount(&mut router);
+        let router = admin::finish(router);
+        tasks.spawn(async move {
+            server.serve(router, std::future::pending()).await;
+            Ok(())
+        });
+    }
+    adopting.done();
+    tracing::info!(run_dir = %config.run_dir.display(), "ready");
+    tokio::select! {
+        reason = shutdown.wait() => {
+            tracing::info!(?reason, "ending; capture stays in force");
+            Ok(())
+        }
+        Some(ended) = tasks.join_next() => ended?,
+    }
+}
+
+/// Tasks of which none should end by itself.
+type Tasks = JoinSet<Result<(), Error>>;
+
+/// Adopts what is there and opens the agent's sockets. Needs a tokio runtime.
+fn start(run_dir: &RunDir, proxy_uid: u32, node: &Arc<NodeCapture>, tasks: &mut Tasks) -> Result<Manager, Error> {
+    let maker = Maker::start(Arc::clone(node)).map_err(Error::Start)?;
+    let manager = Manager::start(Arc::clone(node), State::new(run_dir.state()))?;
+    // The proxy's socket first: whoever announces a pod may expect that it is served.
+    let proxies = bind(&run_dir.proxy_socket())?;
+    run_dir.give(&run_dir.proxy_socket(), proxy_uid)?;
+    let announcers = bind(&run_dir.cni_socket())?;
+    let served = manager.clone();
+    tasks.spawn(async move { Ok(handover::serve(proxies, proxy_uid, served, maker).await?) });
+    let (served, path) = (manager.clone(), run_dir.cni_socket());
+    tasks.spawn(async move {
+        let result = announce::serve(announcers, served).await;
+        result.map_err(|source| Error::Socket { path: path.display().to_string(), source })
+    });
+    Ok(manager)
+}
+
+fn bind(path: &Path) -> Result<seqpacket::Listener, Error> {
+    seqpacket::Listener::bind(path, 0o600).map_err(|source| Error::Socket { path: path.display().to_string(), source })
+}
+
+/// Programs on the same hooks can rewrite a destination before it is seen here.
+fn warn_of_foreign_programs(node: &NodeCapture, cgroup_root: &Path) {
+    match node.foreign_programs(cgroup_root) {
+        Ok(ids) if ids.is_empty() => {}
+        Ok(ids) => tracing::warn!(
+            programs = ?ids,
+            "other programs are attached to connect4 or connect6 at the cgroup root; if one rewrites addresses (Cilium's socket \
+             load balancer does unless socketLB.hostNamespaceOnly=true), services are lost on pods of this node"
+        ),
+        Err(error) => tracing::warn!(%error, "cannot ask for other programs at the cgroup root"),
+    }
+}
+
+/// Releases every pod and removes all pins.
+fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> {
+    let state = State::new(run_dir.state());
+    let saved = state.load()?;
+    // First the programs: from here on nothing is captured.
+    capture::purge(&config.bpffs)?;
+    for saved in saved {
+        let saved = match saved {
+            Ok(saved) => saved,
+            Err(error) => {
+                tracing::warn!(%error, "a pod's rules stay in its namespace");
+                continue;
+            }
+        };
+        let uid = &saved.pod.uid;
+        // A namespace that is gone needs nothing.
+        if let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie)
+            && let Err(error) = pod_network::restore(&netns, saved.before)
+        {
+            tracing::warn!(pod = uid, %error, "a pod's rules stay in its namespace");
+        }
+        state.remove(uid)?;
+    }
+    tracing::info!("nothing of this agent is left in the kernel");
+    Ok(())
+}

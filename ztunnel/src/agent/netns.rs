@@ -1,0 +1,117 @@
+//! Network namespaces: entering one on a thread of its own, and naming it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+
+use super::capture::netns_cookie;
+
+/// A network namespace kept open, with the names that the kernel knows it by.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    cookie: u64,
+    inode: u64,
+}
+
+/// Why a namespace could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// The descriptor is not a network namespace, or may not be entered.
+    #[error("cannot enter the network namespace: {0}")]
+    Enter(#[source] io::Error),
+    /// The cookie could not be read.
+    #[error("cannot read the cookie of the network namespace (SO_NETNS_COOKIE, Linux 5.14): {0}")]
+    Cookie(#[source] io::Error),
+    /// It is the agent's own: capturing there would capture the node.
+    #[error("this is the node's own network namespace (a host-network pod is never enrolled)")]
+    Host,
+    /// No thread could be started, or it died.
+    #[error("no thread to work in the network namespace: {0}")]
+    Thread(String),
+}
+
+impl Netns {
+    /// Takes a namespace from its descriptor.
+    ///
+    /// # Errors
+    /// When it is no network namespace, or this process's own.
+    pub fn new(fd: OwnedFd) -> Result<Self, NetnsError> {
+        let inode = inode_of(&fd).map_err(NetnsError::Enter)?;
+        let own = fs::metadata("/proc/thread-self/ns/net").map_err(NetnsError::Enter)?.ino();
+        if inode == own {
+            return Err(NetnsError::Host);
+        }
+        let cookie = within(fd.as_fd(), || {
+            let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
+            netns_cookie(socket.as_fd())
+        })?
+        .map_err(NetnsError::Cookie)?;
+        Ok(Self { fd, cookie, inode })
+    }
+
+    /// The namespace at a path, if it is the one with this cookie; else the one of a process, if there is one.
+    #[must_use]
+    pub fn find(path: &Path, inode: u64, cookie: u64) -> Option<Self> {
+        let open = |path: &Path| {
+            let namespace = Self::new(File::open(path).ok()?.into()).ok()?;
+            (namespace.cookie == cookie).then_some(namespace)
+        };
+        let by_path = || if path.as_os_str().is_empty() { None } else { open(path) };
+        let by_process = || {
+            fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
+                entry.file_name().to_str()?.parse::<u32>().ok()?;
+                let path = entry.path().join("ns/net");
+                (fs::metadata(&path).ok()?.ino() == inode).then(|| open(&path))?
+            })
+        };
+        by_path().or_else(by_process)
+    }
+
+    /// Never reused while the machine is up.
+    #[must_use]
+    pub const fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// Unique among the namespaces that exist.
+    #[must_use]
+    pub const fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Runs a closure inside, on a thread that ends with it. Blocks; not for a runtime's thread.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        within(self.fd.as_fd(), work)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The inode number of a namespace's descriptor.
+fn inode_of(fd: &OwnedFd) -> io::Result<u64> {
+    Ok(File::from(fd.try_clone()?).metadata()?.ino())
+}
+
+fn within<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name(String::from("netns")).spawn_scoped(scope, || {
+            setns(netns, CloneFlags::CLONE_NEWNET).map_err(|errno| NetnsError::Enter(errno.into()))?;
+            Ok(work())
+        });
+        let thread = thread.map_err(|error| NetnsError::Thread(error.to_string()))?;
+        thread.join().unwrap_or_else(|_| Err(NetnsError::Thread(String::from("it panicked"))))
+    })
+}

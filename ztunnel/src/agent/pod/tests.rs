@@ -1,0 +1,42 @@
+use super::*;
+
+fn wire() -> node::Pod {
+    node::Pod {
+        uid: String::from("Kubernetes//Pod/shop/web-1"),
+        name: String::from("web-1"),
+        namespace: String::from("shop"),
+        service_account: String::from("web"),
+        addresses: vec![vec![10, 244, 1, 5], vec![0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]],
+    }
+}
+
+#[test]
+fn announced_pod_round_trips() {
+    let info = PodInfo::try_from(Some(wire())).unwrap();
+    assert_eq!(info.v4().collect::<Vec<_>>(), [Ipv4Addr::new(10, 244, 1, 5)]);
+    assert_eq!(info.to_wire(), wire());
+}
+
+#[test]
+fn what_is_not_acceptable_says_why() {
+    let refused = |change: fn(&mut node::Pod)| {
+        let mut pod = wire();
+        change(&mut pod);
+        PodInfo::try_from(Some(pod)).unwrap_err()
+    };
+    assert_eq!(PodInfo::try_from(None), Err(InvalidPod::None));
+    assert_eq!(refused(|pod| pod.uid.clear()), InvalidPod::Text("uid"));
+    assert_eq!(refused(|pod| pod.uid = "a b".into()), InvalidPod::Text("uid"));
+    assert_eq!(refused(|pod| pod.uid = "a".repeat(254)), InvalidPod::Text("uid"));
+    assert_eq!(refused(|pod| pod.name = "../x".into()), InvalidPod::Text("name"));
+    assert_eq!(refused(|pod| pod.namespace = "a\n".into()), InvalidPod::Text("namespace"));
+    assert_eq!(refused(|pod| pod.service_account.clear()), InvalidPod::Text("service account"));
+    assert_eq!(refused(|pod| pod.addresses.clear()), InvalidPod::Addresses);
+    assert_eq!(refused(|pod| drop(pod.addresses.remove(0))), InvalidPod::Addresses);
+    assert_eq!(refused(|pod| pod.addresses = vec![vec![10, 0, 0, 1]; 5]), InvalidPod::Addresses);
+    for bad in [vec![], vec![1, 2, 3], vec![127, 0, 0, 1], vec![0; 4], vec![255; 4], vec![224, 0, 0, 1], vec![0; 16]] {
+        let mut pod = wire();
+        pod.addresses.push(bad);
+        assert_eq!(PodInfo::try_from(Some(pod)), Err(InvalidPod::Address));
+    }
+}

@@ -1,0 +1,150 @@
+//! The agent's folder: its lock, its sockets, its state, and who may reach which.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// The folder, locked: one agent at a time.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+/// Why the folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// Another agent runs.
+    #[error("another agent holds {}; one agent per node", .0.display())]
+    Locked(PathBuf),
+    /// Somebody else could have put things there.
+    #[error("{} must belong to root and be writable for nobody else", .0.display())]
+    Unsafe(PathBuf),
+    /// A system call failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RunDir {
+    /// Makes what is missing and takes the lock.
+    ///
+    /// The folder itself can be searched by everybody, so that the proxy reaches its own folder in it; nothing in it can be
+    /// read by anybody but its owner.
+    ///
+    /// # Errors
+    /// When another agent runs, or the folder is not safe.
+    pub fn open(path: &Path, proxy_uid: u32) -> Result<Self, RunDirError> {
+        make(path, 0o711, 0)?;
+        let lock_path = path.join("agent.lock");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(at(&lock_path))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            nix::errno::Errno::EWOULDBLOCK => RunDirError::Locked(lock_path.clone()),
+            errno => RunDirError::Io { path: lock_path.clone(), source: errno.into() },
+        })?;
+        let dir = Self { path: path.to_owned(), _lock: lock };
+        make(&dir.state(), 0o700, 0)?;
+        make(&dir.path.join("proxy"), 0o700, proxy_uid)?;
+        Ok(dir)
+    }
+
+    /// Where the proxy connects: `proxy/agent.sock`, in a folder of the proxy's own.
+    #[must_use]
+    pub fn proxy_socket(&self) -> PathBuf {
+        self.path.join("proxy/agent.sock")
+    }
+
+    /// Where the CNI plugin connects: `cni.sock`, for root.
+    #[must_use]
+    pub fn cni_socket(&self) -> PathBuf {
+        self.path.join("cni.sock")
+    }
+
+    /// The folder with one file per enrolled pod.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.path.join("pods")
+    }
+
+    /// Lets the proxy connect to its socket.
+    ///
+    /// # Errors
+    /// When the owner cannot be changed.
+    pub fn give(&self, socket: &Path, uid: u32) -> Result<(), RunDirError> {
+        chown(socket, Some(uid), None).map_err(at(socket))
+    }
+}
+
+/// Makes a folder with an owner and a mode, or checks that it has a safe owner and gives it the mode.
+fn make(path: &Path, mode: u32, owner: u32) -> Result<(), RunDirError> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(at(parent))?;
+    }
+    match DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(at(path)(error)),
+        Ok(()) | Err(_) => {}
+    }
+    let found = fs::symlink_metadata(path).map_err(at(path))?;
+    if !found.is_dir() || (found.uid() != owner && found.uid() != 0) {
+        return Err(RunDirError::Unsafe(path.to_owned()));
+    }
+    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(at(path))?;
+    chown(path, Some(owner), None).map_err(at(path))
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> RunDirError {
+    move |source| RunDirError::Io { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_agent_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let first = RunDir::open(&path, 1337).unwrap();
+        assert!(matches!(RunDir::open(&path, 1337), Err(RunDirError::Locked(_))));
+        drop(first);
+        RunDir::open(&path, 1337).unwrap();
+    }
+
+    #[test]
+    fn folders_have_owners_and_modes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let dir = RunDir::open(&path, 1337).unwrap();
+        let mode_and_owner = |path: &Path| {
+            let found = fs::metadata(path).unwrap();
+            (found.mode() & 0o777, found.uid())
+        };
+        assert_eq!(mode_and_owner(&path), (0o711, 0));
+        assert_eq!(mode_and_owner(dir.proxy_socket().parent().unwrap()), (0o700, 1337));
+        assert_eq!(mode_and_owner(&dir.state()), (0o700, 0));
+        assert_eq!(mode_and_owner(&path.join("agent.lock")), (0o600, 0));
+    }
+
+    #[test]
+    fn folder_of_somebody_else_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        fs::create_dir(&path).unwrap();
+        chown(&path, Some(4242), None).unwrap();
+        assert!(matches!(RunDir::open(&path, 1337), Err(RunDirError::Unsafe(_))));
+    }
+}
