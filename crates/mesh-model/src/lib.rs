@@ -14,6 +14,7 @@ mod endpoints;
 mod fixture;
 pub mod gateway;
 pub mod identity;
+mod intern;
 pub mod policy;
 pub mod resolve;
 pub mod service;

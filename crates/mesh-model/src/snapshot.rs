@@ -15,6 +15,7 @@ use thiserror::Error;
 
 use crate::address::Cidr;
 use crate::endpoints::ServiceEndpoints;
+use crate::intern::Interner;
 use crate::policy::{Authorization, InvalidAuthorization, Scope};
 use crate::service::{InvalidService, Service};
 use crate::workload::{InvalidWorkload, TunnelProtocol, Workload};
@@ -22,6 +23,7 @@ use crate::workload::{InvalidWorkload, TunnelProtocol, Workload};
 /// All workloads, services and policies at one moment. See the module's description for what it costs.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
+    texts: Interner,
     workloads: HashMap<Arc<str>, Arc<Workload>>,
     /// Of every network; the most telling first.
     workloads_by_ip: HashMap<IpAddr, Arc<[Arc<Workload>]>>,
@@ -135,7 +137,8 @@ impl Snapshot {
     }
 
     /// Adds a workload, or replaces the one of the same uid.
-    pub fn upsert_workload(&mut self, workload: Workload) {
+    pub fn upsert_workload(&mut self, mut workload: Workload) {
+        self.texts.share(&mut workload);
         let workload = Arc::new(workload);
         let old = self.workloads.insert(Arc::clone(&workload.uid), Arc::clone(&workload));
         if old.as_deref() == Some(&*workload) {

@@ -178,8 +178,8 @@ pub fn plan(
     let workload = source.workload(snapshot);
     let mut planner = Planner { snapshot, source: workload, from: source.viewpoint(workload), dst, random };
     match snapshot.destination(&planner.from, dst.0.ip()) {
-        Destination::Service(service) => planner.to_service(service),
-        Destination::Workload(workload) => planner.to_workload(workload),
+        Destination::Service(service) => planner.plan_service(service),
+        Destination::Workload(workload) => planner.plan_workload(workload),
         Destination::Unknown => Ok(planner.pass_through(None)),
     }
 }
@@ -195,7 +195,7 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn to_service(&mut self, service: &Arc<Service>) -> Result<Plan, Refusal> {
+    fn plan_service(&mut self, service: &Arc<Service>) -> Result<Plan, Refusal> {
         let OriginalDst(dst) = self.dst;
         let key = service.key();
         let destination = Planned { workload: None, service: Some(Arc::clone(service)) };
@@ -210,11 +210,11 @@ impl Planner<'_> {
         if service.has_waypoint() && !self.source_is_any_of(weighted.chain(&service.waypoint)) {
             // `choose_waypoint` has one to give whenever the service is bound.
             let waypoint = service.choose_waypoint(self.random);
-            return self.to_waypoint(waypoint, key, destination, TunnelKind::ServiceWaypoint);
+            return self.plan_waypoint(waypoint, key, destination, TunnelKind::ServiceWaypoint);
         }
         if service.load_balancing.mode == LoadBalancingMode::Passthrough {
             return match self.snapshot.workload_by_ip(self.from.network, dst.ip()) {
-                Some(workload) => self.to_workload(workload),
+                Some(workload) => self.plan_workload(workload),
                 None => Ok(self.pass_through(Some(service))),
             };
         }
@@ -228,7 +228,7 @@ impl Planner<'_> {
         carry(endpoint.workload, address, service.expected_identities(endpoint.workload), destination)
     }
 
-    fn to_workload(&mut self, workload: &Arc<Workload>) -> Result<Plan, Refusal> {
+    fn plan_workload(&mut self, workload: &Arc<Workload>) -> Result<Plan, Refusal> {
         let OriginalDst(dst) = self.dst;
         let destination = Planned { workload: Some(Arc::clone(workload)), service: None };
         if is_forbidden(dst.port()) && workload.waypoint.is_some() {
@@ -237,13 +237,13 @@ impl Planner<'_> {
         }
         if workload.waypoint.is_some() && !self.source_is_any_of(&workload.waypoint) {
             let kind = TunnelKind::WorkloadWaypoint;
-            return self.to_waypoint(workload.waypoint.as_ref(), &workload.uid, destination, kind);
+            return self.plan_waypoint(workload.waypoint.as_ref(), &workload.uid, destination, kind);
         }
         carry(workload, dst, vec![workload.spiffe_id().clone()], destination)
     }
 
     /// `of` and `bound` are what is bound to the waypoint.
-    fn to_waypoint(
+    fn plan_waypoint(
         &mut self,
         waypoint: Option<&GatewayAddress>,
         of: &Arc<str>,
