@@ -66,10 +66,11 @@ pub fn enter(uid: u32) -> Result<(), JailError> {
     // Private keys live in this memory: no core dump, no debugger of the same user.
     nix::sys::prctl::set_dumpable(false).map_err(step("forbidding core dumps"))?;
     nix::sys::prctl::set_no_new_privs().map_err(step("forbidding new privileges"))?;
-    // The later filter's answer wins where both refuse: calls that are never needed get ENOSYS, so that libraries use
-    // their fallback; those that would be an escape get a plain EPERM.
-    seccompiler::apply_filter(&allowed_calls()?)?;
+    // Two filters, because one has one answer only: a plain EPERM to what would be an escape, and ENOSYS to what is never
+    // needed, so that libraries use their fallback. The second lets the refused calls through to the first, or its answer
+    // would count; installing a filter is itself among the calls that it does not allow, so it comes last.
     seccompiler::apply_filter(&refused_calls()?)?;
+    seccompiler::apply_filter(&needed_calls()?)?;
     let left = what_is_left(&std::fs::read_to_string("/proc/self/status")?);
     if left.is_empty() { Ok(()) } else { Err(JailError::NotJailed(left)) }
 }
@@ -113,9 +114,9 @@ fn what_is_left(status: &str) -> Vec<String> {
     left
 }
 
-/// The filter that lets through what the proxy needs and answers ENOSYS to all else.
-fn allowed_calls() -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls::ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+/// The filter that lets through what the proxy needs, and what the other filter refuses; ENOSYS to all else.
+fn needed_calls() -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls::ALLOWED.iter().chain(calls::REFUSED).map(|call| (*call, Vec::new())).collect();
     for (call, argument, values) in calls::ALLOWED_FOR {
         let rules_of_call = values.iter().map(|value| SeccompRule::new(vec![equals(*argument, *value)?]));
         rules.insert(*call, rules_of_call.collect::<Result<_, _>>()?);
@@ -188,7 +189,7 @@ mod tests {
 
     #[test]
     fn the_filters_compile_and_do_not_overlap() {
-        assert!(!allowed_calls().unwrap().is_empty());
+        assert!(!needed_calls().unwrap().is_empty());
         assert!(!refused_calls().unwrap().is_empty());
         for call in calls::REFUSED {
             assert!(!calls::ALLOWED.contains(call), "system call {call} is both allowed and refused");

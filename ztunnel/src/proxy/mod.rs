@@ -92,3 +92,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
     runtime.block_on(app::run(config, log))
 }
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

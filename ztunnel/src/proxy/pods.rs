@@ -227,6 +227,14 @@ impl Pods {
         self.entries().iter().map(|(uid, entry)| (Arc::clone(uid), Arc::clone(&entry.listeners))).collect()
     }
 
+    /// Registers a pod that a test has made.
+    #[cfg(test)]
+    pub fn insert_for_test(&self, pod: &Arc<Pod>) {
+        let stock = Stock::new(Arc::clone(&pod.uid), Arc::clone(&self.cap), self.notices.clone());
+        let entry = Entry { pod: Arc::clone(pod), stock, listeners: Arc::default(), _hold: Box::new(()) };
+        self.entries().insert(Arc::clone(&pod.uid), entry);
+    }
+
     fn entries(&self) -> MutexGuard<'_, HashMap<Arc<str>, Entry>> {
         // Inserting and removing leave nothing half done.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
