@@ -25,6 +25,13 @@ enum Command {
     Cni,
     /// Print the version
     Version,
+    /// Try every way out of the proxy's jail, from inside it (for tests)
+    #[command(hide = true)]
+    JailProbe {
+        /// From outside, to see that the attempts themselves work
+        #[arg(long)]
+        unjailed: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -38,6 +45,10 @@ fn main() -> ExitCode {
         Command::Cni => return cni::run(),
         Command::Version => {
             println!("{}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Command::JailProbe { unjailed } => {
+            println!("{}", proxy::jail::probe(unjailed));
             Ok(())
         }
     };
