@@ -62,6 +62,12 @@ struct Resolver {
 
 impl ResolvesServerCert for Resolver {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.fresh())
+    }
+}
+
+impl Resolver {
+    fn fresh(&self) -> Arc<CertifiedKey> {
         let now = self.clock.now();
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if current.renew_at <= now {
@@ -71,7 +77,7 @@ impl ResolvesServerCert for Resolver {
                 Err(error) => tracing::error!(%error, "cannot renew culvertd's own certificate"),
             }
         }
-        Some(current.key.clone())
+        current.key.clone()
     }
 }
 
@@ -84,4 +90,37 @@ fn issue(authority: &Authority, names: &[String], now: SystemTime) -> Result<Cur
     let key = CertifiedKey::from_der(chain, key, tls::provider())?;
     let life = authority.not_after().duration_since(now).unwrap_or(Duration::ZERO).min(DEFAULT_LIFETIME);
     Ok(Current { key: Arc::new(key), renew_at: now + life / 2 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_certificate_is_renewed_at_half_of_its_life() {
+        let base = SystemTime::now();
+        let time = Arc::new(Mutex::new(base));
+        let clock = Clock::from_fn({
+            let time = time.clone();
+            move || *time.lock().unwrap()
+        });
+        let authority = Arc::new(Authority::generate("cluster.local", base).unwrap());
+        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let current = Mutex::new(issue(&authority, &names, base).unwrap());
+        let resolver = Resolver { authority, names, clock, current };
+        let first = resolver.fresh();
+        *time.lock().unwrap() = base + DEFAULT_LIFETIME / 2 - Duration::from_secs(1);
+        assert!(Arc::ptr_eq(&resolver.fresh(), &first));
+        *time.lock().unwrap() = base + DEFAULT_LIFETIME / 2;
+        let second = resolver.fresh();
+        assert!(!Arc::ptr_eq(&second, &first) && second.cert[0] != first.cert[0]);
+        assert!(Arc::ptr_eq(&resolver.fresh(), &second));
+    }
+
+    #[test]
+    fn malformed_names_are_errors() {
+        let authority = Arc::new(Authority::generate("cluster.local", SystemTime::now()).unwrap());
+        let error = serving_config(authority, vec!["näme".to_owned()], Clock::system()).unwrap_err();
+        assert!(matches!(error, ServingError::Authority(_)), "{error}");
+    }
 }
