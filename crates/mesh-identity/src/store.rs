@@ -23,6 +23,10 @@ mod task;
 
 pub use status::{IdentityStatus, LastError, State};
 
+/// So many refusals in a row end a caller's wait. The first ones (about half a second of them) may only mean that the
+/// authority has not yet heard of the pod that this node has just started.
+const REFUSALS_BELIEVED: u32 = 4;
+
 /// How a store behaves.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -72,7 +76,7 @@ pub enum CertificateError {
         /// What the last attempt failed with, if one did.
         last_error: Option<String>,
     },
-    /// The authority refuses to issue one.
+    /// The authority refuses to issue one, and has said so several times.
     #[error("no certificate for {id}: {reason}")]
     Refused {
         /// Whose.
@@ -297,7 +301,7 @@ impl Retained {
         let valid = |credential: &Arc<Credential>| credential.not_after() > options.clock.now();
         let decided = published.wait_for(|state| match (&state.credential, &state.failure) {
             (Some(credential), _) if valid(credential) => true,
-            (_, Some(failure)) => failure.is_refusal,
+            (_, Some(failure)) => failure.is_refusal && failure.attempts >= REFUSALS_BELIEVED,
             (_, None) => false,
         });
         let outcome = tokio::time::timeout(options.first_wait, decided).await;

@@ -252,17 +252,30 @@ async fn a_broken_issuer_does_not_stop_the_store() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_is_told_at_once_and_tried_again_later() {
+async fn a_refusal_is_believed_when_repeated_and_tried_again_later() {
     let (store, issuer) = store();
     issuer.set(Mode::Refusing);
     let held = store.retain(&id("a"));
     let before = Instant::now();
     let error = held.certificate().await.unwrap_err();
     assert!(matches!(&error, CertificateError::Refused { reason, .. } if reason.contains("not yours")), "{error}");
-    assert!(before.elapsed() < Duration::from_millis(100));
+    assert!(before.elapsed() < Duration::from_secs(1));
+    assert_eq!(issuer.calls(), 4);
     issuer.set(Mode::Well);
-    sleep(Duration::from_secs(1)).await;
+    sleep(Duration::from_secs(5)).await;
     held.certificate().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_has_not_heard_of_the_pod_yet_fails_no_connection() {
+    let (store, issuer) = store();
+    issuer.set(Mode::Refusing);
+    let held = store.retain(&id("a"));
+    let waiting = tokio::spawn(async move { held.certificate().await });
+    sleep(Duration::from_millis(50)).await;
+    assert!(issuer.calls() >= 1, "it was refused once");
+    issuer.set(Mode::Well);
+    waiting.await.unwrap().unwrap();
 }
 
 #[tokio::test(start_paused = true)]
