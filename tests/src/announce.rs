@@ -48,7 +48,7 @@ impl Agent {
             name: pod.name.clone(),
             namespace: pod.namespace.clone(),
             service_account: pod.service_account.clone(),
-            addresses: vec![pod.ip.octets().to_vec().into()],
+            addresses: vec![pod.ip.octets().to_vec()],
         };
         let netns_path = network.path().display().to_string();
         let request = PodRequest { kind: Some(Kind::Enrol(EnrolPod { pod: Some(described), netns_path })) };

@@ -18,7 +18,7 @@ pub const ROOT: &str = "/run/culvert-test";
 pub const GROUP_PREFIX: &str = "culvert-test-";
 
 /// Name of a cluster: its harness's process id and start time, and a number.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClusterId {
     pid: u32,
     started: u64,
@@ -125,8 +125,8 @@ mod tests {
     fn names_tell_the_living_from_the_dead() {
         let own = ClusterId::new().expect("own");
         assert!(own.alive());
-        assert_eq!(ClusterId::parse(&own.to_string()), Some(own.clone()));
-        let reused = ClusterId { started: own.started + 1, ..own.clone() };
+        assert_eq!(ClusterId::parse(&own.to_string()), Some(own));
+        let reused = ClusterId { started: own.started + 1, ..own };
         assert!(!reused.alive(), "another process had this id");
         assert!(!ClusterId { pid: 1 << 30, ..own }.alive());
         for foreign in ["", "1-2", "1-2-x", "01-2-3", "1-2-3-4", "../../etc"] {

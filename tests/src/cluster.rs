@@ -2,6 +2,7 @@
 
 mod builder;
 mod deploy;
+mod settle;
 mod shared;
 
 use std::net::{Ipv4Addr, SocketAddr};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::cluster::{Host, Shared};
 use crate::component::Component;
 use crate::error::Context;
+use crate::kube::PodRecord;
 use crate::netns::NetNs;
 use crate::process::Spec;
 use crate::{Error, http};
@@ -89,14 +90,26 @@ impl ControlPlane {
         http::get_ok(&self.host.network, SocketAddr::from(([127, 0, 0, 1], 15014)), "/metrics")
     }
 
-    /// A service-account token as the API server would give it to the pod, by `culvertd token`.
+    /// A service-account token bound to a pod, as the API server would give it to that pod, by `culvertd token`.
+    ///
+    /// # Errors
+    /// The command fails.
+    pub fn token_of(&self, pod: &PodRecord) -> Result<String, Error> {
+        self.make_token(&pod.namespace, &pod.service_account, &pod.name, &pod.node, &["--pod-uid", &pod.uid])
+    }
+
+    /// As [`ControlPlane::token_of`] for any names, without the pod's UID.
     ///
     /// # Errors
     /// The command fails.
     pub fn token(&self, namespace: &str, service_account: &str, pod: &str, node: &str) -> Result<String, Error> {
+        self.make_token(namespace, service_account, pod, node, &[])
+    }
+
+    fn make_token(&self, namespace: &str, account: &str, pod: &str, node: &str, more: &[&str]) -> Result<String, Error> {
         let mut command = Command::new(&self.program);
         command.arg("token").arg("--state-dir").arg(&self.state).args(["--namespace", namespace]);
-        command.args(["--service-account", service_account, "--pod", pod, "--node-name", node]);
+        command.args(["--service-account", account, "--pod", pod, "--node-name", node]).args(more);
         let output = command.output().during(|| "running culvertd token".to_owned())?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         if output.status.success() {

@@ -34,6 +34,7 @@ pub struct PodBuilder<'c> {
     env: Vec<(OsString, OsString)>,
     enrolled: Option<bool>,
     announce: bool,
+    settle: bool,
     record: PodRecord,
 }
 
@@ -54,7 +55,7 @@ impl<'c> PodBuilder<'c> {
             ready: false,
         };
         let (command, env) = (Vec::new(), Vec::new());
-        Self { cluster, node: None, command, program: None, env, enrolled: None, announce: true, record }
+        Self { cluster, node: None, command, program: None, env, enrolled: None, announce: true, settle: true, record }
     }
 
     /// Its node, 1 for the first. By default nodes take turns.
@@ -100,6 +101,12 @@ impl<'c> PodBuilder<'c> {
         self
     }
 
+    /// Does not wait until every proxy has learnt of the pod, as a cluster would not.
+    pub fn unsettled(mut self) -> Self {
+        self.settle = false;
+        self
+    }
+
     /// Its owner, such as ("ReplicaSet", "reviews-v1-5b8d").
     pub fn owner(mut self, kind: &str, name: &str) -> Self {
         self.record.owner = Some((kind.to_owned(), name.to_owned()));
@@ -132,7 +139,8 @@ impl<'c> PodBuilder<'c> {
     }
 
     /// Starts it: namespace and link, the Pod object, the announcement to the agent, the application, and at last
-    /// the Ready condition and the annotation that says it is captured.
+    /// the Ready condition and the annotation that says it is captured. Then waits until every running proxy knows of
+    /// it, so that what follows does not race with discovery.
     ///
     /// # Errors
     /// Any of that fails.
@@ -185,6 +193,9 @@ impl<'c> PodBuilder<'c> {
         }
         pod.update(|record| record.ready = true)?;
         cluster.keep(&pod);
+        if self.settle {
+            pod.wait_known()?;
+        }
         Ok(pod)
     }
 }
@@ -396,6 +407,14 @@ impl Pod {
     pub fn withdraw(&self) -> Result<(), Error> {
         self.shared.agent(self.node)?.withdraw(&self.record())?;
         self.update(|record| drop(record.annotations.remove(REDIRECTION)))
+    }
+
+    /// Waits until every running proxy knows the pod as it is now (20 s at most); at once without the mesh.
+    ///
+    /// # Errors
+    /// A proxy does not learn of it.
+    pub fn wait_known(&self) -> Result<(), Error> {
+        self.shared.wait_known(&self.record())
     }
 
     /// Sets the Ready condition.

@@ -1,5 +1,7 @@
 //! The harness alone, without the mesh: namespaces, links, capture, resolver, applications, clean-up.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -243,7 +245,7 @@ fn nothing_is_left_and_the_machine_is_never_touched() -> Result<(), Error> {
     );
     let pid = pod.application().pid().expect("running");
     drop(cluster);
-    assert_eq!(traces(&id), [PathBuf::new(); 0]);
+    assert_eq!(traces(&id), Vec::<PathBuf>::new());
     assert!(!alive(pid.into()));
     assert_eq!(machine(), before, "afterwards");
     Ok(())

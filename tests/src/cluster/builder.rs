@@ -141,7 +141,7 @@ impl Builder {
         let hierarchy = Hierarchy::detect()?;
         let id = ClusterId::new()?;
         // From here on the cluster's Drop cleans up; before it exists, this does.
-        let mut unfinished = Unfinished(Some((hierarchy.clone(), id.clone())));
+        let mut unfinished = Unfinished(Some((hierarchy.clone(), id)));
         let shared = self.network(hierarchy, id)?;
         unfinished.0 = None;
         let cluster = Cluster::new(shared);
@@ -168,7 +168,9 @@ impl Builder {
         let directory = Arc::new(Directory::create(folder.join("source"))?);
         let resolver = Resolver::start(&fabric, resolver::ADDRESS, Arc::clone(&directory))?;
         Ok(Shared {
-            bins: self.bins.clone().map_or_else(bin_dir, Ok)?,
+            // A process that enters other mounts loses its working folder.
+            bins: std::path::absolute(self.bins.clone().map_or_else(bin_dir, Ok)?)
+                .during(|| "the folder of the programs".to_owned())?,
             id,
             folder,
             hierarchy,
@@ -259,7 +261,7 @@ impl Builder {
                 .env("CULVERT_TOKEN", &files.token)
                 .env("NODE_IP", node.address.to_string()),
             Mesh::Culvert | Mesh::Off => Spec::new(&name, shared.program("ztunnel")?, shared.log(&name))
-                .args(["agent".into(), "--run-dir".into(), run.clone().into_os_string()])
+                .args(["agent".into(), "--run-dir".into(), run.into_os_string()])
                 .args(["--cgroup-root".into(), node.group.path().as_os_str().to_owned()])
                 .args(["--bpffs".into(), node.bpffs().into_os_string()])
                 .args(["--proxy-uid".to_owned(), PROXY_UID.to_string()])
@@ -290,6 +292,7 @@ impl Builder {
             .args(["--xds-address".to_owned(), format!("https://{}", control.xds())])
             .args(["--ca-roots".into(), files.roots.clone().into_os_string()])
             .args(["--token".into(), files.token.clone().into_os_string()])
+            .args(["--pod-name", &pod.name, "--instance-ip", &pod.ip.to_string()])
             .args(["--node", &node.name, "--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
             .args([
                 "--admin-addr",
@@ -329,7 +332,7 @@ impl ProxyFiles {
         let folder = node.folder.join("ztunnel");
         let files = Self { token: folder.join("token"), roots: folder.join("root.pem"), socket: folder.join("agent") };
         make_folder(&files.socket, 0o755)?;
-        let token = control.token(SYSTEM_NAMESPACE, PROXY_ACCOUNT, &pod.name, &node.name)?;
+        let token = control.token_of(pod)?;
         std::fs::write(&files.token, token).during(|| "writing the proxy's token".to_owned())?;
         std::fs::copy(control.root_certificate(), &files.roots).during(|| "copying the root certificate".to_owned())?;
         for (file, mode) in [(&files.token, 0o400), (&files.roots, 0o444)] {
