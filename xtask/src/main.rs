@@ -6,6 +6,7 @@
 mod build;
 mod demo;
 mod deny;
+mod ebpf;
 mod prerequisites;
 mod test;
 mod tidy;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         "demo" => demo::run(&root, rest),
         "test" => test::run(&root, rest),
         "bench" => demo::bench(&root, rest),
+        "ebpf" => ebpf::run(&root, rest),
         "deny" => deny::run(&root),
         "tidy" => tidy::run(&root),
         "help" | "--help" | "-h" => {

@@ -20,7 +20,7 @@ enum Command {
     /// Prepare pods and hand their sockets to the proxy (privileged)
     Agent(agent::Config),
     /// Carry connections (no privilege)
-    Proxy(proxy::Config),
+    Proxy(Box<proxy::Config>),
     /// The CNI plugin: environment and standard input as the CNI specification has it
     Cni,
     /// Print the version
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     // No thread is started before this: the proxy gives up its privileges while it has only one.
     let result: Result<(), Box<dyn std::error::Error>> = match command {
         Command::Agent(config) => agent::run(&config).map_err(Into::into),
-        Command::Proxy(config) => proxy::run(config).map_err(Into::into),
+        Command::Proxy(config) => proxy::run(*config).map_err(Into::into),
         Command::Cni => return cni::run(),
         Command::Version => {
             println!("{}", env!("CARGO_PKG_VERSION"));

@@ -82,11 +82,10 @@ pub fn check(config: &Config) -> Result<(), PreflightError> {
     }
     // Probing needs the capabilities; without them every probe would fail and say so.
     if missing.is_empty() {
-        missing.extend(probe::all().into_iter().filter_map(|Probe { feature, since, loss, present }| {
-            (!present).then(|| Missing {
-                what: format!("kernel feature {feature} ({loss})"),
-                remedy: format!("it came with Linux {since}; a kernel from 6.1 on has all that is needed"),
-            })
+        let absent = probe::all().into_iter().filter(|probe| !probe.present);
+        missing.extend(absent.map(|Probe { feature, since, loss, .. }| Missing {
+            what: format!("kernel feature {feature} ({loss})"),
+            remedy: format!("it came with Linux {since}; a kernel from 6.1 on has all that is needed"),
         }));
     }
     if missing.is_empty() { Ok(()) } else { Err(PreflightError(missing)) }
