@@ -1,7 +1,7 @@
 //! Connecting sockets of a pod's namespace: to the next hop, and to the pod's own application with the client's address.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -109,7 +109,7 @@ fn bind_to_client(socket: &TcpSocket, pod: &Pod, client: SocketAddr) -> io::Resu
 }
 
 async fn take(pod: &Pod, kind: SocketKind, to: SocketAddr) -> Result<TcpSocket, ConnectionError> {
-    if let IpAddr::V6(_) = to.ip() {
+    if to.is_ipv6() {
         return Err(ConnectionError::Family(to));
     }
     let socket: OwnedFd = pod.sockets.take(kind).await?;

@@ -116,7 +116,8 @@ fn what_is_left(status: &str) -> Vec<String> {
 
 /// The filter that lets through what the proxy needs, and what the other filter refuses; ENOSYS to all else.
 fn needed_calls() -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls::ALLOWED.iter().chain(calls::REFUSED).map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        calls::ALLOWED.iter().chain(calls::REFUSED).map(|call| (*call, Vec::new())).collect();
     for (call, argument, values) in calls::ALLOWED_FOR {
         let rules_of_call = values.iter().map(|value| SeccompRule::new(vec![equals(*argument, *value)?]));
         rules.insert(*call, rules_of_call.collect::<Result<_, _>>()?);

@@ -74,7 +74,6 @@ pub enum Error {
 ///
 /// # Errors
 /// Why it did not start.
-#[expect(clippy::needless_pass_by_value, reason = "the configuration is the caller's last word")]
 pub fn run(config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;

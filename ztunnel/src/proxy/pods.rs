@@ -129,12 +129,15 @@ pub struct Pods {
     notices: mpsc::UnboundedSender<Notice>,
 }
 
+/// A pod's listening sockets.
+pub type Listeners = Arc<Vec<(Port, OwnedFd)>>;
+
 /// A pod with what the proxy keeps of it.
 struct Entry {
     pod: Arc<Pod>,
     stock: Arc<Stock>,
     /// Ours to return to an agent that was restarted; every worker has duplicates.
-    listeners: Arc<Vec<(Port, OwnedFd)>>,
+    listeners: Listeners,
     _hold: Box<dyn Send>,
 }
 
@@ -223,7 +226,7 @@ impl Pods {
     }
 
     /// Each pod's listening sockets, for an agent that was restarted.
-    pub fn listeners(&self) -> Vec<(Arc<str>, Arc<Vec<(Port, OwnedFd)>>)> {
+    pub fn listeners(&self) -> Vec<(Arc<str>, Listeners)> {
         self.entries().iter().map(|(uid, entry)| (Arc::clone(uid), Arc::clone(&entry.listeners))).collect()
     }
 

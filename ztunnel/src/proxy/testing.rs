@@ -217,7 +217,8 @@ impl Proxy {
     /// The value of the metric whose line begins with `name` and holds all of `labels`.
     pub fn metric(&self, name: &str, labels: &[&str]) -> u64 {
         let text = self.registry.encode().unwrap();
-        let lines = text.lines().filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)));
+        let lines =
+            text.lines().filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64).sum()
     }
 }

@@ -16,8 +16,8 @@ use super::local::fixture;
 use super::pods::{Pod, Pods, Port};
 use super::sockets::NodeCap;
 use super::testing::{LocalSockets, Mesh, Proxy, resource, soon, until};
-use super::{guard, plaintext};
 use super::worker::Accepted;
+use super::{guard, plaintext};
 
 mod handover;
 
@@ -43,19 +43,14 @@ impl Pair {
         Self::with(Mesh::new(), |_| {}, LocalSockets::default(), 100_000).await
     }
 
-    async fn with(
-        mesh: Mesh,
-        change: impl Fn(&mut wire::Workload),
-        client_sockets: LocalSockets,
-        max: usize,
-    ) -> Self {
+    async fn with(mesh: Mesh, change: impl Fn(&mut wire::Workload), client_sockets: LocalSockets, max: usize) -> Self {
         let app = free_port(&mesh).await;
         let ports = [(u32::from(PORT), u32::from(app))];
         let mut server = fixture::in_service(mesh.workload("server", SERVER), "api", &ports);
         let client = mesh.workload("client", CLIENT);
         let service = mesh.service("api", VIP, &ports);
         let (near, far) = (mesh.proxy(), mesh.proxy());
-        far.learn(&[client.clone(), server.clone()], &[service.clone()]);
+        far.learn(&[client.clone(), server.clone()], std::slice::from_ref(&service));
         change(&mut server);
         near.learn(&[client, server], &[service]);
         let client = near.pod_with("client", mesh.ip(CLIENT), client_sockets, max);
@@ -350,8 +345,7 @@ async fn plaintext_from_outside_is_delivered_with_the_clients_address_or_refused
             pair.far.update(AUTHORIZATION_TYPE, vec![resource("shop/strict", &policy)]);
         }
         let (worker, server) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server));
-        let carrying =
-            tokio::spawn(async move { plaintext::serve(&worker, &server, Accepted { stream, peer }).await });
+        let carrying = tokio::spawn(async move { plaintext::serve(&worker, &server, Accepted { stream, peer }).await });
         if denied {
             assert_reset(outside).await;
         } else {
@@ -384,8 +378,7 @@ async fn when_a_pod_goes_everything_of_it_ends() {
 
 #[tokio::test]
 async fn a_drain_takes_nothing_new_and_lets_what_is_open_finish() {
-    let Pair { mesh, near, far, client: pod, server: far_pod, app } = Pair::new().await;
-    let pair = Pair { mesh, near, far, client: pod, server: far_pod, app };
+    let pair = Pair::new().await;
     let listener = pair.listen().await;
     let (mut client, mut server, _) = pair.carried(&listener).await;
     let Pair { mesh, near, far, client: _pod, server: _far_pod, app: _ } = pair;

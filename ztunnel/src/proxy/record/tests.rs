@@ -14,7 +14,9 @@ use crate::proxy::local::fixture;
 
 /// Keeps the events of the access log: level, then fields in order.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<(tracing::Level, Vec<(String, String)>)>>>);
+struct Log(Arc<Mutex<Vec<Line>>>);
+
+type Line = (tracing::Level, Vec<(String, String)>);
 
 impl tracing::Subscriber for Log {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
@@ -50,7 +52,7 @@ impl Visit for Fields {
 }
 
 impl Log {
-    fn lines(&self) -> Vec<(tracing::Level, Vec<(String, String)>)> {
+    fn lines(&self) -> Vec<Line> {
         self.0.lock().unwrap().clone()
     }
 }

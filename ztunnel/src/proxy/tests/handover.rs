@@ -17,7 +17,9 @@ use crate::proxy::testing::{soon, until};
 
 /// What was started, in order.
 #[derive(Clone, Default)]
-struct Started(Arc<Mutex<Vec<(Arc<Pod>, Vec<Port>)>>>);
+struct Started(Arc<Mutex<Vec<Start>>>);
+
+type Start = (Arc<Pod>, Vec<Port>);
 
 impl Host for Started {
     fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> std::io::Result<Box<dyn Send>> {
@@ -100,7 +102,7 @@ impl Conversation {
             name: "cart".into(),
             namespace: "shop".into(),
             service_account: "cart".into(),
-            addresses: vec![vec![10, 0, 0, 1].into()],
+            addresses: vec![vec![10, 0, 0, 1]],
         };
         let listeners = vec![node::Listener::Outbound.into(), node::Listener::InboundHbone.into()];
         let added = node::PodAdded { pod: Some(pod), listeners };
@@ -180,7 +182,8 @@ async fn a_restarted_agent_gets_the_listeners_back_and_both_compare() {
     let (socket, mut kept) = agent.accept().await;
     kept.sort_by(|(a, _), (b, _)| a.pod_uid.cmp(&b.pod_uid));
     let listeners = vec![node::Listener::Outbound as i32, node::Listener::InboundHbone as i32];
-    let expected = ["goes", "stays"].map(|uid| (node::PodKept { pod_uid: uid.into(), listeners: listeners.clone() }, 2));
+    let expected =
+        ["goes", "stays"].map(|uid| (node::PodKept { pod_uid: uid.into(), listeners: listeners.clone() }, 2));
     assert_eq!(kept, expected);
     assert_eq!(agent.pods.uids().len(), 2, "nothing ended while the agent was away");
     socket.add("stays", 2).await;
