@@ -1,6 +1,8 @@
 //! What applications see of their connections: true addresses, every way of ending, bulk, many at once, and who may
 //! talk to whom inside and outside of the mesh.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::time::Duration;

@@ -17,6 +17,9 @@ use super::netns::{Netns, NetnsError};
 
 /// Makes replies to a marked SYN carry its mark, so that they go back to the proxy. Per network namespace.
 const ACCEPT_SYSCTL: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// The same for answers that no socket gives: without it the reset for a port on which nobody listens would be sent out
+/// of the pod to the real client, and the proxy would wait for its connection in vain.
+const REFLECT_SYSCTL: &str = "/proc/sys/net/ipv4/fwmark_reflect";
 /// `lo` has this index in every namespace.
 const LOOPBACK: u32 = 1;
 const MARKS: [u32; 2] = [MARK_OUTBOUND, MARK_DELIVERY];
@@ -40,8 +43,14 @@ pub enum PodNetworkError {
     #[error("cannot open a netlink socket: {0}")]
     Open(#[source] io::Error),
     /// The sysctl could not be read or written.
-    #[error("{ACCEPT_SYSCTL}: {0} (the agent needs /proc/sys writable)")]
-    Sysctl(#[source] io::Error),
+    #[error("{path}: {source} (the agent needs /proc/sys writable)")]
+    Sysctl {
+        /// Which.
+        path: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// What is there is not what was asked for.
     #[error("in the pod's network namespace there is no {0}")]
     Missing(&'static str),
@@ -52,6 +61,8 @@ pub enum PodNetworkError {
 pub struct Before {
     /// Value of `net.ipv4.tcp_fwmark_accept`.
     pub fwmark_accept: bool,
+    /// Value of `net.ipv4.fwmark_reflect`.
+    pub fwmark_reflect: bool,
 }
 
 /// Prepares a namespace for capture: nothing is captured by this alone. Preparing it twice changes nothing.
@@ -63,7 +74,8 @@ pub struct Before {
 pub fn prepare(netns: &Netns, address: Ipv4Addr) -> Result<Before, PodNetworkError> {
     let before = netns.run(read_before)??;
     let done = netns.run(|| {
-        write_sysctl(true)?;
+        write_sysctl(ACCEPT_SYSCTL, true)?;
+        write_sysctl(REFLECT_SYSCTL, true)?;
         netlink(async |handle| {
             set_loopback_up(&handle).await?;
             add_route(&handle, address).await?;
@@ -90,8 +102,12 @@ pub fn prepare(netns: &Netns, address: Ipv4Addr) -> Result<Before, PodNetworkErr
 /// The first thing that is missing.
 pub fn verify(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
     netns.run(|| {
-        if !read_before()?.fwmark_accept {
+        let Before { fwmark_accept, fwmark_reflect } = read_before()?;
+        if !fwmark_accept {
             return Err(PodNetworkError::Missing("net.ipv4.tcp_fwmark_accept=1"));
+        }
+        if !fwmark_reflect {
+            return Err(PodNetworkError::Missing("net.ipv4.fwmark_reflect=1"));
         }
         netlink(async |handle| {
             let rules = rules(&handle).await?;
@@ -119,7 +135,8 @@ pub fn verify(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
 /// When the kernel refuses; the rest is removed all the same.
 pub fn restore(netns: &Netns, before: Before) -> Result<(), PodNetworkError> {
     netns.run(|| {
-        let sysctl = write_sysctl(before.fwmark_accept);
+        let accept = write_sysctl(ACCEPT_SYSCTL, before.fwmark_accept);
+        let sysctl = accept.and(write_sysctl(REFLECT_SYSCTL, before.fwmark_reflect));
         let netlink = netlink(async |handle| {
             for rule in rules(&handle).await? {
                 let ours = MARKS.iter().any(|mark| {
@@ -166,7 +183,7 @@ async fn add_route(handle: &Handle, address: Ipv4Addr) -> Result<(), PodNetworkE
         .scope(RouteScope::Host)
         .protocol(RouteProtocol::Static)
         .build();
-    handle.route().add(route).replace().execute().await.map_err(failed("cannot add the local route"))
+    handle.route().add(route).replace().execute().await.map_err(failed("cannot add the local route (is the announced address one of the namespace?)"))
 }
 
 async fn add_rule(handle: &Handle, rule: RuleMessage) -> Result<(), PodNetworkError> {
@@ -226,10 +243,14 @@ fn failed(what: &'static str) -> impl Fn(rtnetlink::Error) -> PodNetworkError {
 }
 
 fn read_before() -> Result<Before, PodNetworkError> {
-    let text = fs::read_to_string(ACCEPT_SYSCTL).map_err(PodNetworkError::Sysctl)?;
-    Ok(Before { fwmark_accept: text.trim() != "0" })
+    Ok(Before { fwmark_accept: read_sysctl(ACCEPT_SYSCTL)?, fwmark_reflect: read_sysctl(REFLECT_SYSCTL)? })
 }
 
-fn write_sysctl(on: bool) -> Result<(), PodNetworkError> {
-    fs::write(ACCEPT_SYSCTL, if on { "1" } else { "0" }).map_err(PodNetworkError::Sysctl)
+fn read_sysctl(path: &'static str) -> Result<bool, PodNetworkError> {
+    let text = fs::read_to_string(path).map_err(|source| PodNetworkError::Sysctl { path, source })?;
+    Ok(text.trim() != "0")
+}
+
+fn write_sysctl(path: &'static str, on: bool) -> Result<(), PodNetworkError> {
+    fs::write(path, if on { "1" } else { "0" }).map_err(|source| PodNetworkError::Sysctl { path, source })
 }

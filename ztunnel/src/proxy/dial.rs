@@ -77,6 +77,11 @@ pub async fn deliver(pod: &Pod, client: SocketAddr, to: SocketAddr) -> Result<Tc
     if client.is_ipv4() != to.is_ipv4() {
         return Err(ConnectionError::Family(client));
     }
+    if pod.addresses.contains(&client.ip()) {
+        // The pod talks to itself. Its own address needs no forging, and replies to it go by the kernel's local table,
+        // as from eth0, where a socket that is bound to lo would not be found.
+        return upstream(pod, to).await;
+    }
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for _ in 0..DELIVERIES {
         let socket = take(pod, SocketKind::Delivery, to).await?;
