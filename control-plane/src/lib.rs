@@ -4,6 +4,10 @@
 //! discovery). [`api`] says which objects are valid; [`app`] puts the parts together.
 
 pub mod api;
+pub mod app;
 pub mod ca;
+pub mod commands;
+pub mod config;
 pub mod index;
 pub mod ingest;
+pub mod serve;

@@ -61,7 +61,7 @@ pub fn parse(text: &str) -> Vec<Document> {
     for (line, chunk) in split(text) {
         match parse_yaml(chunk) {
             Ok(Value::Null) => {}
-            Ok(value) => read_value(value, line, &mut documents),
+            Ok(value) => read_value(&value, line, &mut documents),
             Err(problem) => documents.push(Document {
                 line,
                 outcome: Outcome::Refused {
@@ -113,22 +113,16 @@ fn parse_yaml(text: &str) -> Result<Value, Problem> {
 }
 
 /// Reads one object, or each item of a list.
-fn read_value(value: Value, line: usize, documents: &mut Vec<Document>) {
-    let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (api_version, kind_name) = (text("apiVersion"), text("kind"));
-    if api_version == "v1" && kind_name == "List" {
-        let Value::Object(mut list) = value else { return };
-        if let Some(Value::Array(items)) = list.remove("items") {
-            for item in items {
-                documents.push(Document { line, outcome: read_object(item) });
-            }
-        }
-        return;
-    }
-    documents.push(Document { line, outcome: read_object(value) });
+fn read_value(value: &Value, line: usize, documents: &mut Vec<Document>) {
+    let text = |key: &str| value.get(key).and_then(Value::as_str);
+    let items = match (text("apiVersion"), text("kind")) {
+        (Some("v1"), Some("List")) => value.get("items").and_then(Value::as_array).map_or(&[][..], Vec::as_slice),
+        _ => std::slice::from_ref(value),
+    };
+    documents.extend(items.iter().map(|item| Document { line, outcome: read_object(item) }));
 }
 
-fn read_object(value: Value) -> Outcome {
+fn read_object(value: &Value) -> Outcome {
     let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default();
     let meta =
         |key: &str| value.get("metadata").and_then(|meta| meta.get(key)).and_then(Value::as_str).unwrap_or_default();
@@ -181,7 +175,7 @@ fn group_of(api_version: &str) -> &str {
     api_version.split_once('/').map_or("", |(group, _)| group)
 }
 
-fn validate(kind: Kind, value: Value) -> Result<Object, Vec<Problem>> {
+fn validate(kind: Kind, value: &Value) -> Result<Object, Vec<Problem>> {
     match kind {
         Kind::Namespace => typed(value, namespace::validate).map(|valid| Object::Namespace(Arc::new(valid))),
         Kind::Node => typed(value, node::validate).map(|valid| Object::Node(Arc::new(valid))),
@@ -200,18 +194,18 @@ fn validate(kind: Kind, value: Value) -> Result<Object, Vec<Problem>> {
 }
 
 /// Gives `value` its Kubernetes type, notes what the type does not know, and validates it.
-fn typed<T, O>(value: Value, validate: fn(&T) -> Result<O, Vec<Problem>>) -> Result<O, Vec<Problem>>
+fn typed<T, O>(value: &Value, validate: fn(&T) -> Result<O, Vec<Problem>>) -> Result<O, Vec<Problem>>
 where
     T: Resource + DeserializeOwned + Serialize,
 {
-    let object: T = serde_path_to_error::deserialize(&value).map_err(|error| {
+    let object: T = serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { String::new() } else { path };
         vec![Problem::new(field, error.into_inner().to_string(), "give the field a value of its type")]
     })?;
     let mut problems = Problems::default();
     if let Ok(understood) = serde_json::to_value(&object) {
-        strict::unknown_fields(&value, &understood, &mut problems);
+        strict::unknown_fields(value, &understood, &mut problems);
     }
     let mut unknown = problems.into_list();
     match validate(&object) {

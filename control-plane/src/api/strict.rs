@@ -7,16 +7,16 @@ use super::problem::Problems;
 
 /// Notes every field of `given` that is missing in `understood`, the same object after a round trip through its type.
 pub(super) fn unknown_fields(given: &Value, understood: &Value, problems: &mut Problems) {
-    compare(given, understood, String::new(), problems);
+    compare(given, understood, "", problems);
 }
 
-fn compare(given: &Value, understood: &Value, path: String, problems: &mut Problems) {
+fn compare(given: &Value, understood: &Value, path: &str, problems: &mut Problems) {
     match (given, understood) {
         (Value::Object(given), Value::Object(understood)) => {
             for (key, value) in given {
                 let field = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 match understood.get(key) {
-                    Some(kept) => compare(value, kept, field, problems),
+                    Some(kept) => compare(value, kept, &field, problems),
                     // The type leaves out what is empty.
                     None if is_empty(value) => {}
                     None => problems.add(field, "is not a field of this kind", suggestion(key, understood)),
@@ -25,7 +25,7 @@ fn compare(given: &Value, understood: &Value, path: String, problems: &mut Probl
         }
         (Value::Array(given), Value::Array(understood)) => {
             for (index, (value, kept)) in given.iter().zip(understood).enumerate() {
-                compare(value, kept, format!("{path}[{index}]"), problems);
+                compare(value, kept, &format!("{path}[{index}]"), problems);
             }
         }
         // Scalars may be written differently (times, quantities) without being unknown.

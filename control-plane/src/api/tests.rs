@@ -81,104 +81,106 @@ fn a_service_is_read() {
     assert_eq!(targets, [(80, TargetPort::Named("web".to_owned())), (9090, TargetPort::Number(9090))]);
 }
 
-#[test]
-fn mistakes_are_found_with_their_field() {
-    let table: &[(&str, &str, &[&str])] = &[
-        ("no name", "{apiVersion: v1, kind: Namespace, metadata: {labels: {a: b}}}", &["metadata.name: is missing"]),
-        ("no kind", "{apiVersion: v1, metadata: {name: a}}", &["kind: is missing"]),
-        (
-            "old version",
-            "{apiVersion: apps/v1beta1, kind: Deployment, metadata: {name: a}}",
-            &["apiVersion: \"apps/v1beta1\" is not read for Deployment"],
-        ),
-        (
-            "typo in a mode",
-            "{apiVersion: v1, kind: Namespace, metadata: {name: a, labels: {istio.io/dataplane-mode: ambeint}}}",
-            &["metadata.labels[istio.io/dataplane-mode]: \"ambeint\" is not a mode"],
-        ),
-        (
-            "bad names",
-            "{apiVersion: v1, kind: ServiceAccount, metadata: {name: A_b, namespace: x.y}}",
-            &[
-                "metadata.namespace: \"x.y\" is not a namespace name",
-                "metadata.name: \"A_b\" is not a name for a ServiceAccount",
-            ],
-        ),
-        (
-            "namespaced namespace",
-            "{apiVersion: v1, kind: Namespace, metadata: {name: a, namespace: b}}",
-            &["metadata.namespace: a Namespace lives outside namespaces"],
-        ),
-        (
-            "label that is none",
-            "{apiVersion: v1, kind: Node, metadata: {name: a, labels: {zone: '-x'}}}",
-            &["metadata.labels[zone]: \"-x\" is not a label value"],
-        ),
-        (
-            "misspelt field",
-            "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {selecter: {app: web}, ports: [{port: 80}]}}",
-            &["spec.selecter: is not a field of this kind"],
-        ),
-        (
-            "wrong type",
-            "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {ports: [{port: eighty}]}}",
-            &["spec.ports[0].port: invalid type: string \"eighty\", expected i32"],
-        ),
-        (
-            "service ports",
-            "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {ports: [
+/// Name, manifest, mistakes.
+const MISTAKES: &[(&str, &str, &[&str])] = &[
+    ("no name", "{apiVersion: v1, kind: Namespace, metadata: {labels: {a: b}}}", &["metadata.name: is missing"]),
+    ("no kind", "{apiVersion: v1, metadata: {name: a}}", &["kind: is missing"]),
+    (
+        "old version",
+        "{apiVersion: apps/v1beta1, kind: Deployment, metadata: {name: a}}",
+        &["apiVersion: \"apps/v1beta1\" is not read for Deployment"],
+    ),
+    (
+        "typo in a mode",
+        "{apiVersion: v1, kind: Namespace, metadata: {name: a, labels: {istio.io/dataplane-mode: ambeint}}}",
+        &["metadata.labels[istio.io/dataplane-mode]: \"ambeint\" is not a mode"],
+    ),
+    (
+        "bad names",
+        "{apiVersion: v1, kind: ServiceAccount, metadata: {name: A_b, namespace: x.y}}",
+        &[
+            "metadata.namespace: \"x.y\" is not a namespace name",
+            "metadata.name: \"A_b\" is not a name for a ServiceAccount",
+        ],
+    ),
+    (
+        "namespaced namespace",
+        "{apiVersion: v1, kind: Namespace, metadata: {name: a, namespace: b}}",
+        &["metadata.namespace: a Namespace lives outside namespaces"],
+    ),
+    (
+        "label that is none",
+        "{apiVersion: v1, kind: Node, metadata: {name: a, labels: {zone: '-x'}}}",
+        &["metadata.labels[zone]: \"-x\" is not a label value"],
+    ),
+    (
+        "misspelt field",
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {selecter: {app: web}, ports: [{port: 80}]}}",
+        &["spec.selecter: is not a field of this kind"],
+    ),
+    (
+        "wrong type",
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {ports: [{port: eighty}]}}",
+        &["spec.ports[0].port: invalid type: string \"eighty\", expected i32"],
+    ),
+    (
+        "service ports",
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {ports: [
                {port: 80, name: a}, {port: 80, name: a}, {port: 70000, name: b}, {port: 81, name: c, protocol: tcp},
                {port: 82, targetPort: '8080', name: d}, {port: 83}]}}",
-            &[
-                "spec.ports[1].name: \"a\" is used twice",
-                "spec.ports[1].port: TCP port 80 is there twice",
-                "spec.ports[2].port: 70000 is not a port",
-                "spec.ports[3].protocol: \"tcp\" is not a protocol",
-                "spec.ports[4].targetPort: \"8080\" is neither a port number nor a port name",
-                "spec.ports[5].name: is missing",
-            ],
-        ),
-        (
-            "service addresses",
-            "{apiVersion: v1, kind: Service, metadata: {name: 1web}, spec: {clusterIP: 127.0.0.1, ports: [{port: 80}]}}",
-            &[
-                "metadata.name: \"1web\" is not a name for a Service",
-                "spec.clusterIP: 127.0.0.1 cannot be reached from another node",
-            ],
-        ),
-        (
-            "service without ports",
-            "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {selector: {app: web}}}",
-            &["spec.ports: is empty"],
-        ),
-        (
-            "deployment that does not select its pods",
-            "{apiVersion: apps/v1, kind: Deployment, metadata: {name: a}, spec: {selector: {matchLabels: {app: a}},
+        &[
+            "spec.ports[1].name: \"a\" is used twice",
+            "spec.ports[1].port: TCP port 80 is there twice",
+            "spec.ports[2].port: 70000 is not a port",
+            "spec.ports[3].protocol: \"tcp\" is not a protocol",
+            "spec.ports[4].targetPort: \"8080\" is neither a port number nor a port name",
+            "spec.ports[5].name: is missing",
+        ],
+    ),
+    (
+        "service addresses",
+        "{apiVersion: v1, kind: Service, metadata: {name: 1web}, spec: {clusterIP: 127.0.0.1, ports: [{port: 80}]}}",
+        &[
+            "metadata.name: \"1web\" is not a name for a Service",
+            "spec.clusterIP: 127.0.0.1 cannot be reached from another node",
+        ],
+    ),
+    (
+        "service without ports",
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {selector: {app: web}}}",
+        &["spec.ports: is empty"],
+    ),
+    (
+        "deployment that does not select its pods",
+        "{apiVersion: apps/v1, kind: Deployment, metadata: {name: a}, spec: {selector: {matchLabels: {app: a}},
               template: {metadata: {labels: {app: b}}, spec: {containers: [{name: a}]}}}}",
-            &["spec.selector.matchLabels[app]: \"a\" is not among the labels of the template"],
-        ),
-        (
-            "pod without containers, with a bad address and phase",
-            "{apiVersion: v1, kind: Pod, metadata: {name: a}, spec: {containers: []},
+        &["spec.selector.matchLabels[app]: \"a\" is not among the labels of the template"],
+    ),
+    (
+        "pod without containers, with a bad address and phase",
+        "{apiVersion: v1, kind: Pod, metadata: {name: a}, spec: {containers: []},
               status: {podIP: 10.0.0.256, phase: Sleeping}}",
-            &[
-                "status.podIP: \"10.0.0.256\" is not an IP address",
-                "spec.containers: is empty",
-                "status.phase: \"Sleeping\" is not a phase",
-            ],
-        ),
-        (
-            "slice of the wrong family",
-            "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: a}, addressType: IPv6,
+        &[
+            "status.podIP: \"10.0.0.256\" is not an IP address",
+            "spec.containers: is empty",
+            "status.phase: \"Sleeping\" is not a phase",
+        ],
+    ),
+    (
+        "slice of the wrong family",
+        "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: a}, addressType: IPv6,
               endpoints: [{addresses: [10.0.0.1]}, {addresses: []}], ports: [{port: 0}]}",
-            &[
-                "endpoints[0].addresses[0]: 10.0.0.1 is not of the slice's addressType",
-                "endpoints[1].addresses: is empty",
-                "ports[0].port: 0 is not a port",
-            ],
-        ),
-    ];
-    for (name, text, expected) in table {
+        &[
+            "endpoints[0].addresses[0]: 10.0.0.1 is not of the slice's addressType",
+            "endpoints[1].addresses: is empty",
+            "ports[0].port: 0 is not a port",
+        ],
+    ),
+];
+
+#[test]
+fn mistakes_are_found_with_their_field() {
+    for (name, text, expected) in MISTAKES {
         let mut found = mistakes(text);
         let mut expected = expected.to_vec();
         found.sort();

@@ -177,22 +177,25 @@ impl Index {
     /// Objects whose effect differs from what their author may expect, and why.
     pub fn notes(&self) -> Vec<Note> {
         let mut notes = self.waiting.notes(self.options.confirmation);
-        notes.extend(self.vips.notes());
+        notes.extend(self.conflicts());
         notes
+    }
+
+    /// The part of [`Index::notes`] that only editing objects can mend.
+    pub fn conflicts(&self) -> Vec<Note> {
+        self.vips.notes()
     }
 
     fn upsert(&mut self, object: Object, dirty: &mut Dirty) {
         match object {
             Object::Namespace(namespace) => {
-                let name = namespace.name.clone();
-                if self.namespaces.insert(namespace) {
-                    self.touch_namespace(&name, dirty);
+                if self.namespaces.insert(&namespace) {
+                    self.touch_namespace(&namespace.name, dirty);
                 }
             }
             Object::Node(node) => {
-                let name = node.name.clone();
-                if self.nodes.insert(node) {
-                    self.touch_node(&name, dirty);
+                if self.nodes.insert(&node) {
+                    self.touch_node(&node.name, dirty);
                 }
             }
             Object::Pod(pod) => {

@@ -12,9 +12,9 @@ pub(super) struct Namespaces(HashMap<Arc<str>, Arc<Namespace>>);
 
 impl Namespaces {
     /// Returns whether anything changed.
-    pub(super) fn insert(&mut self, namespace: Arc<Namespace>) -> bool {
+    pub(super) fn insert(&mut self, namespace: &Arc<Namespace>) -> bool {
         let old = self.0.insert(namespace.name.clone(), namespace.clone());
-        old.is_none_or(|old| old != namespace)
+        old.is_none_or(|old| old != *namespace)
     }
 
     /// Returns whether it was there.

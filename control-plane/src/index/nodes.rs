@@ -14,9 +14,9 @@ pub(super) struct Nodes(HashMap<Arc<str>, Arc<Node>>);
 
 impl Nodes {
     /// Returns whether anything changed.
-    pub(super) fn insert(&mut self, node: Arc<Node>) -> bool {
+    pub(super) fn insert(&mut self, node: &Arc<Node>) -> bool {
         let old = self.0.insert(node.name.clone(), node.clone());
-        old.is_none_or(|old| old != node)
+        old.is_none_or(|old| old != *node)
     }
 
     /// Returns whether it was there.

@@ -46,7 +46,7 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         4 => (0..2u8, 0..4u8, 0..4u8, 0..7u8, port).prop_map(
             |(namespace, name, app, address, port)| Edit::Service { namespace, name, app, address, port }
         ),
-        2 => (0..2u8, small.clone(), 0..4u8, prop::collection::vec(0..6u8, 0..4)).prop_map(
+        2 => (0..2u8, small, 0..4u8, prop::collection::vec(0..6u8, 0..4)).prop_map(
             |(namespace, name, service, addresses)| Edit::Slice { namespace, name, service, addresses }
         ),
         2 => (kind, 0..2u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),

@@ -39,11 +39,13 @@ pub(super) struct Vips {
     size: u32,
     claims: HashMap<IpAddr, BTreeSet<Claim>>,
     services: HashMap<Name, Wish>,
+    /// Services that did not get what they asked for.
+    losers: BTreeSet<Name>,
 }
 
 impl Default for Vips {
     fn default() -> Self {
-        Self { size: SIZE, claims: HashMap::new(), services: HashMap::new() }
+        Self { size: SIZE, claims: HashMap::new(), services: HashMap::new(), losers: BTreeSet::new() }
     }
 }
 
@@ -67,7 +69,7 @@ impl Vips {
         if is_same {
             return BTreeSet::new();
         }
-        let mut touched = self.remove(&service.name);
+        let mut touched = self.take_back(&service.name);
         match &service.addresses {
             ServiceAddresses::Given(addresses) => self.give(&service.name, addresses, &mut touched),
             // The range has no IPv6 addresses.
@@ -77,11 +79,18 @@ impl Vips {
             }
             ServiceAddresses::Allocate | ServiceAddresses::Headless | ServiceAddresses::External => {}
         }
+        self.count_losers(&touched);
         touched
     }
 
     /// The service is gone. Returns the services whose addresses may have changed.
     pub(super) fn remove(&mut self, service: &Name) -> BTreeSet<Name> {
+        let touched = self.take_back(service);
+        self.count_losers(&touched);
+        touched
+    }
+
+    fn take_back(&mut self, service: &Name) -> BTreeSet<Name> {
         let mut touched = BTreeSet::new();
         let (addresses, chosen) = match self.services.remove(service) {
             None => return touched,
@@ -94,6 +103,21 @@ impl Vips {
             self.release(address, &claim, &mut touched);
         }
         touched
+    }
+
+    fn count_losers(&mut self, touched: &BTreeSet<Name>) {
+        for service in touched {
+            let has_all = match self.services.get(service) {
+                None => true,
+                Some(Wish::Given(addresses)) => addresses.iter().all(|address| self.has(*address, service)),
+                Some(Wish::Chosen(asked)) => asked.last().is_some_and(|address| self.has(*address, service)),
+            };
+            if has_all {
+                self.losers.remove(service);
+            } else {
+                self.losers.insert(service.clone());
+            }
+        }
     }
 
     /// The addresses that a service has, in the order of its spec.
@@ -112,7 +136,8 @@ impl Vips {
     /// Services that did not get what they asked for.
     pub(super) fn notes(&self) -> Vec<Note> {
         let mut notes = Vec::new();
-        for (service, wish) in &self.services {
+        for service in &self.losers {
+            let Some(wish) = self.services.get(service) else { continue };
             let mut note = |reason: String| {
                 notes.push(Note { object: ObjectId::namespaced(Kind::Service, service).to_string(), reason });
             };
@@ -132,7 +157,6 @@ impl Vips {
                 Wish::Chosen(_) => {}
             }
         }
-        notes.sort_by(|a, b| a.object.cmp(&b.object));
         notes
     }
 
@@ -144,18 +168,18 @@ impl Vips {
         self.services.insert(service.clone(), Wish::Given(addresses.to_vec()));
         touched.insert(service.clone());
         for address in addresses {
-            let loser = self.claim(*address, Claim { chosen: false, service: service.clone() });
+            let loser = self.claim(*address, &Claim { chosen: false, service: service.clone() });
             self.displaced(loser, touched);
         }
     }
 
     /// Claims the address; returns who had it and has lost it.
-    fn claim(&mut self, address: IpAddr, claim: Claim) -> Option<Claim> {
+    fn claim(&mut self, address: IpAddr, claim: &Claim) -> Option<Claim> {
         let claims = self.claims.entry(address).or_default();
         let before = claims.first().cloned();
         claims.insert(claim.clone());
-        let wins = claims.first() == Some(&claim);
-        before.filter(|before| wins && *before != claim)
+        let wins = claims.first() == Some(claim);
+        before.filter(|before| wins && before != claim)
     }
 
     fn displaced(&mut self, loser: Option<Claim>, touched: &mut BTreeSet<Name>) {
@@ -182,7 +206,7 @@ impl Vips {
                 continue;
             }
             let claim = Claim { chosen: true, service: service.clone() };
-            let loser = self.claim(address, claim);
+            let loser = self.claim(address, &claim);
             asking = if self.has(address, &service) { loser.map(|loser| loser.service) } else { Some(service) };
         }
     }

@@ -20,6 +20,8 @@ pub struct Files {
     files: BTreeMap<Arc<str>, File>,
     /// The files that hold an object, the winner first.
     holders: HashMap<ObjectId, BTreeSet<Arc<str>>>,
+    /// Objects that several files hold.
+    contested: BTreeSet<ObjectId>,
 }
 
 #[derive(Debug, Default)]
@@ -139,23 +141,25 @@ impl Files {
     /// The source's account of itself.
     pub fn report(&self) -> Report {
         let mut report = Report { files: self.files.len(), accepted: self.holders.len(), ..Report::default() };
-        for (path, file) in &self.files {
+        for file in self.files.values() {
             report.ignored += file.ignored;
             report.refused.extend(file.refused.iter().cloned());
-            for id in file.objects.keys() {
-                let winner = self.holders.get(id).and_then(BTreeSet::first);
-                if let Some(winner) = winner.filter(|winner| *winner != path) {
-                    let message = format!("is also in {winner}, which comes first and counts");
-                    report.refused.push(Refusal {
-                        file: path.to_string(),
-                        line: 0,
-                        object: id.to_string(),
-                        problems: vec![Problem::new("", message, format!("remove it from {winner} or from {path}"))],
-                        keeps_last_good: false,
-                    });
-                }
+        }
+        for id in &self.contested {
+            let mut holders = self.holders.get(id).into_iter().flatten();
+            let Some(winner) = holders.next() else { continue };
+            for path in holders {
+                let message = format!("is also in {winner}, which comes first and counts");
+                report.refused.push(Refusal {
+                    file: path.to_string(),
+                    line: 0,
+                    object: id.to_string(),
+                    problems: vec![Problem::new("", message, format!("remove it from {winner} or from {path}"))],
+                    keeps_last_good: false,
+                });
             }
         }
+        report.refused.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
         report
     }
 
@@ -179,7 +183,11 @@ impl Files {
             }
         }
         for id in file.objects.keys() {
-            self.holders.entry(id.clone()).or_default().insert(path.clone());
+            let holders = self.holders.entry(id.clone()).or_default();
+            holders.insert(path.clone());
+            if holders.len() > 1 {
+                self.contested.insert(id.clone());
+            }
         }
         self.files.insert(path, file);
         self.differences(touched, &winners)
@@ -188,6 +196,9 @@ impl Files {
     fn release(&mut self, id: &ObjectId, path: &str) {
         if let Some(holders) = self.holders.get_mut(id) {
             holders.remove(path);
+            if holders.len() < 2 {
+                self.contested.remove(id);
+            }
             if holders.is_empty() {
                 self.holders.remove(id);
             }

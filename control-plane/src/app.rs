@@ -1,0 +1,230 @@
+//! Puts the parts together. Everything is bound and read before anything is served, so that a mistake in the set-up is an
+//! error at start.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_identity::Clock;
+use mesh_runtime::log::LogHandle;
+use mesh_runtime::ready::Readiness;
+use mesh_runtime::signal::Requester;
+use mesh_runtime::{admin, drain, http, metrics};
+use mesh_xds::server::{self, Catalog};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tracing::info;
+
+use crate::ca::serving::ServingError;
+use crate::ca::{self, Authenticator, CaService, Policy, State, StateError};
+use crate::config::Config;
+use crate::index::{Index, Roster};
+use crate::ingest::{Directory, DirectoryError, Limits, Timing};
+use crate::serve::{self, Metrics, Pipeline, View};
+
+/// Time for everything to end once asked; a little more than the gRPC server's own.
+const DRAIN: Duration = Duration::from_secs(7);
+
+/// Why the control plane cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} for {purpose}: {error}; choose another with --{option}")]
+    Bind {
+        /// What for.
+        purpose: &'static str,
+        /// The option that says where.
+        option: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// The system's answer.
+        error: io::Error,
+    },
+    /// The state directory is not usable.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// culvertd's own certificate cannot be made.
+    #[error(transparent)]
+    Serving(#[from] ServingError),
+    /// The source cannot be read.
+    #[error(transparent)]
+    Source(#[from] DirectoryError),
+    /// The gRPC server ended.
+    #[error("the gRPC server failed: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// A part ended that must not.
+    #[error("{0} ended unexpectedly; see the log")]
+    Ended(&'static str),
+}
+
+/// The control plane, bound and ready to run.
+pub struct App {
+    source: Directory,
+    grpc: TcpListener,
+    acceptor: TlsAcceptor,
+    authority: CaService,
+    discovery: server::Service,
+    metrics: Metrics,
+    pipeline: Pipeline,
+    viewer: watch::Receiver<Arc<View>>,
+    readiness: Readiness,
+    /// Servers of metrics, readiness and admin pages, with what they serve.
+    pages: Vec<(http::Server, http::Router)>,
+    addresses: Addresses,
+}
+
+/// Where the control plane listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Addresses {
+    /// Discovery and certificates.
+    pub xds: SocketAddr,
+    /// Metrics.
+    pub metrics: SocketAddr,
+    /// Readiness.
+    pub ready: SocketAddr,
+    /// Admin pages.
+    pub admin: SocketAddr,
+}
+
+impl App {
+    /// Opens the state, binds every address, puts the parts together. `quit` is what `POST /quitquitquit` asks.
+    ///
+    /// # Errors
+    /// Something of that is not possible.
+    pub async fn new(config: Config, log: &LogHandle, quit: Requester) -> Result<Self, AppError> {
+        let clock = Clock::system();
+        let state = State::open(&config.state_dir, &config.index.trust_domain, clock.now())?;
+        let tls = ca::serving_config(state.authority.clone(), config.xds_san.clone(), clock.clone())?;
+        let authenticator = Authenticator::new(state.token_key.clone(), clock.clone());
+        let roster = Arc::new(Roster::default());
+        let policy = Policy { trust_domain: config.index.trust_domain.clone(), node_proxies: config.node_proxies };
+        let authority = CaService::new(state.authority, authenticator.clone(), roster.clone(), policy, clock);
+        let catalog = Arc::new(Catalog::new());
+        let discovery = serve::discovery(catalog.clone(), authenticator);
+        let registry = metrics::Registry::new();
+        let counted = registry.register(|registry| Metrics::register(registry, catalog.clone(), discovery.clone()));
+        let (view, viewer) = watch::channel(Arc::new(View::default()));
+        let readiness = Readiness::new();
+
+        let grpc = bind("discovery", "xds-addr", config.xds_addr).await?;
+        let (metrics_page, metrics_addr) = page("metrics", "metrics-addr", config.metrics_addr).await?;
+        let (ready_page, ready_addr) = page("readiness", "ready-addr", config.ready_addr).await?;
+        let (admin_page, admin_addr) = page("the admin pages", "admin-addr", config.admin_addr).await?;
+        let addresses = Addresses {
+            xds: local("discovery", "xds-addr", config.xds_addr, grpc.local_addr())?,
+            metrics: metrics_addr,
+            ready: ready_addr,
+            admin: admin_addr,
+        };
+        let mut metrics_routes = http::Router::new();
+        registry.mount(&mut metrics_routes);
+        let mut ready_routes = http::Router::new();
+        readiness.mount(&mut ready_routes);
+        let mut admin_routes = admin::routes(log, quit);
+        serve::mount(&mut admin_routes, viewer.clone(), catalog.clone(), discovery.clone());
+        Ok(Self {
+            source: Directory::new(config.source_dir, Limits::default(), Timing::default()),
+            grpc,
+            acceptor: TlsAcceptor::from(tls),
+            authority,
+            discovery,
+            metrics: counted.clone(),
+            pipeline: Pipeline { index: Index::new(config.index), roster, catalog, view, metrics: counted },
+            viewer,
+            readiness,
+            pages: vec![
+                (metrics_page, metrics_routes),
+                (ready_page, ready_routes),
+                (admin_page.local_only(), admin::finish(admin_routes)),
+            ],
+            addresses,
+        })
+    }
+
+    /// Where it listens; of use where a port was left to the system.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Whether it serves.
+    pub fn readiness(&self) -> Readiness {
+        self.readiness.clone()
+    }
+
+    /// Serves until `stop` resolves, then drains.
+    ///
+    /// # Errors
+    /// The source cannot be read at start, or a part failed.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), AppError> {
+        let (trigger, watcher) = drain::channel();
+        let (batches, source_batches) = mpsc::channel(16);
+        let mut pages = JoinSet::new();
+        for (server, router) in self.pages {
+            let watcher = watcher.clone();
+            pages.spawn(async move { server.serve(router, async move { watcher.draining().await }).await });
+        }
+        let synced = self.readiness.register("the source is read");
+        let serving = self.readiness.register("discovery is served");
+        let mut source = tokio::spawn(self.source.run(batches));
+        let mut pipeline = tokio::spawn(self.pipeline.run(source_batches, synced, watcher.clone()));
+        let mut viewer = self.viewer;
+        let addresses = self.addresses;
+        let grpc = async {
+            // A client that came back to an empty catalog would drop everything that it has.
+            tokio::select! {
+                _ = viewer.wait_for(|view| view.synced) => {}
+                () = watcher.draining() => return Ok(()),
+            }
+            info!(xds = %addresses.xds, admin = %addresses.admin, metrics = %addresses.metrics, "serving");
+            serving.done();
+            serve::grpc(self.grpc, self.acceptor, self.discovery, self.authority, &self.metrics, watcher).await
+        };
+        tokio::pin!(grpc, stop);
+        let result = tokio::select! {
+            () = &mut stop => Ok(()),
+            // Each of the two ends when the other has; the source knows why.
+            _ = &mut pipeline => match (&mut source).await {
+                Ok(Err(error)) => Err(error.into()),
+                Ok(Ok(())) => Err(AppError::Ended("the pipeline")),
+                Err(_) => Err(AppError::Ended("the source")),
+            },
+            result = &mut grpc => Err(result.err().map_or(AppError::Ended("the gRPC server"), AppError::from)),
+        };
+        if result.is_ok() {
+            info!("draining");
+            let drained = trigger.drain(DRAIN);
+            let (drained, _) = tokio::join!(drained, grpc.as_mut());
+            info!(?drained, "drained");
+        }
+        source.abort();
+        pages.shutdown().await;
+        result
+    }
+}
+
+async fn bind(purpose: &'static str, option: &'static str, address: SocketAddr) -> Result<TcpListener, AppError> {
+    TcpListener::bind(address).await.map_err(|error| AppError::Bind { purpose, option, address, error })
+}
+
+async fn page(
+    purpose: &'static str,
+    option: &'static str,
+    address: SocketAddr,
+) -> Result<(http::Server, SocketAddr), AppError> {
+    let server =
+        http::Server::bind(address).await.map_err(|error| AppError::Bind { purpose, option, address, error })?;
+    let bound = local(purpose, option, address, server.local_addr())?;
+    Ok((server, bound))
+}
+
+fn local(
+    purpose: &'static str,
+    option: &'static str,
+    address: SocketAddr,
+    bound: io::Result<SocketAddr>,
+) -> Result<SocketAddr, AppError> {
+    bound.map_err(|error| AppError::Bind { purpose, option, address, error })
+}

@@ -1,0 +1,68 @@
+//! Everything that faces outwards: discovery and certificates over TLS, metrics, readiness, status.
+
+mod dump;
+mod listener;
+mod metered;
+pub mod metrics;
+mod pipeline;
+mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_runtime::drain;
+use mesh_xds::server::{self, Catalog, Client};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tonic::transport::Error;
+
+use crate::ca::{Authenticator, CaService};
+use metered::{MeteredAuthority, MeteredDiscovery};
+
+pub use metrics::Metrics;
+pub use pipeline::{Pipeline, View};
+pub use status::mount;
+
+/// Time that open calls have to end when the process does.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// The discovery service over a catalog, for whoever has a valid token.
+pub fn discovery(catalog: Arc<Catalog>, authenticator: Authenticator) -> server::Service {
+    let authenticate = move |metadata: &tonic::metadata::MetadataMap| {
+        let caller = authenticator.authenticate(metadata)?;
+        Ok(Client { name: caller.to_string() })
+    };
+    server::Service::new(catalog, authenticate, server::Options::default())
+}
+
+/// Serves discovery and certificates on `listener` until `watcher` drains; then ends the streams, so that clients
+/// reconnect to another replica, and gives calls a moment to complete.
+///
+/// # Errors
+/// The server failed.
+pub async fn grpc(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    discovery: server::Service,
+    authority: CaService,
+    metrics: &Metrics,
+    watcher: drain::Watcher,
+) -> Result<(), Error> {
+    let incoming = listener::accept(listener, acceptor, watcher.clone());
+    let limit = server::Options::default().max_request;
+    let served = server::transport()
+        .add_service(MeteredDiscovery::new(discovery.clone(), metrics).into_server(limit))
+        .add_service(MeteredAuthority::new(authority, metrics).into_server())
+        .serve_with_incoming_shutdown(incoming, async {
+            watcher.draining().await;
+            discovery.close();
+        });
+    let deadline = async {
+        watcher.draining().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    tokio::select! {
+        result = served => result,
+        () = deadline => Ok(()),
+    }
+}
