@@ -96,6 +96,10 @@ impl State {
             self.next = Some(sequence.wrapping_add(1));
             return;
         }
+        if packet.payload.is_empty() {
+            // Acknowledgements tell nothing; those after a FIN count one byte that was never there.
+            return;
+        }
         let expected = self.next.unwrap_or(sequence);
         // Positive: bytes seen before (a retransmission or a keepalive). Negative: bytes missed.
         let overlap = expected.wrapping_sub(sequence).cast_signed();
@@ -108,7 +112,6 @@ impl State {
             }
         };
         if fresh.is_empty() {
-            self.next = Some(expected);
             return;
         }
         self.next = Some(sequence.wrapping_add(u32::try_from(packet.payload.len()).unwrap_or(0)));
@@ -205,6 +208,8 @@ mod tests {
         let flow = feed(&mut state, &scanner, 10, false, &[3, 0, 1, 7, 20, 3, 3, 0, 1, 1]);
         assert_eq!(flow.tls, Tls { handshake: 1, application: 1, other: 1, broken: false });
         assert!(flow.is_tls());
+        let flow = feed(&mut state, &scanner, 21, false, b"");
+        assert!(flow.is_tls(), "an acknowledgement after the FIN is no gap");
         let flow = feed(&mut state, &scanner, 20, false, b"GET / HTTP/1.1");
         assert!(flow.tls.broken);
     }
