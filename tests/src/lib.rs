@@ -30,6 +30,7 @@
 
 pub mod announce;
 pub mod app;
+pub mod bench;
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
