@@ -1,7 +1,8 @@
 //! What the eBPF programs and the agent must agree on: names of maps and programs, their layout, marks and ports.
 //!
-//! The programs themselves are in `program/`, a package of its own, because they are built for another target with their own
-//! lock file. Structures are free of padding and cross the boundary as bytes, so that user space needs no `unsafe`.
+//! The programs themselves are in `program/`, a package of its own, because they are built for another target with
+//! their own lock file. Structures are free of padding and cross the boundary as bytes, so that user space needs no
+//! `unsafe`.
 //!
 //! Limits of this version: IPv4 TCP (IPv4-mapped IPv6 sockets included) is captured, native IPv6 is left alone.
 #![no_std]
@@ -78,7 +79,8 @@ impl PodEntry {
     /// Bytes of one entry in a map.
     pub const SIZE: usize = size_of::<Self>();
 
-    /// An entry for these addresses (octets in network order). `None` if there are none, or more than [`POD_ADDRESSES`].
+    /// An entry for these addresses (octets in network order). `None` if there are none, or more than
+    /// [`POD_ADDRESSES`].
     #[must_use]
     pub fn new(addresses: &[[u8; 4]]) -> Option<Self> {
         if addresses.is_empty() || addresses.len() > POD_ADDRESSES {

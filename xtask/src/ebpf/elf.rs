@@ -1,4 +1,5 @@
-//! The little of ELF that a linked eBPF object needs: dropping what is only for debuggers, and comparing two by sections.
+//! The little of ELF that a linked eBPF object needs: dropping what is only for debuggers, and comparing two by
+//! sections.
 //!
 //! Done here rather than by a tool, so that the bytes do not depend on which one a machine has.
 
@@ -28,8 +29,8 @@ impl fmt::Display for Malformed {
     }
 }
 
-/// The object without debugging sections and their relocations, symbols of files, and names of local functions, which carry
-/// a hash of the place where they were built. Stripping twice changes nothing.
+/// The object without debugging sections and their relocations, symbols of files, and names of local functions, which
+/// carry a hash of the place where they were built. Stripping twice changes nothing.
 ///
 /// # Errors
 /// When it is no little-endian ELF64 object.

@@ -104,8 +104,8 @@ fn library(sysroot: &Path, version: &str) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// Takes it out of Debian's package `rust-src` of exactly the compiler's version, with package lists of our own, so that
-/// nothing of the system is changed.
+/// Takes it out of Debian's package `rust-src` of exactly the compiler's version, with package lists of our own, so
+/// that nothing of the system is changed.
 fn from_debian(version: &str, library: &Path) -> Result<(), String> {
     if !Path::new(KEYRING).exists() {
         return Err(format!("there is no {KEYRING}"));

@@ -44,11 +44,7 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
             addr_of!((*address).user_ip6[3]).read_volatile(),
         ]
     };
-    if words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be() {
-        decide(&ctx, words[3])
-    } else {
-        ALLOW
-    }
+    if words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be() { decide(&ctx, words[3]) } else { ALLOW }
 }
 
 /// `destination` is in network order.
@@ -73,7 +69,8 @@ fn decide(ctx: &SockAddrContext, destination: u32) -> i32 {
         return ALLOW;
     }
     if protocol == IPPROTO_MPTCP {
-        // Its subflows are sockets of their own that would keep the old mark: refused rather than sent in clear.
+        // The hook sees the first subflow, which is plain TCP to it. A kernel that shows the whole connection instead
+        // would not pass the mark on to subflows: refused rather than sent in clear.
         count(Counter::Denied);
         return DENY;
     }

@@ -79,7 +79,8 @@ fn decide(ctx: &SkLookupContext) -> Verdict {
         };
     }
     if port == u32::from(PORT_INBOUND_HBONE) {
-        // Steered rather than left alone: without the proxy's listener an application's own on that port must not get it.
+        // Steered rather than left alone: without the proxy's listener an application's own on that port must not get
+        // it.
         return Verdict::Steer(SOCKET_INBOUND_HBONE, Counter::InboundSteered);
     }
     Verdict::Steer(SOCKET_INBOUND_PLAINTEXT, Counter::InboundSteered)

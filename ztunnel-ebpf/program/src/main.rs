@@ -1,7 +1,8 @@
 //! The eBPF programs of one node.
 //!
-//! `connect4` and `connect6` sit at the root of the cgroup hierarchy and mark new connections of enrolled pods; one instance of
-//! `lookup` sits in each pod's network namespace and steers connections to the proxy's listeners. Nothing is rewritten.
+//! `connect4` and `connect6` sit at the root of the cgroup hierarchy and mark new connections of enrolled pods; one
+//! instance of `lookup` sits in each pod's network namespace and steers connections to the proxy's listeners. Nothing is
+//! rewritten.
 #![no_std]
 #![no_main]
 

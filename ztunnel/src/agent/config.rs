@@ -34,13 +34,13 @@ pub struct Config {
     #[arg(long, env = "CULVERT_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: String,
 
-    /// Load the eBPF programs with their log records, shown at level debug of the target `ebpf`. Programs that are adopted
-    /// from an earlier agent keep the setting they were loaded with.
+    /// Load the eBPF programs with their log records, shown at level debug of the target `ebpf`. Programs that are
+    /// adopted from an earlier agent keep the setting they were loaded with.
     #[arg(long, env = "CULVERT_EBPF_LOG")]
     pub ebpf_log: bool,
 
-    /// Release every pod and remove all that agents of this run folder left in the kernel, then exit. Connections that are
-    /// opened afterwards are no longer carried by the mesh.
+    /// Release every pod and remove all that agents of this run folder left in the kernel, then exit. Connections that
+    /// are opened afterwards are no longer carried by the mesh.
     #[arg(long, visible_alias = "purge")]
     pub uninstall: bool,
 }

@@ -1,4 +1,5 @@
-//! The proxy's side of the agent: says which pods there are, gives out listeners and fresh sockets, takes listeners back.
+//! The proxy's side of the agent: says which pods there are, gives out listeners and fresh sockets, takes listeners
+//! back.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

@@ -74,7 +74,8 @@ enum Command {
 }
 
 impl Manager {
-    /// Adopts what an earlier agent left, then starts the task. It ends when all clones are dropped, and leaves capture in place.
+    /// Adopts what an earlier agent left, then starts the task. It ends when all clones are dropped, and leaves capture
+    /// in place.
     ///
     /// # Errors
     /// When the state cannot be read.
@@ -148,7 +149,8 @@ impl Manager {
     }
 }
 
-/// Takes over the pods of an earlier agent. Those that cannot be served are returned, with the reason; their capture stays.
+/// Takes over the pods of an earlier agent. Those that cannot be served are returned, with the reason; their capture
+/// stays.
 fn adopt(node: &NodeCapture, state: &State, pods: &Shared) -> Result<BTreeMap<String, Stranded>, StateError> {
     let mut stranded = BTreeMap::new();
     let mut known = Vec::new();

@@ -1,10 +1,10 @@
-//! The node's agent: prepares pods, loads eBPF, opens sockets in their namespaces and hands them to the proxy. It parses nothing
-//! that a pod or a peer sent.
+//! The node's agent: prepares pods, loads eBPF, opens sockets in their namespaces and hands them to the proxy. It
+//! parses nothing that a pod or a peer sent.
 //!
-//! A pod is announced on `cni.sock` ([`announce`]) and enrolled by one task ([`manager`]) step by step ([`pod`]): rules and a
-//! route in its namespace ([`pod_network`]), listeners ([`sockets`]), programs and maps ([`capture`]). The proxy learns of it and
-//! gets its sockets on `proxy/agent.sock` ([`handover`]). All that matters lies in the kernel: an agent that dies
-//! changes nothing, the next one adopts what it finds ([`state`]).
+//! A pod is announced on `cni.sock` ([`announce`]) and enrolled by one task ([`manager`]) step by step ([`pod`]): rules
+//! and a route in its namespace ([`pod_network`]), listeners ([`sockets`]), programs and maps ([`capture`]). The proxy
+//! learns of it and gets its sockets on `proxy/agent.sock` ([`handover`]). All that matters lies in the kernel: an
+//! agent that dies changes nothing, the next one adopts what it finds ([`state`]).
 
 pub mod announce;
 pub mod capture;
@@ -182,8 +182,8 @@ fn warn_of_foreign_programs(node: &NodeCapture, cgroup_root: &Path) {
         Ok(ids) if ids.is_empty() => {}
         Ok(ids) => tracing::warn!(
             programs = ?ids,
-            "other programs are attached to connect4 or connect6 at the cgroup root; if one rewrites addresses (Cilium's socket \
-             load balancer does unless socketLB.hostNamespaceOnly=true), services are lost on pods of this node"
+            "other programs are attached to connect4 or connect6 at the cgroup root; if one rewrites addresses (Cilium's \
+             socket load balancer does unless socketLB.hostNamespaceOnly=true), services are lost on pods of this node"
         ),
         Err(error) => tracing::warn!(%error, "cannot ask for other programs at the cgroup root"),
     }

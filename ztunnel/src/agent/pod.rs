@@ -160,7 +160,8 @@ pub enum EnrolError {
     NoListeners,
 }
 
-/// An enrolled pod. Dropping it changes nothing in the kernel but that the agent's duplicates of the sockets are closed.
+/// An enrolled pod. Dropping it changes nothing in the kernel but that the agent's duplicates of the sockets are
+/// closed.
 #[derive(Debug)]
 pub struct Pod {
     /// As announced.
@@ -175,8 +176,8 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Enrols a pod: when this returns, the kernel was asked and everything is in force. Until the last step no connection
-    /// is captured; when a step fails all are taken back.
+    /// Enrols a pod: when this returns, the kernel was asked and everything is in force. Until the last step no
+    /// connection is captured; when a step fails all are taken back.
     ///
     /// Blocks; not for a runtime's thread.
     ///
@@ -216,8 +217,8 @@ impl Pod {
         Ok(pod)
     }
 
-    /// Takes over a pod that an earlier agent enrolled. What is missing in the kernel is mended. Its listeners may be held by the
-    /// proxy alone: then it has none until they are returned.
+    /// Takes over a pod that an earlier agent enrolled. What is missing in the kernel is mended. Its listeners may be
+    /// held by the proxy alone: then it has none until they are returned.
     ///
     /// # Errors
     /// When it cannot be brought back in force; what is there of it stays.

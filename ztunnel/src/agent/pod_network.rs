@@ -1,4 +1,5 @@
-//! Rules, route and sysctl that a pod's namespace needs, by rtnetlink: marked packets are delivered locally, or nowhere.
+//! Rules, route and sysctl that a pod's namespace needs, by rtnetlink: marked packets are delivered locally, or
+//! nowhere.
 
 use std::fs;
 use std::io;
@@ -183,7 +184,13 @@ async fn add_route(handle: &Handle, address: Ipv4Addr) -> Result<(), PodNetworkE
         .scope(RouteScope::Host)
         .protocol(RouteProtocol::Static)
         .build();
-    handle.route().add(route).replace().execute().await.map_err(failed("cannot add the local route (is the announced address one of the namespace?)"))
+    handle
+        .route()
+        .add(route)
+        .replace()
+        .execute()
+        .await
+        .map_err(failed("cannot add the local route (is the announced address one of the namespace?)"))
 }
 
 async fn add_rule(handle: &Handle, rule: RuleMessage) -> Result<(), PodNetworkError> {

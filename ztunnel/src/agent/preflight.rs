@@ -1,4 +1,5 @@
-//! What the agent needs from the machine, checked at start: everything that is missing is named at once, each with its remedy.
+//! What the agent needs from the machine, checked at start: everything that is missing is named at once, each with its
+//! remedy.
 
 use std::fmt;
 use std::fs;

@@ -37,8 +37,8 @@ pub enum RunDirError {
 impl RunDir {
     /// Makes what is missing and takes the lock.
     ///
-    /// The folder itself can be searched by everybody, so that the proxy reaches its own folder in it; nothing in it can be
-    /// read by anybody but its owner.
+    /// The folder itself can be searched by everybody, so that the proxy reaches its own folder in it; nothing in it
+    /// can be read by anybody but its owner.
     ///
     /// # Errors
     /// When another agent runs, or the folder is not safe.

@@ -1,4 +1,5 @@
-//! Sockets made in a pod's namespace for the proxy, which may not enter it: listeners, and fresh sockets for connections.
+//! Sockets made in a pod's namespace for the proxy, which may not enter it: listeners, and fresh sockets for
+//! connections.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -127,8 +128,9 @@ pub fn upstream() -> Result<OwnedFd, SocketError> {
     Ok(tcp()?.into())
 }
 
-/// A socket that delivers to the pod's own application with the client's address, in the calling thread's namespace: it may
-/// be bound to any address, stays on `lo` and carries the mark of deliveries. It must be exempted before it is used.
+/// A socket that delivers to the pod's own application with the client's address, in the calling thread's namespace: it
+/// may be bound to any address, stays on `lo` and carries the mark of deliveries. It must be exempted before it is
+/// used.
 ///
 /// # Errors
 /// When the kernel refuses.

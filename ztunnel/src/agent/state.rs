@@ -1,5 +1,5 @@
-//! What a restarted agent must know of the pods that are enrolled: one file per pod, written before the kernel is changed and
-//! removed after.
+//! What a restarted agent must know of the pods that are enrolled: one file per pod, written before the kernel is
+//! changed and removed after.
 
 use std::fs;
 use std::io;

@@ -64,8 +64,8 @@ fn remove(folder: &Path) {
     let _ = fs::remove_dir_all(folder);
 }
 
-/// Where the cgroup v2 hierarchy is mounted. Programs at its root see every process; the tests' own only act in namespaces that
-/// the tests enrolled.
+/// Where the cgroup v2 hierarchy is mounted. Programs at its root see every process; the tests' own only act in
+/// namespaces that the tests enrolled.
 pub fn cgroup_root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/mounts").unwrap();
     let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup v2 is mounted");

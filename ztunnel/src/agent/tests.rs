@@ -1,4 +1,5 @@
-//! The agent as its two clients see it: whoever announces pods, and the proxy. Both are played by the test, on the real kernel.
+//! The agent as its two clients see it: whoever announces pods, and the proxy. Both are played by the test, on the real
+//! kernel.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};

@@ -1,5 +1,5 @@
-//! The CNI plugin: chained behind the one that makes the pod's network, it has the agent enrol the pod before any of its containers
-//! starts. Parameters and results as the CNI specification 1.0 and 1.1 has them.
+//! The CNI plugin: chained behind the one that makes the pod's network, it has the agent enrol the pod before any of
+//! its containers starts. Parameters and results as the CNI specification 1.0 and 1.1 has them.
 //!
 //! Configuration, beside the usual fields:
 //!
@@ -7,8 +7,9 @@
 //! { "type": "ztunnel", "culvert": { "agentSocket": "/run/culvert/cni.sock", "enrolled": true } }
 //! ```
 //!
-//! `enrolled` (default true) says whether pods of this network are enrolled; `serviceAccount` there, or `K8S_SERVICE_ACCOUNT` in
-//! CNI_ARGS, is the pod's service account (default `default`). Deciding by labels comes with the Kubernetes source.
+//! `enrolled` (default true) says whether pods of this network are enrolled; `serviceAccount` there, or
+//! `K8S_SERVICE_ACCOUNT` in CNI_ARGS, is the pod's service account (default `default`). Deciding by labels comes with
+//! the Kubernetes source.
 
 pub mod client;
 

@@ -1,6 +1,7 @@
 //! The kernel side of capture: loads the programs, attaches and pins them, keeps their maps. The only user of aya.
 //!
-//! Everything is pinned, so that capture outlives the agent: `<bpffs>/v<layout>/node/` holds the links and maps of the node,
+//! Everything is pinned, so that capture outlives the agent: `<bpffs>/v<layout>/node/` holds the links and maps of the
+//! node,
 //! `<bpffs>/v<layout>/pods/<pod>/` those of one pod. What is found pinned is adopted, never replaced.
 
 mod pod;
@@ -93,7 +94,8 @@ pub struct NodeCapture {
 const NODE_MAPS: [&str; 4] = [abi::MAP_PODS, abi::MAP_EXEMPT, abi::MAP_COUNTERS, abi::MAP_LOGS];
 
 impl NodeCapture {
-    /// Attaches the connect hooks to `cgroup_root` and pins them under `bpffs`, or adopts what an earlier agent left there.
+    /// Attaches the connect hooks to `cgroup_root` and pins them under `bpffs`, or adopts what an earlier agent left
+    /// there.
     ///
     /// `log`: whether newly loaded programs make log records (programs that are adopted keep their setting).
     ///
@@ -187,7 +189,8 @@ impl NodeCapture {
         Ok(values.iter().sum())
     }
 
-    /// Ids of programs on the connect hooks of a cgroup that are not this node's: they may rewrite addresses before or after.
+    /// Ids of programs on the connect hooks of a cgroup that are not this node's: they may rewrite addresses before or
+    /// after.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -215,14 +218,15 @@ impl NodeCapture {
         Ok(entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok()).collect())
     }
 
-    /// Shows the log records of the programs, if they were loaded with logging, at level debug. Ends only with an error.
+    /// Shows the log records of the programs, if they were loaded with logging, at level debug. Ends only with an
+    /// error.
     ///
     /// # Errors
     /// When there is no ring buffer, or it cannot be watched.
     pub async fn forward_logs(&self) -> Result<std::convert::Infallible, CaptureError> {
         let pin = self.root.join("node").join(abi::PROGRAM_CONNECT4);
         let link = sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&pin))?;
-        let logger = aya_log::EbpfLogger::init_from_id(link.program_id)
+        let logger = aya_log::EbpfLogger::init_from_id_with_logger(link.program_id, Forward)
             .map_err(|error| CaptureError::NotInForce(error.to_string()))?;
         let mut logger = sys::watch(logger).map_err(at(&pin))?;
         loop {
@@ -345,6 +349,21 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+/// Takes the programs' records, which come by the `log` crate.
+struct Forward;
+
+impl log::Log for Forward {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        tracing::enabled!(target: "ebpf", tracing::Level::DEBUG)
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        tracing::debug!(target: "ebpf", "{}", record.args());
+    }
+
+    fn flush(&self) {}
 }
 
 impl std::fmt::Debug for NodeCapture {

@@ -1,4 +1,5 @@
-//! System calls that neither aya nor nix offers: what a link is attached to, what else is attached, the cookie of a namespace.
+//! System calls that neither aya nor nix offers: what a link is attached to, what else is attached, the cookie of a
+//! namespace.
 #![expect(unsafe_code, reason = "bpf(2) and SO_NETNS_COOKIE have no safe wrapper")]
 
 use std::ffi::CString;

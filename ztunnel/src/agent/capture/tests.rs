@@ -31,8 +31,12 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::with_log(false)
+    }
+
+    fn with_log(log: bool) -> Self {
         let scratch = Scratch::new();
-        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), log).unwrap();
         let (a, b) = pair();
         let before = pod_network::prepare(&a.netns, A).unwrap();
         let listeners = ListenerSet::open(&a.netns).unwrap();
@@ -133,6 +137,18 @@ fn mark_and_device_of_the_application_are_overridden() {
     connect_with(&world.a.netns, at(B, PORT), |socket| socket.set_mark(0x77)).unwrap();
     assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
     connect_with(&world.a.netns, at(B, PORT), |socket| socket.bind_device(Some(b"eth0"))).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+    assert!(accept_within(&world.application, Duration::ZERO).is_none(), "nothing left the pod");
+}
+
+#[test]
+fn multipath_tcp_is_captured_on_its_first_subflow() {
+    let world = World::new();
+    let connected = world.a.netns.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(socket2::Protocol::MPTCP))?;
+        socket.connect_timeout(&at(B, PORT).into(), PATIENCE)
+    });
+    connected.unwrap().unwrap();
     assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
     assert!(accept_within(&world.application, Duration::ZERO).is_none(), "nothing left the pod");
 }
@@ -284,6 +300,39 @@ fn capture_outlives_the_agent_and_is_adopted() {
     assert!(!capture.is_dead().unwrap());
     assert_eq!(node.counter(Counter::Captured).unwrap(), 1, "the maps are the old ones");
     drop(application);
+}
+
+#[test]
+fn programs_with_log_records_are_accepted_and_work() {
+    let world = World::with_log(true);
+    connect(&world.a.netns, at(B, PORT)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
+    let ring = aya_log::EbpfLogger::init_from_id_with_logger(
+        sys::link_target(sys::open_pin(&world.node.root.join("node/connect4")).unwrap().as_fd()).unwrap().program_id,
+        Collect::default(),
+    );
+    let mut ring = ring.unwrap();
+    ring.flush();
+    let records = COLLECTED.lock().unwrap().clone();
+    let wanted = format!("captured: to {B}, namespace {}", world.a.netns.cookie());
+    assert!(records.contains(&wanted), "{records:?}");
+}
+
+static COLLECTED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+#[derive(Default)]
+struct Collect;
+
+impl log::Log for Collect {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        COLLECTED.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
 }
 
 #[test]
