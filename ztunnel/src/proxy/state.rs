@@ -14,12 +14,31 @@ pub struct State {
     snapshot: ArcSwap<Snapshot>,
     /// How often something changed that live connections were allowed by.
     rules: watch::Sender<u64>,
+    /// Whether discovery has told all that there is, once.
+    complete: watch::Sender<bool>,
 }
 
 impl State {
     /// Nothing known yet.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { snapshot: ArcSwap::from_pointee(Snapshot::new()), rules: watch::Sender::new(0) })
+        Arc::new(Self {
+            snapshot: ArcSwap::from_pointee(Snapshot::new()),
+            rules: watch::Sender::new(0),
+            complete: watch::Sender::new(false),
+        })
+    }
+
+    /// Discovery has told all that there is: the snapshot may be decided by from now on.
+    pub fn set_complete(&self) {
+        self.complete.send_replace(true);
+    }
+
+    /// Resolves once decisions may be made. Before that everything would look like something that the mesh does not know,
+    /// and would be let out in plain.
+    pub async fn complete(&self) {
+        let mut complete = self.complete.subscribe();
+        // The sender lives in `self`: this cannot fail.
+        let _ = complete.wait_for(|complete| *complete).await;
     }
 
     /// The snapshot in force now.

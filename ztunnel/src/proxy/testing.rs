@@ -187,6 +187,7 @@ impl Proxy {
     pub fn update(&self, type_url: &str, set: Vec<Resource>) {
         let update = Update { type_url: type_url.into(), set, removed: Vec::new() };
         assert_eq!(self.discovery.lock().unwrap().apply(update), []);
+        self.shared.state.set_complete();
     }
 
     /// A pod of this proxy's node.

@@ -363,6 +363,23 @@ async fn plaintext_from_outside_is_delivered_with_the_clients_address_or_refused
 }
 
 #[tokio::test]
+async fn nothing_is_decided_before_discovery_has_told_all() {
+    let mesh = Mesh::new();
+    let proxy = mesh.proxy();
+    let pod = proxy.pod("client", mesh.ip(CLIENT));
+    let at = mesh.addr(VIP, PORT);
+    proxy.serve(&pod, Port::Outbound, at).await;
+    let app = soon(TcpStream::connect(at)).await.unwrap();
+    // A service without endpoints, or, decided too early, an address that nobody knows.
+    let waiting = tokio::time::timeout(Duration::from_millis(300), app.readable()).await;
+    assert!(waiting.is_err(), "the connection waits in the queue");
+    assert_eq!(proxy.metric("istio_tcp_connections_opened_total", &[]), 0);
+    proxy.learn(&[mesh.workload("client", CLIENT)], &[mesh.service("api", VIP, &[(u32::from(PORT), 80)])]);
+    assert_reset(app).await;
+    assert_eq!(proxy.metric("culvert_connection_failures_total", &["reason=\"no_ready_endpoint\""]), 1);
+}
+
+#[tokio::test]
 async fn when_a_pod_goes_everything_of_it_ends() {
     let pair = Pair::new().await;
     let listener = pair.listen().await;

@@ -233,6 +233,12 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
         }
     };
     tokio::pin!(ended);
+    // What comes before discovery has told all waits in the kernel's queue: it cannot be decided yet.
+    tokio::select! {
+        biased;
+        () = &mut ended => return,
+        () = worker.shared.state.complete() => {}
+    }
     loop {
         let next = async {
             // The permit first: a connection over the limit stays in the kernel's queue.
