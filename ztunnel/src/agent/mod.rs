@@ -18,6 +18,7 @@ pub mod pod;
 pub mod pod_network;
 pub mod preflight;
 pub mod run_dir;
+pub mod selftest;
 pub mod sockets;
 pub mod state;
 
@@ -45,6 +46,7 @@ use manager::Manager;
 use netns::Netns;
 use preflight::PreflightError;
 use run_dir::{RunDir, RunDirError};
+use selftest::SelfTestError;
 use state::{State, StateError};
 
 /// Why the agent did not start, or ended by itself.
@@ -62,6 +64,9 @@ pub enum Error {
     /// The programs.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// Capture is in place and does nothing.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
     /// The pods' files.
     #[error(transparent)]
     State(#[from] StateError),
@@ -107,6 +112,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     preflight::check(config)?;
     let node = Arc::new(NodeCapture::open(&config.bpffs, &config.cgroup_root, config.ebpf_log)?);
     warn_of_foreign_programs(&node, &config.cgroup_root);
+    selftest::run(&node)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Error::Start)?;
     let result = runtime.block_on(serve(config, &run_dir, node, &log));

@@ -156,6 +156,19 @@ pub fn restore(netns: &Netns, before: Before) -> Result<(), PodNetworkError> {
     })?
 }
 
+/// Gives `lo` another address, for a namespace that has no other device.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn add_loopback_address(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
+    netns.run(|| {
+        netlink(async |handle| {
+            let request = handle.address().add(LOOPBACK, address.into(), 32);
+            request.execute().await.map_err(failed("cannot add an address to lo"))
+        })
+    })?
+}
+
 /// Runs requests on a netlink socket of the calling thread's namespace.
 fn netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, PodNetworkError>) -> Result<T, PodNetworkError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(PodNetworkError::Open)?;

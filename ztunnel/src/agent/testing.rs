@@ -49,6 +49,13 @@ impl Drop for Scratch {
 }
 
 fn sweep() {
+    for entry in fs::read_dir(cgroup_root()).unwrap().filter_map(Result::ok) {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
     for entry in fs::read_dir(std::env::temp_dir()).unwrap().filter_map(Result::ok) {
         let name = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };

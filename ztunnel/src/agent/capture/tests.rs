@@ -309,7 +309,7 @@ fn programs_with_log_records_are_accepted_and_work() {
     assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
     let ring = aya_log::EbpfLogger::init_from_id_with_logger(
         sys::link_target(sys::open_pin(&world.node.root.join("node/connect4")).unwrap().as_fd()).unwrap().program_id,
-        Collect::default(),
+        Collect,
     );
     let mut ring = ring.unwrap();
     ring.flush();
@@ -320,7 +320,6 @@ fn programs_with_log_records_are_accepted_and_work() {
 
 static COLLECTED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
-#[derive(Default)]
 struct Collect;
 
 impl log::Log for Collect {

@@ -1,0 +1,127 @@
+//! A connection that must be captured, made before the agent says that it is ready: programs can be loaded, attached and
+//! reported in place, and still see nothing (another cgroup root than the host's is the usual reason).
+
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use ztunnel_ebpf::PodEntry;
+
+use super::capture::{CaptureError, NodeCapture};
+use super::netns::{Netns, NetnsError};
+use super::pod_network::{self, PodNetworkError};
+use super::sockets::{ListenerSet, SocketError};
+
+/// The address of the pod that is played (RFC 5737: for documentation).
+const POD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// Where its connection goes; nobody is there.
+const DESTINATION: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// Everything happens inside this kernel: this is for a machine under load.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Why the connection was not captured.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfTestError {
+    /// No network namespace could be made for it.
+    #[error("cannot make a network namespace for the test connection: {0}")]
+    Namespace(#[source] io::Error),
+    /// It could not be used.
+    #[error("test connection: {0}")]
+    Netns(#[from] NetnsError),
+    /// It could not be prepared.
+    #[error("test connection: {0}")]
+    Network(#[from] PodNetworkError),
+    /// No listeners.
+    #[error("test connection: {0}")]
+    Socket(#[from] SocketError),
+    /// The kernel refused programs or maps.
+    #[error("test connection: {0}")]
+    Capture(#[from] CaptureError),
+    /// It went elsewhere.
+    #[error(
+        "a test connection was not captured although everything is in place ({0}); is --cgroup-root the root of the \
+         host's cgroup v2 hierarchy, and this process below it?"
+    )]
+    NotCaptured(io::Error),
+}
+
+/// Plays a pod in a namespace of its own and opens a connection there. Leaves nothing behind. Blocks.
+///
+/// # Errors
+/// When the connection did not reach the listener of a proxy, or could not be made.
+pub fn run(node: &NodeCapture) -> Result<(), SelfTestError> {
+    let netns = Netns::new(new_netns()?)?;
+    pod_network::add_loopback_address(&netns, POD)?;
+    pod_network::prepare(&netns, POD)?;
+    let listeners = ListenerSet::open(&netns)?;
+    let uid = format!("self-test-{}", std::process::id());
+    let entry = PodEntry::new(&[POD.octets()]).unwrap_or_default();
+    let capture = node.attach_pod(&uid, netns.as_fd(), entry, listeners.borrow())?;
+    let enrolled = node.enrol(netns.cookie(), entry);
+    let captured = netns.run(|| connect(listeners.outbound));
+    // Both are undone whatever came of the connection; the namespace takes the rest with it.
+    let (released, unpinned) = (node.release(netns.cookie()), capture.unpin());
+    enrolled?;
+    captured?.map_err(SelfTestError::NotCaptured)?;
+    released?;
+    Ok(unpinned?)
+}
+
+fn new_netns() -> Result<OwnedFd, SelfTestError> {
+    let made = thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+        });
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    });
+    made.map_err(SelfTestError::Namespace)
+}
+
+/// Connects, and takes the connection from the listener of the proxy.
+fn connect(listener: OwnedFd) -> io::Result<()> {
+    let destination = SocketAddr::from((DESTINATION, 9));
+    let listener = TcpListener::from(listener);
+    let client = TcpStream::connect_timeout(&destination, PATIENCE)?;
+    let timeout = PollTimeout::try_from(PATIENCE).map_err(io::Error::other)?;
+    poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout)?;
+    let (accepted, peer) = listener.accept()?;
+    if accepted.local_addr()? == destination && peer == client.local_addr()? {
+        Ok(())
+    } else {
+        Err(io::Error::other("another connection arrived"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::testing::{Scratch, cgroup_root};
+
+    #[test]
+    fn connection_is_captured_and_nothing_is_left() {
+        let scratch = Scratch::new();
+        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+        run(&node).unwrap();
+        assert_eq!(node.cookies().unwrap(), Vec::<u64>::new());
+        assert_eq!(node.pinned().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn cgroup_that_this_process_is_not_in_is_noticed() {
+        let scratch = Scratch::new();
+        let elsewhere = cgroup_root().join(format!("culvert-agent-test-{}", std::process::id()));
+        std::fs::create_dir(&elsewhere).unwrap();
+        let node = NodeCapture::open(&scratch.bpffs(), &elsewhere, false);
+        let result = node.map(|node| (run(&node), node.pinned(), node.cookies()));
+        std::fs::remove_dir(&elsewhere).unwrap();
+        let (result, pinned, cookies) = result.unwrap();
+        assert!(matches!(result, Err(SelfTestError::NotCaptured(_))), "{result:?}");
+        assert_eq!((pinned.unwrap().len(), cookies.unwrap().len()), (0, 0));
+    }
+}
