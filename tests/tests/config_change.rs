@@ -1,6 +1,8 @@
 //! A change of configuration reaches both nodes, and new connections follow it; an invalid one changes nothing and is
 //! reported.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::collections::BTreeSet;

@@ -1,6 +1,8 @@
 //! What the wire shows, with the capture running from before the first pod until after the last: nothing in clear
 //! between enrolled pods, only HBONE between the nodes, no rule and no connection tracking anywhere.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::net::IpAddr;

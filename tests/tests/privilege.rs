@@ -1,6 +1,8 @@
 //! The process that reads what pods and peers send holds no privilege: as the kernel reports it of the live process,
 //! and as attempts inside its system-call filter show.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::process::Command;
 

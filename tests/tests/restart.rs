@@ -1,5 +1,7 @@
 //! Any part may be killed and started again. While no proxy runs nothing leaves a pod in clear.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::time::Duration;

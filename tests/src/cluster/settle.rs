@@ -47,7 +47,9 @@ fn as_it_is(workload: &Value, pod: &PodRecord) -> bool {
     let hbone = workload["protocol"].as_str().is_some_and(|p| p.eq_ignore_ascii_case("hbone"));
     let addresses = workload["addresses"].as_array().into_iter().flatten();
     let here = addresses.filter_map(Value::as_str).any(|a| a == pod.ip.to_string());
-    here && hbone == pod.captured() && (!pod.ready || !pod.captured() || workload["healthy"] == true)
+    // A pod may also say of itself that it speaks HBONE.
+    let native = pod.labels.get("networking.istio.io/tunnel").is_some_and(|kind| kind == "http");
+    here && hbone == (pod.captured() || native) && (!pod.ready || !pod.captured() || workload["healthy"] == true)
 }
 
 #[cfg(test)]
