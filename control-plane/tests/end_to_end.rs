@@ -1,6 +1,11 @@
 //! The whole control plane on loopback: manifests in a directory, a client over TLS, changes seen as they are made.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking, their helpers too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests fail by panicking, their helpers too"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -283,6 +288,40 @@ async fn a_client_sees_what_the_directory_says() {
     let end = tokio::time::timeout(LONG, client.responses.message()).await.expect("the stream ends in time");
     assert_eq!(end.unwrap_err().code(), Code::Unavailable);
     tokio::time::timeout(LONG, running.task).await.expect("the end in time").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_by_a_client_is_shown() {
+    let running = Running::start(&[
+        ("service.yaml", SERVICE),
+        ("ztunnel.yaml", &pod("culvert-system", "ztunnel-1", "ztunnel", "10.244.0.2", "disabled")),
+    ])
+    .await;
+    let mut client = running.client(&running.token("culvert-system", "ztunnel", "ztunnel-1")).await;
+    let response = loop {
+        let response = client.responses.message().await.unwrap().unwrap();
+        if response.type_url == WORKLOAD_TYPE {
+            break response;
+        }
+    };
+    let error = mesh_proto::rpc::Status { code: 3, message: format!("{WEB}: too odd"), ..Default::default() };
+    let nack = DeltaDiscoveryRequest {
+        type_url: response.type_url,
+        response_nonce: response.nonce,
+        error_detail: Some(error),
+        ..Default::default()
+    };
+    client.requests.send(nack).await.unwrap();
+    running
+        .eventually("the refusal", async || {
+            let status = running.status().await;
+            let types = status["clients"][0]["types"].as_array().cloned().unwrap_or_default();
+            types.iter().any(|kind| kind["nacks"][0]["resource"] == WEB && kind["nacks"][0]["reason"] == "too odd")
+        })
+        .await;
+    let metrics = running.get(running.addresses.metrics, "/metrics").await;
+    assert!(metrics.contains("culvert_xds_nacks_total 1\n"), "{metrics}");
+    assert!(metrics.contains("culvert_xds_nacked_resources 1\n"), "{metrics}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use mesh_model::{Service, Workload};
+use mesh_proto::workload as wire;
 use proptest::prelude::*;
+use prost::Message;
 
 use super::tests::{apply, delete, options, time};
 use super::{Event, Index, Resource};
@@ -125,6 +128,19 @@ fn resources(index: &Index) -> Resources {
     index.resources().map(|resource| (resource.name.clone(), resource.clone())).collect()
 }
 
+/// Every resource is one that our own data plane accepts.
+fn understood(resource: &Resource) -> Result<(), String> {
+    match wire::Address::decode(resource.body.clone()).map_err(|error| error.to_string())?.r#type {
+        Some(wire::address::Type::Workload(body)) => {
+            Workload::try_from(&body).map(drop).map_err(|error| error.to_string())
+        }
+        Some(wire::address::Type::Service(body)) => {
+            Service::try_from(&body).map(drop).map_err(|error| error.to_string())
+        }
+        None => Err("it is empty".to_owned()),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -154,6 +170,11 @@ proptest! {
             }
         }
         prop_assert_eq!(&followed, &resources(&index));
+        for resource in followed.values() {
+            if let Err(error) = understood(resource) {
+                prop_assert!(false, "{} is not valid: {error}", resource.name);
+            }
+        }
         let mut fresh = Index::new(options());
         fresh.apply(objects.into_values().map(Event::Apply), time(0));
         prop_assert_eq!(resources(&fresh), followed);

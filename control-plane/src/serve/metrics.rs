@@ -7,10 +7,9 @@ use mesh_xds::server::{self, Catalog};
 use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tonic::Code;
 
@@ -53,6 +52,12 @@ impl TypeLabel {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabel {
+    component: &'static str,
+    tag: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CodeLabel {
     code: &'static str,
 }
@@ -61,8 +66,9 @@ impl Metrics {
     /// The metrics, registered; those of the discovery service's present state are read when they are asked for.
     pub fn register(registry: &mut Registry, catalog: Arc<Catalog>, discovery: server::Service) -> Self {
         let own = Self::default();
-        let build = Info::new([("component", "culvertd"), ("tag", env!("CARGO_PKG_VERSION"))]);
-        registry.register("istio_build", "Component and version", BuildInfo::from(build));
+        let build = Family::<BuildLabel, Gauge>::default();
+        build.get_or_create(&BuildLabel { component: "culvertd", tag: env!("CARGO_PKG_VERSION") }).set(1);
+        registry.register("istio_build", "Component and version", build);
         registry.register("culvert_objects", "Objects in force, by kind", own.objects.clone());
         registry.register(
             "culvert_objects_refused",
@@ -110,8 +116,6 @@ impl Metrics {
         self.certificates_refused.get_or_create(&CodeLabel { code: code_name(code) }).inc();
     }
 }
-
-type BuildInfo = Info<[(&'static str, &'static str); 2]>;
 
 fn gauge(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
@@ -170,6 +174,9 @@ impl Collector for Present {
             "Discovery responses that wait for their ACK",
             types().filter(|kind| kind.in_flight).count(),
         )?;
+        let nacks = ConstCounter::new(self.discovery.nacks());
+        let help = "Discovery responses refused by clients";
+        nacks.encode(encoder.encode_descriptor("culvert_xds_nacks", help, None, nacks.metric_type())?)?;
         let snapshot = self.catalog.snapshot();
         let mut encoder = encoder.encode_descriptor(
             "culvert_xds_resources",
@@ -213,10 +220,11 @@ mod tests {
             "culvert_xds_changes_total{type=\"address\"} 4",
             "culvert_xds_pushes_total{type=\"other\"} 1",
             "culvert_xds_clients 0",
+            "culvert_xds_nacks_total 0",
             "culvert_xds_resources{type=\"authorization\"} 0",
             "culvert_ca_certificates_issued_total 1",
             "culvert_ca_requests_refused_total{code=\"PERMISSION_DENIED\"} 1",
-            "istio_build_info{component=\"culvertd\"",
+            "istio_build{component=\"culvertd\"",
         ] {
             assert!(text.lines().any(|found| found.starts_with(line)), "{line} is not in\n{text}");
         }

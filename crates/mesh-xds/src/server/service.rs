@@ -84,6 +84,7 @@ struct Inner {
     places: Arc<Semaphore>,
     syncing: Arc<Semaphore>,
     next_id: AtomicU64,
+    nacks: AtomicU64,
     clients: Mutex<BTreeMap<u64, ClientStatus>>,
     closing: watch::Sender<bool>,
 }
@@ -109,6 +110,7 @@ impl Service {
             syncing: Arc::new(Semaphore::new(options.max_syncing)),
             options,
             next_id: AtomicU64::new(1),
+            nacks: AtomicU64::new(0),
             clients: Mutex::new(BTreeMap::new()),
             closing: watch::Sender::new(false),
         }))
@@ -122,6 +124,11 @@ impl Service {
     /// The connected clients.
     pub fn clients(&self) -> Vec<ClientStatus> {
         self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// How many responses clients have refused so far, those that have left included.
+    pub fn nacks(&self) -> u64 {
+        self.0.nacks.load(Ordering::Relaxed)
     }
 
     /// Ends all streams, now and later, so that a server can drain; the clients reconnect elsewhere.
@@ -246,14 +253,14 @@ impl Stream {
     ) -> Result<(), Status> {
         let catalog = self.service.catalog.snapshot();
         let now = SystemTime::now();
-        let nacked = request.error_detail.as_ref().map(|error| error.message.clone());
-        if let Some(reason) = nacked {
-            tracing::warn!(id = self.id, r#type = request.type_url, reason, "discovery client refused a response");
-        }
+        self.note_nack(&request);
         self.machine.request(&catalog, request, now)?;
         for _ in 0..MAX_BATCH {
             match requests.message().now_or_never() {
-                Some(Ok(Some(request))) => self.machine.request(&catalog, request, now)?,
+                Some(Ok(Some(request))) => {
+                    self.note_nack(&request);
+                    self.machine.request(&catalog, request, now)?;
+                }
                 Some(Err(status)) => return Err(status),
                 // The end of the stream shows again at the next read.
                 Some(Ok(None)) | None => break,
@@ -261,6 +268,14 @@ impl Stream {
         }
         self.ack_by = None;
         Ok(())
+    }
+
+    fn note_nack(&self, request: &DeltaDiscoveryRequest) {
+        if let Some(error) = &request.error_detail {
+            self.service.nacks.fetch_add(1, Ordering::Relaxed);
+            let (r#type, reason) = (&request.type_url, &error.message);
+            tracing::warn!(id = self.id, r#type, reason, "discovery client refused a response");
+        }
     }
 
     /// Sends all that need not wait for an ACK.
