@@ -7,15 +7,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use crate::Error;
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::Context;
+use crate::{Error, wait};
 
 /// Folder of all clusters.
 pub const ROOT: &str = "/run/culvert-test";
 /// Beginning of the names of control groups.
 pub const GROUP_PREFIX: &str = "culvert-test-";
+const MEMORY_NOTE: &str = "memory-group";
 
 /// Name of a cluster: its harness's process id and start time, and a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,17 +101,29 @@ pub fn sweep() -> Result<Vec<String>, Error> {
     Ok(found.iter().map(ToString::to_string).collect())
 }
 
+/// Notes where the cluster's v1 memory group is made: beneath its harness's own group, which another harness that
+/// cleans up may not share.
+pub(crate) fn note(hierarchy: &Hierarchy, id: &ClusterId) -> Result<(), Error> {
+    let Some(memory) = &hierarchy.memory else { return Ok(()) };
+    let file = id.folder().join(MEMORY_NOTE);
+    fs::write(&file, memory.as_os_str().as_encoded_bytes()).during(|| format!("writing {}", file.display()))
+}
+
 /// Kills a cluster's processes and removes its control groups and folder.
 pub(crate) fn remove(hierarchy: &Hierarchy, id: &ClusterId) -> Result<(), Error> {
-    let group = Cgroup::existing(hierarchy, &id.group());
+    let folder = id.folder();
+    let noted = fs::read_to_string(folder.join(MEMORY_NOTE)).ok().map(PathBuf::from);
+    let hierarchy = Hierarchy { memory: noted.or_else(|| hierarchy.memory.clone()), ..hierarchy.clone() };
+    let group = Cgroup::existing(&hierarchy, &id.group());
     group.kill()?;
     group.remove()?;
-    let folder = id.folder();
-    match fs::remove_dir_all(&folder) {
-        // Two harnesses may sweep at once.
-        Err(gone) if gone.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        done => done.during(|| format!("removing {}", folder.display())),
-    }
+    // Two harnesses may sweep at once.
+    wait::until(&format!("removing {}", folder.display()), Duration::from_secs(5), || {
+        (fs::remove_dir_all(&folder).is_ok() || !folder.exists()).then_some(())
+    })?;
+    // Not empty while there are other clusters.
+    let _ = fs::remove_dir(ROOT);
+    Ok(())
 }
 
 fn names(folder: &Path) -> Vec<String> {

@@ -106,7 +106,14 @@ impl ControlPlane {
         self.make_token(namespace, service_account, pod, node, &[])
     }
 
-    fn make_token(&self, namespace: &str, account: &str, pod: &str, node: &str, more: &[&str]) -> Result<String, Error> {
+    fn make_token(
+        &self,
+        namespace: &str,
+        account: &str,
+        pod: &str,
+        node: &str,
+        more: &[&str],
+    ) -> Result<String, Error> {
         let mut command = Command::new(&self.program);
         command.arg("token").arg("--state-dir").arg(&self.state).args(["--namespace", namespace]);
         command.args(["--service-account", account, "--pod", pod, "--node-name", node]).args(more);

@@ -5,13 +5,13 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 use tests::app::clients::connect::Report;
 use tests::cleanup;
 use tests::cluster::{Cluster, Mesh};
+use tests::process::Spec;
 use tests::{Error, http, wait};
 
 const BOOKINFO: &str = include_str!("bookinfo.yaml");
@@ -132,6 +132,23 @@ fn a_capture_finds_the_marker_on_every_link_it_passes_and_nowhere_else() -> Resu
     let seen = report.between(&quiet, &ends).count();
     assert_eq!(seen, 4, "the conversation on one node passes two links, twice");
     assert!(report.fabric().all(|(_, f)| f.source.ip() != quiet[0]), "and never the fabric");
+    Ok(())
+}
+
+#[test]
+fn a_capture_keeps_up_with_bulk() -> Result<(), Error> {
+    let cluster = plain().capture("at-the-very-end").start()?;
+    let server =
+        cluster.pod("server").node(2).command(["echo", "--mode", "transfer", "--listen", "0.0.0.0:7000"]).start()?;
+    let client = cluster.pod("client").node(1).start()?;
+    let bytes = (256_u64 << 20).to_string();
+    let to = server.at(7000).to_string();
+    let moved: Value =
+        client.run_json(["transfer", "--to", &to, "--send", &bytes, "--receive", &bytes, "--no-checksum"])?;
+    assert_eq!(moved["ok"], true, "{moved}");
+    let report = cluster.finish_capture()?;
+    let payload: u64 = report.fabric().filter(|(_, f)| f.source.port() == 7000).map(|(_, f)| f.payload).sum();
+    assert!(payload >= 2 * (256 << 20), "both nodes' links saw all of it: {payload}");
     Ok(())
 }
 
@@ -276,13 +293,8 @@ fn a_killed_harness_is_cleaned_up_after() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder");
     let report = folder.path().join("report");
     let own = std::env::current_exe().expect("own path");
-    let mut victim = Command::new(own)
-        .args(["--exact", "victim"])
-        .env("CULVERT_TEST_VICTIM", &report)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the victim");
+    let victim = Spec::new("victim", own, folder.path().join("log")).args(["--exact", "victim"]);
+    let victim = victim.env("CULVERT_TEST_VICTIM", &report).start()?;
     let text = wait::until("the victim's report", wait::READY, || {
         std::fs::read_to_string(&report).ok().filter(|t| t.ends_with('}'))
     })?;
@@ -290,8 +302,7 @@ fn a_killed_harness_is_cleaned_up_after() -> Result<(), Error> {
     let id = told["id"].as_str().expect("an id").to_owned();
     assert!(!cleanup::sweep()?.contains(&id), "a living cluster is left alone");
     assert!(traces(&id).len() >= 2);
-    victim.kill().expect("killed");
-    victim.wait().expect("reaped");
+    victim.kill()?;
     let alive = |pid: &Value| pid.as_u64().is_some_and(alive);
     let pids = told["pids"].as_array().expect("pids");
     assert!(pids.iter().any(alive), "one outlives its harness, or this test shows nothing");

@@ -5,6 +5,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use super::shared::join;
 use super::{Cluster, Shared};
@@ -22,7 +23,7 @@ use crate::node::{Node, NodeMesh, POD_GATEWAY};
 use crate::pod::new_uid;
 use crate::process::Spec;
 use crate::resolver::{self, Resolver};
-use crate::{Error, http};
+use crate::{Error, http, wait};
 
 /// The user that the proxy becomes.
 pub const PROXY_UID: u32 = 1337;
@@ -154,7 +155,10 @@ impl Builder {
     /// Folders, groups, namespaces and the fabric: all but the mesh.
     fn network(&self, hierarchy: Hierarchy, id: ClusterId) -> Result<Shared, Error> {
         let folder = id.folder();
-        make_folder(&folder.join("logs"), 0o755)?;
+        // Another harness may remove the folder of all clusters while it is empty.
+        wait::until("the cluster's folder", Duration::from_secs(1), || make_folder(&folder.join("logs"), 0o755).ok())
+            .or_else(|_again| make_folder(&folder.join("logs"), 0o755))?;
+        cleanup::note(&hierarchy, &id)?;
         let group = Cgroup::create(&hierarchy, &id.group())?;
         let recorder = match self.capture {
             true => Some(Recorder::start(&[std::slice::from_ref(&self.marker), &self.more_markers].concat())?),

@@ -1,5 +1,6 @@
 //! The demo without `--once`: URL, identities, live connections, commands to try, until Ctrl-C.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -137,23 +138,26 @@ impl Tail {
     }
 }
 
-/// The access log's line without its date and the fields that repeat themselves; None for other lines.
+/// The access log's line for people; None for other lines.
 fn shorten(line: &str) -> Option<String> {
-    let (head, fields) = line.split_once("connection complete")?;
-    let level = if head.contains("ERROR") { "failed " } else { "" };
-    let wanted = [
-        "src.workload=",
-        "dst.workload=",
-        "dst.service=",
-        "direction=",
-        "bytes_sent=",
-        "bytes_recv=",
-        "duration=",
-        "reason=",
-        "error=",
-    ];
-    let shown: Vec<String> = split_fields(fields).filter(|f| wanted.iter().any(|w| f.starts_with(w))).collect();
-    Some(format!("{level}{}", shown.join(" ")))
+    let (_, text) = line.split_once("connection complete")?;
+    let fields: BTreeMap<String, String> = split_fields(text)
+        .filter_map(|field| field.split_once('=').map(|(n, v)| (n.to_owned(), v.trim_matches('"').to_owned())))
+        .collect();
+    let of = |name: &str| fields.get(name).map(String::as_str);
+    let end = |side: &str| of(&format!("{side}.workload")).or(of(&format!("{side}.addr"))).unwrap_or("?").to_owned();
+    let secured = if of("src.identity").is_some() && of("dst.identity").is_some() { "mutual TLS" } else { "plaintext" };
+    let mut short = format!("{:<8}  {} → {}", of("direction").unwrap_or("?"), end("src"), end("dst"));
+    if let Some(service) = of("dst.service") {
+        short += &format!(" ({})", service.split('.').next().unwrap_or(service));
+    }
+    let bytes = |name: &str| of(name).unwrap_or("?").to_owned();
+    let duration = of("duration").unwrap_or("?");
+    short += &format!("  {secured}  {} B sent, {} B received, {duration}", bytes("bytes_sent"), bytes("bytes_recv"));
+    if let Some(error) = of("error") {
+        short += &format!("  FAILED: {error}");
+    }
+    Some(short)
 }
 
 /// Fields `name=value`, where a value in quotes may hold spaces.
@@ -177,9 +181,10 @@ mod tests {
 
     #[test]
     fn a_line_of_the_access_log_in_short() {
-        let line = "2026-11-20T10:00:00Z INFO access connection complete src.addr=10.244.1.10:1 src.workload=\"a\" \
-                    dst.service=\"b.c\" direction=\"outbound\" bytes_sent=1 policy=\"x y\" error=\"it is gone\"\n";
-        let short = "src.workload=\"a\" dst.service=\"b.c\" direction=\"outbound\" bytes_sent=1 error=\"it is gone\"";
+        let line = "2026-11-20T10:00:00Z info access connection complete src.addr=10.244.1.10:1 src.workload=\"a\" \
+                    dst.addr=10.244.2.10:15008 dst.service=\"b.c\" direction=\"outbound\" bytes_sent=1 bytes_recv=2 \
+                    duration=\"3ms\" policy=\"x y\" error=\"it is gone\"\n";
+        let short = "outbound  a → 10.244.2.10:15008 (b)  plaintext  1 B sent, 2 B received, 3ms  FAILED: it is gone";
         assert_eq!(shorten(line).as_deref(), Some(short));
         assert_eq!(shorten("2026 INFO ready"), None);
     }

@@ -68,7 +68,12 @@ pub(super) fn talks(talks: &[Talk]) {
                 identity(&t.source_identity),
                 identity(&t.destination_identity),
                 if t.mutual_tls { "mutual TLS".to_owned() } else { "plaintext".to_owned() },
-                format!("{} connections, {}", t.connections, amount(t.bytes)),
+                format!(
+                    "{} connection{}, {}",
+                    t.connections,
+                    if t.connections == 1.0 { "" } else { "s" },
+                    amount(t.bytes)
+                ),
             ]
         })
         .collect();
