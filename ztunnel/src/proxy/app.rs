@@ -93,15 +93,14 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let synced = discovery.clone();
     let sink = state.sink(&config.node);
     tokio::spawn(driver.run(control_plane, sink));
-    // Nothing is accepted before discovery has answered: to a proxy that knows nobody every destination is outside the
-    // mesh, and would be passed through in clear. Until then connections wait in the listeners that the agent holds.
     tokio::spawn(async move {
         if synced.synced().await {
+            // Only now the workers accept: to a proxy that knows nobody every destination is outside the mesh.
             state.set_complete();
             pending_discovery.done();
-            handover.run().await;
         }
     });
+    tokio::spawn(handover.run());
     tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
     tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap)));
 
