@@ -161,13 +161,14 @@ impl App {
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), AppError> {
         let (trigger, watcher) = drain::channel();
         let (batches, source_batches) = mpsc::channel(16);
+        // Before the readiness page answers: what is not registered yet is not missed by it.
+        let synced = self.readiness.register("the source is read");
+        let serving = self.readiness.register("discovery is served");
         let mut pages = JoinSet::new();
         for (server, router) in self.pages {
             let watcher = watcher.clone();
             pages.spawn(async move { server.serve(router, async move { watcher.draining().await }).await });
         }
-        let synced = self.readiness.register("the source is read");
-        let serving = self.readiness.register("discovery is served");
         let mut source = tokio::spawn(self.source.run(batches));
         let mut pipeline = tokio::spawn(self.pipeline.run(source_batches, synced, watcher.clone()));
         let mut viewer = self.viewer;
