@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::Cluster;
 use crate::Error;
 use crate::error::Context;
-use crate::kube;
+use crate::kube::{hash, kind, name, namespace_of};
 use crate::pod::{Pod, PodBuilder};
 
 /// Applies every `*.yaml` of a folder, in the order of their names, then starts the pods of its Deployments.
@@ -28,7 +28,7 @@ pub(super) fn folder(cluster: &Cluster, folder: &Path) -> Result<Vec<Arc<Pod>>, 
         return Err(Error::Manifest { file: folder.display().to_string(), reason });
     }
     let mut pods = Vec::new();
-    for (file, object) in objects.iter().filter(|(_, o)| kube::kind(o) == "Deployment") {
+    for (file, object) in objects.iter().filter(|(_, o)| kind(o) == "Deployment") {
         let replicas = object["spec"]["replicas"].as_u64().unwrap_or(1);
         for _ in 0..replicas {
             let pod = describe(cluster, object).map_err(|reason| Error::Manifest { file: file.clone(), reason })?;
@@ -41,10 +41,10 @@ pub(super) fn folder(cluster: &Cluster, folder: &Path) -> Result<Vec<Arc<Pod>>, 
 /// One pod of a Deployment, named as the ReplicaSet controller names it.
 fn describe<'c>(cluster: &'c Cluster, deployment: &Value) -> Result<PodBuilder<'c>, String> {
     let template = &deployment["spec"]["template"];
-    let set = format!("{}-{:010x}", kube::name(deployment), kube::hash(&template.to_string()) & 0xff_ffff_ffff);
+    let set = format!("{}-{:010x}", name(deployment), hash(&template.to_string()) & 0xff_ffff_ffff);
     let uid = crate::pod::new_uid().map_err(|e| e.to_string())?;
     let mut pod = cluster.pod(&format!("{set}-{}", &uid[..5])).owner("ReplicaSet", &set);
-    pod = pod.namespace(kube::namespace_of(deployment));
+    pod = pod.namespace(namespace_of(deployment));
     let spec = &template["spec"];
     if let Some(account) = spec["serviceAccountName"].as_str() {
         pod = pod.service_account(account);
@@ -62,7 +62,7 @@ fn describe<'c>(cluster: &'c Cluster, deployment: &Value) -> Result<PodBuilder<'
     let container = &spec["containers"][0];
     for port in container["ports"].as_array().into_iter().flatten() {
         let number = port["containerPort"].as_u64().and_then(|p| u16::try_from(p).ok());
-        let number = number.ok_or_else(|| format!("{}: a containerPort is no port", kube::name(deployment)))?;
+        let number = number.ok_or_else(|| format!("{}: a containerPort is no port", name(deployment)))?;
         let name = port["name"].as_str().map_or_else(|| format!("port-{number}"), str::to_owned);
         pod = pod.port(&name, number);
     }
