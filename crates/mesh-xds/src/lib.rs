@@ -32,7 +32,7 @@ pub struct Resource {
     pub name: Arc<str>,
     /// Other names under which it may be asked for.
     pub aliases: Vec<Arc<str>>,
-    /// Differs whenever the body does; may be empty, which means unknown.
+    /// Differs whenever the body or the aliases do; may be empty, which means unknown.
     pub version: Arc<str>,
     /// The message of the resource's type, encoded.
     pub body: Bytes,

@@ -44,7 +44,9 @@ impl Machine {
     pub fn connected(&mut self) {
         self.connected = true;
         self.outgoing.clear();
-        for subscription in &self.subscriptions {
+        for subscription in &mut self.subscriptions {
+            // What was refused is not known to the server as known: it is sent, and refused, again.
+            subscription.status.rejected.clear();
             let mut first = subscription.first_request();
             first.node = Some(self.node.clone());
             self.outgoing.push_back(first);
@@ -131,10 +133,14 @@ impl Machine {
         self.subscriptions.iter().map(|subscription| (&subscription.type_url, &subscription.status))
     }
 
-    /// Puts a subscription into the request that waits last, if that is one of the same kind.
+    /// Puts a subscription into the request that waits last, if that is one of the same kind; but not where the name was given
+    /// up before: within one request there is no order.
     fn queue_names(&mut self, type_url: &str, name: &str, evicted: Option<Arc<str>>) {
         let fits = |last: &&mut DeltaDiscoveryRequest| {
-            last.type_url == type_url && last.response_nonce.is_empty() && last.node.is_none()
+            last.type_url == type_url
+                && last.response_nonce.is_empty()
+                && last.node.is_none()
+                && !last.resource_names_unsubscribe.iter().any(|given_up| given_up == name)
         };
         let request = match self.outgoing.back_mut().filter(fits) {
             Some(last) => last,

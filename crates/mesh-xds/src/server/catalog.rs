@@ -7,7 +7,7 @@
 mod kind;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
@@ -38,6 +38,8 @@ impl From<Resource> for Entry {
 #[derive(Debug)]
 pub struct Catalog {
     current: RwLock<Snapshot>,
+    /// Held by the one update that is going on.
+    writing: Mutex<()>,
     changes: watch::Sender<u64>,
     min_log: usize,
 }
@@ -56,7 +58,7 @@ impl Catalog {
 
     /// Nothing, with a log of at least `min_log` changes per type.
     pub fn with_log(min_log: usize) -> Self {
-        Self { current: RwLock::default(), changes: watch::Sender::new(0), min_log }
+        Self { current: RwLock::default(), writing: Mutex::new(()), changes: watch::Sender::new(0), min_log }
     }
 
     /// Puts in `set` and takes out `removed`, at once. A name in both is set. What is set to what it already is, and the
@@ -67,8 +69,10 @@ impl Catalog {
         set: impl IntoIterator<Item = E>,
         removed: impl IntoIterator<Item = N>,
     ) -> usize {
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let kinds = Arc::make_mut(&mut current.0);
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Made beside the current one and swapped in: readers see all of the update or nothing.
+        let mut next = self.snapshot();
+        let kinds = Arc::make_mut(&mut next.0);
         if !kinds.contains_key(type_url) {
             kinds.insert(type_url.into(), Kind::default());
         }
@@ -87,7 +91,7 @@ impl Catalog {
         }
         let changes = kind.version() - before;
         kind.trim(self.min_log);
-        drop(current);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
         if changes > 0 {
             self.changes.send_modify(|version| *version += changes);
         }

@@ -66,8 +66,8 @@ pub enum Violation {
     /// More versions than [`Limits::max_known`].
     #[error("too many initial resource versions")]
     TooManyVersions,
-    /// A name, type or node id is empty or too long.
-    #[error("a name, type or node id is empty or longer than {MAX_NAME} bytes")]
+    /// A name or type is empty, or one of them or the node id is too long.
+    #[error("a name or type is empty, or it or the node id is longer than {MAX_NAME} bytes")]
     InvalidName,
     /// The changes that the client needs are no longer in the log. It must reconnect, and say what it has.
     #[error("too far behind: reconnect")]
@@ -112,7 +112,9 @@ impl Machine {
         now: SystemTime,
     ) -> Result<(), Violation> {
         if let Some(node) = &request.node {
-            check(&node.id)?;
+            if node.id.len() > MAX_NAME {
+                return Err(Violation::InvalidName);
+            }
             self.node_id.clone_from(&node.id);
         }
         check(&request.type_url)?;
@@ -160,10 +162,10 @@ impl Machine {
                 // The types behind it wait: they may refer to what it has to send.
                 return Ok(None);
             }
+            let nonce = (self.nonces + 1).to_string();
+            let Some(chunk) = subscription.chunk(kind, self.limits.max_response, &nonce) else { continue };
             self.nonces += 1;
-            let nonce = self.nonces.to_string();
-            let chunk = subscription.chunk(kind, self.limits.max_response, &nonce);
-            let more = if subscription.has_more(kind) { MORE } else { "" };
+            let more = if chunk.more { MORE } else { "" };
             return Ok(Some(DeltaDiscoveryResponse {
                 system_version_info: format!("{}{more}", kind.version()),
                 resources: chunk.resources,

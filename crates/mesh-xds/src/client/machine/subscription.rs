@@ -20,6 +20,10 @@ pub(super) struct Subscription {
     mode: Mode,
     /// What the sink has accepted, by primary name.
     known: HashMap<Arc<str>, Known>,
+    /// How many known resources have a name, asked for or not: they may lose it after it was asked for.
+    holders: HashMap<Arc<str>, usize>,
+    /// Names that were asked for, of resources whose last content was refused.
+    refused: HashMap<Arc<str>, Vec<Arc<str>>>,
     /// What was asked for, by the name it was asked by.
     wanted: HashMap<Arc<str>, Wanted>,
     /// Wanted names that are absent, by when they became so.
@@ -30,19 +34,12 @@ pub(super) struct Subscription {
 #[derive(Debug)]
 struct Known {
     version: Arc<str>,
-    /// Those of its names that were asked for.
-    answers: Vec<Arc<str>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Wanted {
-    state: State,
-    /// Known resources that have the name.
-    holders: usize,
+    /// Its primary name and its aliases; empty with a wildcard, where nothing is asked for.
+    names: Vec<Arc<str>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum Wanted {
     Asked,
     Present,
     Rejected,
@@ -56,6 +53,8 @@ impl Subscription {
             status: TypeStatus::default(),
             mode,
             known: HashMap::new(),
+            holders: HashMap::new(),
+            refused: HashMap::new(),
             wanted: HashMap::new(),
             absent: BTreeMap::new(),
             clock: 0,
@@ -79,7 +78,7 @@ impl Subscription {
             Mode::OnDemand => {
                 request.resource_names_subscribe = vec!["*".into()];
                 request.resource_names_unsubscribe = vec!["*".into()];
-                request.resource_names_subscribe.extend(self.names(|state| state != State::Asked));
+                request.resource_names_subscribe.extend(self.names(|wanted| wanted != Wanted::Asked));
             }
         }
         request
@@ -88,7 +87,7 @@ impl Subscription {
     /// Names that have no answer yet go apart from the known versions: else the server could hold that the client has the
     /// resource, and not answer.
     pub(super) fn second_request(&self) -> Option<DeltaDiscoveryRequest> {
-        let names: Vec<String> = self.names(|state| state == State::Asked).collect();
+        let names: Vec<String> = self.names(|wanted| wanted == Wanted::Asked).collect();
         (!names.is_empty()).then(|| DeltaDiscoveryRequest {
             type_url: self.type_url.to_string(),
             resource_names_subscribe: names,
@@ -96,12 +95,12 @@ impl Subscription {
         })
     }
 
-    fn names(&self, filter: impl Fn(State) -> bool) -> impl Iterator<Item = String> {
-        self.wanted.iter().filter(move |(_, wanted)| filter(wanted.state)).map(|(name, _)| name.to_string())
+    fn names(&self, filter: impl Fn(Wanted) -> bool) -> impl Iterator<Item = String> {
+        self.wanted.iter().filter(move |(_, wanted)| filter(**wanted)).map(|(name, _)| name.to_string())
     }
 
     pub(super) fn pending(&self) -> usize {
-        self.names(|state| state == State::Asked).count()
+        self.names(|wanted| wanted == Wanted::Asked).count()
     }
 
     /// What is known about a name, if it need not be asked for.
@@ -110,11 +109,11 @@ impl Subscription {
             let answer = if self.known.contains_key(name) { Answer::Present } else { Answer::Absent };
             return Some(Subscribed::Answered(answer));
         }
-        self.wanted.get(name).map(|wanted| match wanted.state {
-            State::Asked => Subscribed::Pending,
-            State::Present => Subscribed::Answered(Answer::Present),
-            State::Rejected => Subscribed::Answered(Answer::Rejected),
-            State::Absent(_) => Subscribed::Answered(Answer::Absent),
+        self.wanted.get(name).map(|wanted| match wanted {
+            Wanted::Asked => Subscribed::Pending,
+            Wanted::Present => Subscribed::Answered(Answer::Present),
+            Wanted::Rejected => Subscribed::Answered(Answer::Rejected),
+            Wanted::Absent(_) => Subscribed::Answered(Answer::Absent),
         })
     }
 
@@ -129,7 +128,7 @@ impl Subscription {
     }
 
     pub(super) fn want(&mut self, name: Arc<str>) {
-        self.wanted.insert(name, Wanted { state: State::Asked, holders: 0 });
+        self.wanted.insert(name, Wanted::Asked);
     }
 
     pub(super) fn received(
@@ -140,6 +139,7 @@ impl Subscription {
     ) -> Received {
         let complete = !response.system_version_info.ends_with(MORE);
         let (update, mut rejections) = self.read(response);
+        let envelopes = rejections.len();
         // All but the bodies, which the sink takes.
         let strip = |resource: &Resource| Resource { body: Bytes::new(), ..resource.clone() };
         let accepted: Vec<Resource> = update.set.iter().map(strip).collect();
@@ -155,14 +155,16 @@ impl Subscription {
         let refused: HashSet<&str> = rejections.iter().map(|rejection| rejection.name.as_str()).collect();
         for Resource { name, version, aliases, .. } in accepted {
             if refused.contains(&*name) {
-                self.reject(&name, &aliases, &mut resolved);
+                self.reject(name, &aliases, &mut resolved);
             } else {
                 self.set(name, version, &aliases, &mut resolved);
             }
         }
+        // A resource whose envelope was refused is in no update, but may have been asked for.
+        for Rejection { name, .. } in rejections.iter().take(envelopes) {
+            self.reject(name.as_str().into(), &[], &mut resolved);
+        }
         for Rejection { name, reason } in &rejections {
-            // A resource whose envelope was refused is in no update, but may have been asked for.
-            self.reject(name, &[], &mut resolved);
             self.status.nack(name, Nack { reason: reason.clone(), at: now });
         }
         self.status.answered |= complete;
@@ -214,62 +216,95 @@ impl Subscription {
     }
 
     fn set(&mut self, name: Arc<str>, version: Arc<str>, aliases: &[Arc<str>], resolved: &mut Resolved) {
-        let mut answers: Vec<Arc<str>> = Vec::new();
-        for name in std::iter::once(&name).chain(aliases) {
-            if self.wanted.contains_key(name) && !answers.contains(name) {
-                answers.push(name.clone());
+        self.no_longer_refused(&name, resolved);
+        let mut names: Vec<Arc<str>> = Vec::new();
+        if self.mode == Mode::OnDemand {
+            let mut seen = HashSet::new();
+            names.extend(std::iter::once(&name).chain(aliases).filter(|name| seen.insert(Arc::clone(name))).cloned());
+        }
+        for name in &names {
+            *self.holders.entry(name.clone()).or_default() += 1;
+            self.answer(name, Answer::Present, resolved);
+        }
+        let before = self.known.insert(name, Known { version, names });
+        self.release(before, resolved);
+    }
+
+    /// A known resource is gone, or was replaced.
+    fn release(&mut self, before: Option<Known>, resolved: &mut Resolved) {
+        for name in before.map(|known| known.names).unwrap_or_default() {
+            match self.holders.get_mut(&name) {
+                Some(holders) if *holders > 1 => *holders -= 1,
+                _ => drop(self.holders.remove(&name)),
             }
-        }
-        self.status.rejected.remove(&*name);
-        let before = self.known.insert(name, Known { version, answers: answers.clone() });
-        for name in answers {
-            self.answer(&name, Answer::Present, 1, resolved);
-        }
-        for name in before.map(|known| known.answers).unwrap_or_default() {
-            self.answer(&name, Answer::Absent, -1, resolved);
+            // A name that waits for its answer goes on waiting: there may be another resource on the way.
+            if self.wanted.get(&name) == Some(&Wanted::Present) {
+                self.answer(&name, Answer::Absent, resolved);
+            }
         }
     }
 
     /// What was accepted before stays known, under its old version: so it is sent again after a reconnect.
-    fn reject(&mut self, name: &str, aliases: &[Arc<str>], resolved: &mut Resolved) {
-        self.answer(name, Answer::Rejected, 0, resolved);
-        for alias in aliases {
-            self.answer(alias, Answer::Rejected, 0, resolved);
+    fn reject(&mut self, name: Arc<str>, aliases: &[Arc<str>], resolved: &mut Resolved) {
+        self.no_longer_refused(&name, resolved);
+        let names = self.wanted_of(&name, aliases);
+        for name in &names {
+            self.answer(name, Answer::Rejected, resolved);
+        }
+        if !names.is_empty() {
+            self.refused.insert(name, names);
         }
     }
 
     fn remove(&mut self, name: &str, resolved: &mut Resolved) {
-        for name in self.known.remove(name).map(|known| known.answers).unwrap_or_default() {
-            self.answer(&name, Answer::Absent, -1, resolved);
-        }
-        self.answer(name, Answer::Absent, 0, resolved);
-        self.status.rejected.remove(name);
+        self.no_longer_refused(name, resolved);
+        let before = self.known.remove(name);
+        self.release(before, resolved);
+        self.answer(name, Answer::Absent, resolved);
     }
 
-    /// Notes what was learned about a name, if it was asked for: `holders` more or fewer resources have it, and unless one
-    /// does, the answer is `answer`.
-    fn answer(&mut self, name: &str, answer: Answer, holders: isize, resolved: &mut Resolved) {
-        let Some((name, wanted)) = self.wanted.get_key_value(name) else { return };
-        let (name, Wanted { state: before, holders: held }) = (name.clone(), *wanted);
-        let holders = held.saturating_add_signed(holders);
-        let answer = if holders > 0 { Answer::Present } else { answer };
-        let state = match (answer, before) {
-            (Answer::Absent, State::Absent(_)) => before,
-            (Answer::Absent, State::Asked | State::Present | State::Rejected) => {
+    fn no_longer_refused(&mut self, name: &str, resolved: &mut Resolved) {
+        self.status.rejected.remove(name);
+        for name in self.refused.remove(name).unwrap_or_default() {
+            if self.wanted.get(&name).is_some_and(|wanted| *wanted == Wanted::Rejected) {
+                self.answer(&name, Answer::Absent, resolved);
+            }
+        }
+    }
+
+    /// Those of a resource's names that were asked for.
+    fn wanted_of(&self, name: &Arc<str>, aliases: &[Arc<str>]) -> Vec<Arc<str>> {
+        let mut wanted: Vec<Arc<str>> = Vec::new();
+        for name in std::iter::once(name).chain(aliases) {
+            if self.wanted.contains_key(name) && !wanted.contains(name) {
+                wanted.push(name.clone());
+            }
+        }
+        wanted
+    }
+
+    /// Notes what was learned about a name, if it was asked for. While a known resource has it, it is present.
+    fn answer(&mut self, name: &str, answer: Answer, resolved: &mut Resolved) {
+        let Some((name, before)) = self.wanted.get_key_value(name) else { return };
+        let (name, before) = (name.clone(), *before);
+        let answer = if self.holders.contains_key(&name) { Answer::Present } else { answer };
+        let now = match (answer, before) {
+            (Answer::Absent, Wanted::Absent(_)) => before,
+            (Answer::Absent, Wanted::Asked | Wanted::Present | Wanted::Rejected) => {
                 self.clock += 1;
                 self.absent.insert(self.clock, name.clone());
-                State::Absent(self.clock)
+                Wanted::Absent(self.clock)
             }
-            (Answer::Present, _) => State::Present,
-            (Answer::Rejected, _) => State::Rejected,
+            (Answer::Present, _) => Wanted::Present,
+            (Answer::Rejected, _) => Wanted::Rejected,
         };
-        if let State::Absent(since) = before
-            && state != before
+        if let Wanted::Absent(since) = before
+            && now != before
         {
             self.absent.remove(&since);
         }
-        self.wanted.insert(name.clone(), Wanted { state, holders });
-        if before == State::Asked {
+        self.wanted.insert(name.clone(), now);
+        if before == Wanted::Asked {
             resolved.push((name, answer));
         }
     }

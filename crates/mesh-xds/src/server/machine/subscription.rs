@@ -18,6 +18,8 @@ pub(super) struct Subscription {
     named: HashSet<Arc<str>>,
     /// Primary names of what a client without wildcard has.
     known: HashSet<Arc<str>>,
+    /// Primary names of what was asked for by name, as far as it exists: what belongs to it is sent as well.
+    groups: HashSet<Arc<str>>,
     /// Changes up to this version were considered.
     cursor: u64,
     /// Of a wildcard's first state: everything after this name is still to be sent.
@@ -26,9 +28,9 @@ pub(super) struct Subscription {
     initial: HashMap<String, String>,
     /// Primary names to be sent, or removed if they are gone by then.
     queue: Queue,
-    /// Names to be answered as absent.
-    absent: Queue,
-    /// The first request is answered even if there is nothing to say.
+    /// Names asked for that are to be answered as absent, if they are so when all of the queue is sent.
+    asked: Queue,
+    /// A response is due even if there is nothing to say: to the first request, and after one that announced more.
     owed: bool,
     in_flight: Option<InFlight>,
     sent: u64,
@@ -47,6 +49,8 @@ struct InFlight {
 pub(super) struct Chunk {
     pub(super) resources: Vec<discovery::Resource>,
     pub(super) removed: Vec<String>,
+    /// Another response follows, even if it comes to nothing.
+    pub(super) more: bool,
     names: Vec<Arc<str>>,
     bytes: usize,
 }
@@ -59,11 +63,12 @@ impl Subscription {
             wildcard: false,
             named: HashSet::new(),
             known: HashSet::new(),
+            groups: HashSet::new(),
             cursor: version,
             walk: None,
             initial: HashMap::new(),
             queue: Queue::default(),
-            absent: Queue::default(),
+            asked: Queue::default(),
             owed: false,
             in_flight: None,
             sent: 0,
@@ -103,7 +108,7 @@ impl Subscription {
             // What it brought stays known and up to date: it may be on its way, and the client could not tell that it
             // would not be told of later changes.
             self.named.remove(name.as_str());
-            self.absent.remove(name);
+            self.asked.remove(name);
         }
         match (was_wildcard, self.wildcard) {
             (false, true) => {
@@ -130,10 +135,10 @@ impl Subscription {
     /// Queues what a name stands for: first what belongs to it, so that whoever waits for the name has all of it then.
     fn queue_name(&mut self, kind: &Kind, name: &Arc<str>, initial: &HashMap<String, String>) {
         let found = kind.lookup(name);
-        if found.is_empty() {
-            self.absent.push(name.clone());
-        }
+        // Even if it is there: it may be gone, or lose the alias, before it is sent.
+        self.asked.push(name.clone());
         for primary in &found {
+            self.groups.insert(primary.clone());
             for member in kind.members(primary) {
                 self.queue_unless_same(kind, member, initial);
             }
@@ -156,15 +161,11 @@ impl Subscription {
     /// Queues the differences to what a client without wildcard said to have.
     fn compare(&mut self, kind: &Kind, initial: HashMap<String, String>) {
         for (name, version) in initial {
-            match kind.get(&name) {
-                Some(entry) => {
-                    let name = &entry.resource.name;
-                    self.known.insert(name.clone());
-                    if !is_same(&version, entry) {
-                        self.queue.push(name.clone());
-                    }
-                }
-                None => self.absent.push(name.into()),
+            let entry = kind.get(&name);
+            let name = entry.map_or_else(|| Arc::from(name), |entry| entry.resource.name.clone());
+            self.known.insert(name.clone());
+            if !entry.is_some_and(|entry| is_same(&version, entry)) {
+                self.queue.push(name);
             }
         }
     }
@@ -199,13 +200,13 @@ impl Subscription {
             return;
         };
         let asked = self.named.contains(&name) || entry.resource.aliases.iter().any(|alias| self.named.contains(alias));
-        if asked && !self.known.contains(&name) {
+        if asked && self.groups.insert(name.clone()) {
             for member in kind.members(&name) {
                 self.known.insert(member.clone());
                 self.queue.push(member.clone());
             }
         }
-        if asked || self.known.contains(&name) || entry.member_of.iter().any(|group| self.known.contains(group)) {
+        if asked || self.known.contains(&name) || entry.member_of.iter().any(|group| self.groups.contains(group)) {
             self.known.insert(name.clone());
             self.queue.push(name);
         }
@@ -216,7 +217,7 @@ impl Subscription {
         self.owed
             || self.is_syncing()
             || !self.queue.is_empty()
-            || !self.absent.is_empty()
+            || !self.asked.is_empty()
             || self.cursor != kind.version()
     }
 
@@ -232,10 +233,11 @@ impl Subscription {
         self.named.len()
     }
 
-    /// Takes out the next response's worth, which is then in flight.
-    pub(super) fn chunk(&mut self, kind: &Kind, max: usize, nonce: &str) -> Chunk {
-        self.owed = false;
+    /// Takes out the next response's worth, which is then in flight; nothing if it comes to nothing.
+    pub(super) fn chunk(&mut self, kind: &Kind, max: usize, nonce: &str) -> Option<Chunk> {
         let mut chunk = Chunk::default();
+        // What changed behind the walk belongs to the first state as well.
+        let behind = self.walk.is_some() && self.cursor != kind.version();
         self.walk(kind, max, &mut chunk);
         while self.walk.is_none()
             && chunk.bytes < max
@@ -245,6 +247,7 @@ impl Subscription {
                 Some(entry) => chunk.set(&self.type_url, entry),
                 None => {
                     self.known.remove(&name);
+                    self.groups.remove(&name);
                     chunk.remove(name);
                 }
             }
@@ -252,17 +255,21 @@ impl Subscription {
         while self.walk.is_none()
             && self.queue.is_empty()
             && chunk.bytes < max
-            && let Some(name) = self.absent.pop()
+            && let Some(name) = self.asked.pop()
         {
-            // It may have come to be since; then it is in the log.
             if kind.lookup(&name).is_empty() {
                 chunk.remove(name);
             }
         }
+        if chunk.names.is_empty() && !self.owed {
+            return None;
+        }
+        chunk.more = behind || self.walk.is_some() || !self.queue.is_empty() || !self.asked.is_empty();
+        self.owed = chunk.more;
         self.sent = kind.version();
         let names = std::mem::take(&mut chunk.names);
         self.in_flight = Some(InFlight { nonce: nonce.to_owned(), names, version: self.sent });
-        chunk
+        Some(chunk)
     }
 
     /// Goes on with a wildcard's first state, over the resources as they are now: those that changed behind the walk are in
@@ -282,7 +289,7 @@ impl Subscription {
             }
         }
         for name in std::mem::take(&mut self.initial).into_keys() {
-            self.absent.push(name.into());
+            self.queue.push(name.into());
         }
     }
 
