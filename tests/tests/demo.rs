@@ -1,5 +1,7 @@
 //! `cargo xtask demo --once` as a user runs it, also after a run that was killed.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -9,7 +11,7 @@ use tests::cluster::bin_dir;
 
 fn demo(args: &[&str]) -> Command {
     let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("manifests");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-demo"));
+    let mut command = Command::new(bin_dir().unwrap().join("culvert-demo"));
     command.arg("--bin-dir").arg(bin_dir().unwrap()).arg("--manifests").arg(manifests).args(args);
     command
 }
