@@ -63,8 +63,6 @@ pub async fn upstream(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Connection
     };
     let socket = take(pod, SocketKind::Upstream, to).await?;
     let failed = |source| ConnectionError::Connect { to, source };
-    // The port is chosen at connect, per destination; otherwise bind would use up one port per socket.
-    late_port(&socket).map_err(failed)?;
     socket.bind(SocketAddr::new(from, 0)).map_err(failed)?;
     finish(timeout(CONNECT_TIMEOUT, socket.connect(to)).await, to)
 }
@@ -85,9 +83,6 @@ pub async fn deliver(pod: &Pod, client: SocketAddr, to: SocketAddr) -> Result<Tc
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for _ in 0..DELIVERIES {
         let socket = take(pod, SocketKind::Delivery, to).await?;
-        let failed = |source| ConnectionError::Connect { to, source };
-        // Ports in TIME_WAIT may be used again: only the whole of both addresses must be new, which connect checks.
-        socket.set_reuseaddr(true).map_err(failed)?;
         if let Err(error) = bind_to_client(&socket, pod, client) {
             last = error;
             continue;
@@ -118,33 +113,18 @@ async fn take(pod: &Pod, kind: SocketKind, to: SocketAddr) -> Result<TcpSocket, 
         return Err(ConnectionError::Family(to));
     }
     let socket: OwnedFd = pod.sockets.take(kind).await?;
-    let stream = std::net::TcpStream::from(socket);
-    let failed = |source| ConnectionError::Connect { to, source };
-    stream.set_nonblocking(true).map_err(failed)?;
-    Ok(TcpSocket::from_std_stream(stream))
-}
-
-fn late_port(socket: &TcpSocket) -> io::Result<()> {
-    Ok(nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?)
+    Ok(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
 }
 
 fn finish(
     outcome: Result<io::Result<TcpStream>, tokio::time::error::Elapsed>,
     to: SocketAddr,
 ) -> Result<TcpStream, ConnectionError> {
-    let stream = match outcome {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(source)) => return Err(ConnectionError::Connect { to, source }),
-        Err(_) => return Err(ConnectionError::ConnectTimeout(to)),
-    };
-    tune(&stream);
-    Ok(stream)
-}
-
-/// What every connection of the data path has set.
-pub fn tune(stream: &TcpStream) {
-    // Fails only on a connection that is dead already, which the first read will tell.
-    let _ = stream.set_nodelay(true);
+    match outcome {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(source)) => Err(ConnectionError::Connect { to, source }),
+        Err(_) => Err(ConnectionError::ConnectTimeout(to)),
+    }
 }
 
 /// Makes the connection end with a reset: what an application must see when its connection was never carried.

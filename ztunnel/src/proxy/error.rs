@@ -72,6 +72,9 @@ pub enum ConnectionError {
     /// The pod has too many connections.
     #[error("the pod has as many connections as it may; see --max-connections-per-pod")]
     TooManyConnections,
+    /// The pod has too many tunnels.
+    #[error("peers have as many tunnels to the pod as they may")]
+    TooManyTunnels,
     /// The pod went away.
     #[error("the pod is gone")]
     PodGone,
@@ -113,7 +116,8 @@ impl ConnectionError {
             | Self::Family(_)
             | Self::NoTunnel
             | Self::Open { .. }
-            | Self::TooManyConnections => ResponseFlags::Connect,
+            | Self::TooManyConnections
+            | Self::TooManyTunnels => ResponseFlags::Connect,
             Self::GaveUp(_) | Self::Copy(_) | Self::PodGone | Self::Drained | Self::Dropped => ResponseFlags::None,
         }
     }
@@ -143,6 +147,7 @@ impl ConnectionError {
             Self::GaveUp(_) => "gave_up",
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
+            Self::TooManyTunnels => "too_many_tunnels",
             Self::PolicyChanged(_) => "policy_changed",
             Self::Drained => "drained",
             Self::Dropped => "cut_off",
@@ -168,6 +173,7 @@ impl ConnectionError {
             | Self::GaveUp(_)
             | Self::Copy(_)
             | Self::TooManyConnections
+            | Self::TooManyTunnels
             | Self::PodGone
             | Self::Drained
             | Self::Dropped => 503,
@@ -189,7 +195,8 @@ impl ConnectionError {
             | Self::Dial(_)
             | Self::NoTunnel
             | Self::Open { .. }
-            | Self::TooManyConnections => true,
+            | Self::TooManyConnections
+            | Self::TooManyTunnels => true,
             Self::GaveUp(_)
             | Self::Copy(_)
             | Self::PodGone

@@ -24,6 +24,16 @@ pub async fn run(shared: Arc<Shared>, pods: Arc<Pods>) {
     }
 }
 
+/// Judges a connection that was let in under rules of the version `seen` and is listed now: what changed in between has
+/// not found it in the list.
+pub fn catch_up(shared: &Shared, pod: &Pod, connection: &super::live::Connection<Facts>, seen: u64) {
+    if shared.state.rules_version() != seen
+        && let Some(reason) = judge(shared, &shared.state.snapshot(), pod, &connection.facts)
+    {
+        connection.close(reason);
+    }
+}
+
 /// Closes every live connection that policy does not allow any more.
 fn judge_all(shared: &Shared, pods: &Pods) {
     let snapshot = shared.state.snapshot();

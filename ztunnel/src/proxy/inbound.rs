@@ -12,15 +12,15 @@ use mesh_hbone::{Headers, StreamError, server};
 use mesh_identity::handshake;
 use mesh_model::{Service, Snapshot, SpiffeId, Workload};
 use mesh_runtime::drain::Watcher;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::admit::{Admission, Connect, Connection, admit};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
+use super::guard;
 use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
 use super::tunnels::{Negotiated, TunnelFacts};
-use super::worker::{Accepted, Worker};
+use super::worker::{Accepted, Permits, Worker};
 
 /// One tunnel that a peer has opened to a pod.
 struct Tunnel {
@@ -32,20 +32,18 @@ struct Tunnel {
     drain: Watcher,
 }
 
-/// Serves one tunnel until it ends, the pod is gone, or the proxy has drained. The permit counts the handshake.
-pub async fn serve(
-    worker: Arc<Worker>,
-    pod: Arc<Pod>,
-    accepted: Accepted,
-    permit: Option<OwnedSemaphorePermit>,
-    drain: Watcher,
-) {
+/// Serves one tunnel until it ends, the pod is gone, or the proxy has drained.
+pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permits: Permits, drain: Watcher) {
     let _token = pod.live.token();
     let serving = async {
         let Accepted { stream, peer } = accepted;
         let Ok(local) = stream.local_addr() else { return };
-        let accepted = authenticate(&worker, &pod, stream, peer).await;
-        drop(permit);
+        let Permits { handshake, tunnel } = permits;
+        let accepted = match &tunnel {
+            Some(_) => authenticate(&worker, &pod, stream, peer).await,
+            None => Err(ConnectionError::TooManyTunnels),
+        };
+        drop(handshake);
         let (tls, identity) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -82,7 +80,6 @@ async fn authenticate(
     stream: tokio::net::TcpStream,
     peer: SocketAddr,
 ) -> Result<(tokio_rustls::server::TlsStream<super::tunnels::Metered>, SpiffeId), ConnectionError> {
-    dial::tune(&stream);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;
     let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream);
@@ -104,6 +101,7 @@ impl Tunnel {
         facts.hbone_addr = Some(request.authority.clone());
         facts.src.identity = Some(self.peer.clone());
         facts.dst.identity = Some(self.pod.identity.clone());
+        let rules = shared.state.rules_version();
         let admission = match self.decide(&mut facts, &request) {
             Ok(admission) => admission,
             Err(error) => {
@@ -115,6 +113,7 @@ impl Tunnel {
             Ok(record) => record,
             Err(error) => return request.refuse(error.reply()),
         };
+        guard::catch_up(shared, &self.pod, &record, rules);
         let result = tokio::select! {
             biased;
             reason = record.told_to_close() => Err(reason.into()),
@@ -150,7 +149,8 @@ impl Tunnel {
     async fn carry(&self, admission: &Admission, mut request: Request, record: &Record) -> Result<(), ConnectionError> {
         let client = SocketAddr::new(admission.source_ip, self.connection.peer.port());
         let delivered = tokio::select! {
-            delivered = dial::deliver(&self.pod, client, admission.target.0) => delivered,
+            // Boxed: what is needed only until the application has accepted must not be kept by the open connection.
+            delivered = Box::pin(dial::deliver(&self.pod, client, admission.target.0)) => delivered,
             () = request.cancelled() => {
                 return Err(ConnectionError::GaveUp(StreamError::Reset(mesh_hbone::ResetReason::Cancel)));
             }

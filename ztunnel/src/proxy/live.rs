@@ -3,10 +3,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::poll_fn;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Poll;
 
+use futures_util::task::AtomicWaker;
 use tokio::sync::{Notify, watch};
 
 /// Why a connection was closed by the proxy itself.
@@ -51,7 +54,8 @@ pub struct Connection<T> {
     /// What is known of it.
     pub facts: T,
     reason: OnceLock<CloseReason>,
-    stop: Notify,
+    /// The task that carries it.
+    task: AtomicWaker,
 }
 
 impl<T> Connection<T> {
@@ -59,17 +63,19 @@ impl<T> Connection<T> {
     pub fn close(&self, reason: CloseReason) {
         // A second reason changes nothing.
         let _ = self.reason.set(reason);
-        self.stop.notify_one();
+        self.task.wake();
     }
 
     /// Resolves once the connection was told to end. For the one task that carries it.
     pub async fn told_to_close(&self) -> CloseReason {
-        loop {
-            if let Some(reason) = self.reason.get() {
-                return reason.clone();
+        poll_fn(|cx| {
+            // Polled with every chunk of data: the look comes first, and again after the registration.
+            if self.reason.get().is_none() {
+                self.task.register(cx.waker());
             }
-            self.stop.notified().await;
-        }
+            self.reason.get().cloned().map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
 }
 
@@ -106,7 +112,7 @@ impl<T> Live<T> {
             return Err((Full::TooMany, facts));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let connection = Arc::new(Connection { facts, reason: OnceLock::new(), stop: Notify::new() });
+        let connection = Arc::new(Connection { facts, reason: OnceLock::new(), task: AtomicWaker::new() });
         open.insert(id, Arc::clone(&connection));
         drop(open);
         // Closed between the look and the listing: `close` may not have seen it.

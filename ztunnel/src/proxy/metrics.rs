@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
-use mesh_model::Workload;
+use mesh_model::{SpiffeId, Workload};
 use mesh_runtime::metrics::Registry;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -22,9 +22,13 @@ impl EncodeLabelValue for Text {
     }
 }
 
-impl From<&Arc<str>> for Text {
-    fn from(text: &Arc<str>) -> Self {
-        Self(Some(Arc::clone(text)))
+/// A label's value that is an identity.
+#[derive(Clone, Debug, Hash, PartialEq, Eq)]
+struct Principal(Option<SpiffeId>);
+
+impl EncodeLabelValue for Principal {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        encoder.write_str(self.0.as_ref().map_or("unknown", SpiffeId::as_str))
     }
 }
 
@@ -73,7 +77,7 @@ pub struct Labels {
     source_canonical_service: Text,
     source_canonical_revision: Text,
     source_workload_namespace: Text,
-    source_principal: Text,
+    source_principal: Principal,
     source_app: Text,
     source_version: Text,
     source_cluster: Text,
@@ -84,7 +88,7 @@ pub struct Labels {
     destination_canonical_service: Text,
     destination_canonical_revision: Text,
     destination_workload_namespace: Text,
-    destination_principal: Text,
+    destination_principal: Principal,
     destination_app: Text,
     destination_version: Text,
     destination_cluster: Text,
@@ -139,7 +143,7 @@ struct Party {
     canonical_service: Text,
     canonical_revision: Text,
     namespace: Text,
-    principal: Text,
+    principal: Principal,
     cluster: Text,
 }
 
@@ -152,7 +156,7 @@ impl Party {
             canonical_service: of(|workload| &workload.canonical_name),
             canonical_revision: of(|workload| &workload.canonical_revision),
             namespace: of(|workload| &workload.namespace),
-            principal: Text(side.identity.as_ref().map(|identity| identity.as_str().into())),
+            principal: Principal(side.identity.clone()),
             cluster: of(|workload| &workload.cluster_id),
         }
     }

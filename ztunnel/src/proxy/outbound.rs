@@ -29,7 +29,6 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let Accepted { stream, peer: client } = accepted;
     // The accepted socket's own address is what the application connected to.
     let Ok(original) = stream.local_addr() else { return dial::reset(stream) };
-    dial::tune(&stream);
     // Until it is carried, whatever happens the application must see a reset, never an orderly end.
     let app = Unanswered::new(stream);
     let metrics = &worker.shared.metrics;
@@ -112,11 +111,12 @@ async fn carry(
     let counters = &record.facts.counters;
     match hop {
         Hop::Tunnel { key, connect } => {
-            let stream = open(worker, pod, &key, connect).await?;
+            // Boxed, as is the other: what is needed only until there is a stream must not be kept by the open connection.
+            let stream = Box::pin(open(worker, pod, &key, connect)).await?;
             Ok(splice(stream, app.answered()?, counters).await?)
         }
         Hop::Plain(to) => {
-            let upstream = dial::upstream(pod, to).await?;
+            let upstream = Box::pin(dial::upstream(pod, to)).await?;
             Ok(relay(upstream, app.answered()?, counters).await?)
         }
     }

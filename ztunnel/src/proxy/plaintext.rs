@@ -9,6 +9,7 @@ use mesh_hbone::copy::relay;
 use super::admit::{Admission, Connection, admit_plaintext};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
+use super::guard;
 use super::inbound::service_of;
 use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
@@ -19,15 +20,16 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let Accepted { stream, peer } = accepted;
     // The accepted socket's own address is what the client connected to.
     let Ok(local) = stream.local_addr() else { return dial::reset(stream) };
-    dial::tune(&stream);
     let client = Unanswered::new(stream);
     let shared = &worker.shared;
     let mut facts = Facts::new(Direction::Inbound, peer, local);
+    let rules = shared.state.rules_version();
     let admission = match decide(worker, pod, &mut facts, Connection { local, peer }) {
         Ok(admission) => admission,
         Err(error) => return Record::refused(&shared.metrics, facts, &error),
     };
     let Ok(record) = Record::open(&shared.metrics, &pod.live, facts) else { return };
+    guard::catch_up(shared, pod, &record, rules);
     let result = tokio::select! {
         biased;
         reason = record.told_to_close() => Err(reason.into()),
@@ -64,6 +66,7 @@ async fn carry(
     record: &Record,
 ) -> Result<(), ConnectionError> {
     let from = SocketAddr::new(admission.source_ip, peer.port());
-    let app = dial::deliver(pod, from, admission.target.0).await?;
+    // Boxed: what is needed only until the application has accepted must not be kept by the open connection.
+    let app = Box::pin(dial::deliver(pod, from, admission.target.0)).await?;
     Ok(relay(client.answered()?, app, &record.facts.counters).await?)
 }

@@ -2,6 +2,7 @@
 //! one, and the stock that answers from what the agent has handed over.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,6 +10,9 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use mesh_proto::node;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -32,6 +36,12 @@ const WARM_SWEEPS: u32 = 30;
 
 /// An order that the agent has not answered by then is forgotten, and made again when needed.
 const ORDER_LIFE: Duration = Duration::from_secs(2);
+
+/// Silence after which a connection's peer is asked whether it is still there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+
+/// Time between two such questions.
+const KEEPALIVE_PROBE: Duration = Duration::from_secs(30);
 
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,9 +81,36 @@ pub enum TakeError {
     PodGone,
 }
 
+/// Sets what a socket needs before it is bound. Done when a socket is put into stock, where nobody waits for it.
+///
+/// # Errors
+/// When the descriptor is no TCP socket.
+pub fn prepare(kind: SocketKind, socket: &OwnedFd) -> io::Result<()> {
+    let known = SockRef::from(socket);
+    known.set_nonblocking(true)?;
+    tune(&known)?;
+    match kind {
+        // The port is chosen at connect, per destination; otherwise bind would use up one port per socket.
+        SocketKind::Upstream => Ok(setsockopt(socket, IpBindAddressNoPort, &true)?),
+        // Ports in TIME_WAIT may be used again: only the whole of both addresses must be new, which connect checks.
+        SocketKind::Delivery => known.set_reuse_address(true),
+    }
+}
+
+/// Sets what every connection of the data path has. A listening socket hands it on to what it accepts.
+///
+/// # Errors
+/// When the socket is no TCP socket.
+pub fn tune(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    // A peer that vanished is noticed after 270 s; tunnels have their own, faster keepalive.
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_PROBE).with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
 /// Gives out fresh TCP sockets that live in one pod's network namespace, and in no other.
 pub trait SocketSource: Send + Sync {
-    /// A fresh, unbound, unconnected, non-blocking socket.
+    /// A fresh, unbound, unconnected socket, as [`prepare`] leaves it.
     fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
 }
 
@@ -209,7 +246,7 @@ impl Stock {
         let mut too_many = Vec::new();
         let mut shelf = self.shelf(kind);
         shelf.ordered.pop_front();
-        for socket in sockets {
+        for socket in sockets.into_iter().filter(|socket| prepared(kind, socket)) {
             let Some(socket) = serve_waiting(&mut shelf.waiting, socket) else { continue };
             if !shelf.closed && shelf.idle.len() < shelf.target() && self.node.add() {
                 shelf.idle.push(socket);
@@ -303,6 +340,12 @@ impl SocketSource for Stock {
             }
         })
     }
+}
+
+fn prepared(kind: SocketKind, socket: &OwnedFd) -> bool {
+    prepare(kind, socket)
+        .inspect_err(|error| tracing::error!(%error, ?kind, "the agent gave an unusable socket"))
+        .is_ok()
 }
 
 /// Gives the socket to the first that still waits; returns it when nobody does.

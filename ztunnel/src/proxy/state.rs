@@ -46,6 +46,11 @@ impl State {
         self.snapshot.load_full()
     }
 
+    /// How often live connections had to be judged again so far.
+    pub fn rules_version(&self) -> u64 {
+        *self.rules.borrow()
+    }
+
     /// Changes whenever live connections must be judged again.
     pub fn rules(&self) -> watch::Receiver<u64> {
         self.rules.subscribe()

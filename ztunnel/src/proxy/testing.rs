@@ -23,7 +23,7 @@ use super::live::Live;
 use super::local::fixture;
 use super::metrics::Metrics;
 use super::pods::{Pod, Port};
-use super::sockets::{SocketKind, SocketSource, TakeError};
+use super::sockets::{SocketKind, SocketSource, TakeError, prepare};
 use super::state::{Discovery, State};
 use super::tunnels::Tunnels;
 use super::worker::{Shared, Worker, accept};
@@ -54,15 +54,16 @@ pub struct LocalSockets {
 }
 
 impl SocketSource for LocalSockets {
-    fn take(&self, _: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
+    fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
         let empty = self.empty;
         Box::pin(async move {
             if empty {
                 return Err(TakeError::Empty);
             }
             let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-            socket.set_nonblocking(true).unwrap();
-            Ok(socket.into())
+            let socket = socket.into();
+            prepare(kind, &socket).unwrap();
+            Ok(socket)
         })
     }
 }

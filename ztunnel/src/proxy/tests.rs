@@ -379,6 +379,24 @@ async fn nothing_is_decided_before_discovery_has_told_all() {
     assert_eq!(proxy.metric("culvert_connection_failures_total", &["reason=\"no_ready_endpoint\""]), 1);
 }
 
+/// One of these lives for each open connection.
+#[tokio::test]
+async fn a_connection_costs_little_memory() {
+    let pair = Pair::new().await;
+    let listener = TcpListener::bind(pair.mesh.addr(70, 0)).await.unwrap();
+    let at = listener.local_addr().unwrap();
+    for serve in ["outbound", "plaintext"] {
+        let (_client, accepted) = tokio::join!(TcpStream::connect(at), listener.accept());
+        let (stream, peer) = accepted.unwrap();
+        let accepted = Accepted { stream, peer };
+        let size = match serve {
+            "outbound" => size_of_val(&super::outbound::serve(&pair.near.worker, &pair.client, accepted)),
+            _ => size_of_val(&plaintext::serve(&pair.near.worker, &pair.client, accepted)),
+        };
+        assert!(size < 3 << 10, "{serve}: {size} bytes");
+    }
+}
+
 #[tokio::test]
 async fn when_a_pod_goes_everything_of_it_ends() {
     let pair = Pair::new().await;

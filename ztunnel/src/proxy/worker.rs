@@ -13,19 +13,24 @@ use mesh_hbone::pool::{IDLE_TIMEOUT, Pool};
 use mesh_identity::Store;
 use mesh_model::SpiffeId;
 use mesh_runtime::drain::Watcher;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::error::ConnectionError;
 use super::local::LocalPod;
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
+use super::sockets::tune;
 use super::state::State;
 use super::tunnels::Tunnels;
 use super::{inbound, outbound, plaintext};
 
 /// TLS handshakes that one thread runs at a time for one pod; more wait in the kernel's accept queue.
 const HANDSHAKES: usize = 128;
+
+/// Tunnels that one thread serves at a time for one pod.
+const TUNNELS: usize = 4096;
 
 /// Pause after a failed accept, which is a shortage of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -162,7 +167,9 @@ impl Host for Arc<Workers> {
     fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>> {
         let mut all = Vec::new();
         for (port, listener) in listeners {
-            nonblocking(&listener)?;
+            let known = SockRef::from(&listener);
+            known.set_nonblocking(true)?;
+            tune(&known)?;
             for _ in 1..self.serve.len() {
                 all.push((port, listener.try_clone()?));
             }
@@ -193,10 +200,6 @@ impl Drop for Served {
     }
 }
 
-fn nonblocking(listener: &OwnedFd) -> io::Result<()> {
-    socket2::SockRef::from(listener).set_nonblocking(true)
-}
-
 async fn run(
     worker: Arc<Worker>,
     mut serve: mpsc::UnboundedReceiver<Serve>,
@@ -225,7 +228,7 @@ async fn run(
 /// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
 pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: TcpListener, drain: Watcher) {
     let _token = pod.live.token();
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let (handshakes, tunnels) = (Arc::new(Semaphore::new(HANDSHAKES)), Arc::new(Semaphore::new(TUNNELS)));
     let ended = async {
         tokio::select! {
             () = pod.live.closed() => {}
@@ -261,8 +264,9 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
                 continue;
             }
         };
+        let permits = Permits { handshake: permit, tunnel: Arc::clone(&tunnels).try_acquire_owned().ok() };
         let (worker, pod, drain) = (Arc::clone(&worker), Arc::clone(&pod), drain.clone());
-        spawn(worker, pod, port, Accepted { stream, peer }, permit, drain);
+        spawn(worker, pod, port, Accepted { stream, peer }, permits, drain);
     }
 }
 
@@ -274,14 +278,15 @@ pub struct Accepted {
     pub peer: SocketAddr,
 }
 
-fn spawn(
-    worker: Arc<Worker>,
-    pod: Arc<Pod>,
-    port: Port,
-    accepted: Accepted,
-    permit: Option<tokio::sync::OwnedSemaphorePermit>,
-    drain: Watcher,
-) {
+/// What counts a tunnel.
+pub struct Permits {
+    /// To be dropped after the handshake.
+    pub handshake: Option<OwnedSemaphorePermit>,
+    /// None: the pod has too many.
+    pub tunnel: Option<OwnedSemaphorePermit>,
+}
+
+fn spawn(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, accepted: Accepted, permits: Permits, drain: Watcher) {
     match port {
         Port::Outbound => tokio::spawn(async move {
             let _token = drain;
@@ -291,6 +296,6 @@ fn spawn(
             let _token = drain;
             plaintext::serve(&worker, &pod, accepted).await;
         }),
-        Port::Hbone => tokio::spawn(inbound::serve(worker, pod, accepted, permit, drain)),
+        Port::Hbone => tokio::spawn(inbound::serve(worker, pod, accepted, permits, drain)),
     };
 }
