@@ -9,7 +9,8 @@ fn probe(arguments: &[&str]) -> (bool, BTreeMap<String, String>) {
     let output = Command::new(env!("CARGO_BIN_EXE_ztunnel")).arg("jail-probe").args(arguments).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let attempts = serde_json::from_value(answer["attempts"].clone()).unwrap_or_else(|error| panic!("{error}: {answer}"));
+    let attempts =
+        serde_json::from_value(answer["attempts"].clone()).unwrap_or_else(|error| panic!("{error}: {answer}"));
     (answer["jailed"].as_bool().unwrap(), attempts)
 }
 
