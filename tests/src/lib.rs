@@ -53,6 +53,7 @@ pub mod pod;
 pub mod prerequisites;
 pub mod process;
 pub mod resolver;
+pub mod seccomp;
 mod spawn;
 pub mod wait;
 

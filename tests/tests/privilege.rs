@@ -4,11 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde::Deserialize;
 use tests::Error;
 use tests::cluster::{Cluster, bin_dir};
+use tests::seccomp;
 
 /// What `ztunnel jail-probe` prints.
 #[derive(Debug, Deserialize)]
@@ -56,13 +58,29 @@ fn the_live_proxy_holds_nothing() -> Result<(), Error> {
     Ok(())
 }
 
+/// The probe's filter is the live proxy's, instruction by instruction, as the kernel has both.
 #[test]
-fn inside_the_filter_every_attempt_fails() {
-    let inside = probe(&[]);
+fn inside_the_live_filter_every_attempt_fails() -> Result<(), Error> {
+    let cluster = Cluster::builder().nodes(1).start()?;
+    let live = seccomp::filters(cluster.node(1)?.proxy()?.pid().expect("the proxy runs"))?;
+    assert!(!live.is_empty(), "the live proxy has no filter");
+
+    let mut command = Command::new(bin_dir()?.join("ztunnel"));
+    command.args(["jail-probe", "--after-stdin"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    tests::wait::until("the probe is in its jail", Duration::from_secs(20), || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+        status.contains(&format!("Seccomp_filters:\t{}\n", live.len())).then_some(())
+    })?;
+    let probed = seccomp::filters(child.id())?;
+    drop(child.stdin.take());
+    let inside: Probe = serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!(probed, live);
     assert!(inside.jailed);
     for attempt in ATTEMPTS {
-        assert_ne!(inside.attempts[attempt], "ok", "{inside:?}");
+        assert_eq!(inside.attempts[attempt], "EPERM", "{inside:?}");
     }
+    Ok(())
 }
 
 #[test]

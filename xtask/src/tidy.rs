@@ -75,6 +75,7 @@ const UNSAFE: &[&str] = &[
     "crates/mesh-runtime/src/seqpacket.rs",
     "crates/mesh-runtime/src/seqpacket/",
     "tests/src/capture/socket.rs",
+    "tests/src/seccomp.rs",
     "tests/src/spawn.rs",
 ];
 

@@ -31,6 +31,9 @@ enum Command {
         /// From outside, to see that the attempts themselves work
         #[arg(long)]
         unjailed: bool,
+        /// Wait for the end of standard input first, so that the filter can be looked at meanwhile
+        #[arg(long)]
+        after_stdin: bool,
     },
 }
 
@@ -47,8 +50,8 @@ fn main() -> ExitCode {
             println!("{}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
-        Command::JailProbe { unjailed } => {
-            println!("{}", proxy::jail::probe(unjailed));
+        Command::JailProbe { unjailed, after_stdin } => {
+            println!("{}", proxy::jail::probe(unjailed, after_stdin));
             Ok(())
         }
     };

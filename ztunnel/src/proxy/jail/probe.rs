@@ -5,6 +5,7 @@
 
 use std::ffi::CStr;
 use std::fmt::Write as _;
+use std::io;
 use std::ptr;
 
 use nix::errno::Errno;
@@ -32,10 +33,16 @@ const ATTEMPTS: &[Attempt] = &[
 /// Enters the jail unless `unjailed`, makes every attempt, and returns JSON: `{"jailed":true,"attempts":{"setns":"EPERM",..}}`
 /// with `ok` for what worked. A jail that could not be entered is `{"jailed":false,"error":".."}`.
 ///
+/// With `after_stdin` the attempts wait for the end of standard input: meanwhile the filter can be read from outside.
+///
 /// Must be called while the process has one thread.
-pub fn probe(unjailed: bool) -> String {
+pub fn probe(unjailed: bool, after_stdin: bool) -> String {
     if !unjailed && let Err(error) = super::enter(PROBE_UID) {
         return serde_json::json!({ "jailed": false, "error": error.to_string() }).to_string();
+    }
+    if after_stdin {
+        // An unreadable standard input has ended as well.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
     }
     let mut answers = String::new();
     for (name, attempt) in ATTEMPTS {
