@@ -7,6 +7,8 @@ mod wire {
     include!(concat!(env!("OUT_DIR"), "/wire.rs"));
 }
 
+/// Hand-over of pods and sockets between the agent and the proxy of one node, `culvert.node.v1`.
+pub use wire::culvert::node::v1 as node;
 /// The part of `envoy.config.core.v3` that discovery requests carry.
 pub use wire::envoy::config::core::v3 as core;
 /// Delta discovery, `envoy.service.discovery.v3`, cut down to what the mesh uses.
@@ -19,5 +21,3 @@ pub use wire::istio::security;
 pub use wire::istio::v1::auth as ca;
 /// Workload discovery, `istio.workload`: what a node proxy learns about workloads and services.
 pub use wire::istio::workload;
-/// Hand-over of pods and sockets between the agent and the proxy of one node, `culvert.node.v1`.
-pub use wire::culvert::node::v1 as node;

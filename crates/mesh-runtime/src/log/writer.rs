@@ -12,6 +12,9 @@ use tracing_subscriber::fmt::MakeWriter;
 const QUEUE: usize = 8192;
 /// Bytes after which a batch is written even if more lines wait.
 const BATCH: usize = 64 << 10;
+/// Rest of the writer after each batch. While it rests nobody has to wake it: a busy process would otherwise pay two system
+/// calls and a context switch for each line.
+const REST: Duration = Duration::from_millis(5);
 /// Longest line; the rest of a longer one is cut.
 const MAX_LINE: usize = 16 << 10;
 
@@ -108,6 +111,9 @@ fn write_all(mut out: impl Write, lines: &Receiver<Message>, dropped: &AtomicU64
         }
         // Where the log itself cannot be written there is nowhere to say so.
         let _ = out.write_all(&batch).and_then(|()| out.flush());
+        if flushes.is_empty() && batch.len() < BATCH {
+            std::thread::sleep(REST);
+        }
         batch.clear();
         for done in flushes {
             let _ = done.try_send(());
