@@ -40,9 +40,6 @@ const ORDER_LIFE: Duration = Duration::from_secs(2);
 /// Silence after which a connection's peer is asked whether it is still there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
 
-/// Time between two such questions.
-const KEEPALIVE_PROBE: Duration = Duration::from_secs(30);
-
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SocketKind {
@@ -103,9 +100,8 @@ pub fn prepare(kind: SocketKind, socket: &OwnedFd) -> io::Result<()> {
 /// When the socket is no TCP socket.
 pub fn tune(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
-    // A peer that vanished is noticed after 270 s; tunnels have their own, faster keepalive.
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_PROBE).with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)
+    // Tunnels have their own, faster keepalive.
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE_IDLE))
 }
 
 /// Gives out fresh TCP sockets that live in one pod's network namespace, and in no other.
