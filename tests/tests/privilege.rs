@@ -71,8 +71,9 @@ fn inside_the_live_filter_every_attempt_fails() -> Result<(), Error> {
     tests::wait::until("the probe is in its jail", Duration::from_secs(20), || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
         status.contains(&format!("Seccomp_filters:\t{}\n", live.len())).then_some(())
-    })?;
-    let probed = seccomp::filters(child.id())?;
+    })
+    .unwrap();
+    let probed = seccomp::filters(child.id()).unwrap();
     drop(child.stdin.take());
     let inside: Probe = serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap();
     assert_eq!(probed, live);
