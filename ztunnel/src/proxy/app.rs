@@ -123,7 +123,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
 }
 
 /// Lets connections end by themselves until the deadline, then tells them to.
-async fn end(trigger: drain::Trigger, pods: &Pods, deadline: Duration) -> Drained {
+pub(super) async fn end(trigger: drain::Trigger, pods: &Pods, deadline: Duration) -> Drained {
     let drained = trigger.drain(deadline + FORCED / 2);
     tokio::pin!(drained);
     tokio::select! {

@@ -151,10 +151,9 @@ impl Mesh {
         Proxy { worker: Worker::new(Arc::clone(&shared)), shared, registry, discovery, drain }
     }
 
-    /// Drains the proxy that was made first.
-    pub async fn drain(&self, deadline: Duration) -> drain::Drained {
-        let trigger = self.drains.lock().unwrap().remove(0);
-        trigger.drain(deadline).await
+    /// What drains the proxy that was made first.
+    pub fn trigger(&self) -> Trigger {
+        self.drains.lock().unwrap().remove(0)
     }
 
     /// What discovery says of the pod of this name at the address that ends in `last`.

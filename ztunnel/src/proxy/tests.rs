@@ -209,10 +209,7 @@ async fn a_policy_that_comes_later_closes_what_it_denies_and_nothing_else() {
     let pair = Pair::new().await;
     let listener = pair.listen().await;
     let (client, _server, _) = pair.carried(&listener).await;
-    let (notices, _orders) = tokio::sync::mpsc::unbounded_channel();
-    let host = Box::new(Fixed);
-    let pods = Pods::new(host, "cluster.local".into(), 9, NodeCap::new(9), notices);
-    pods.insert_for_test(&pair.server);
+    let pods = register(&pair.server);
     tokio::spawn(guard::run(Arc::clone(&pair.far.shared), pods));
     tokio::task::yield_now().await;
     pair.policy("no-other", "other");
@@ -220,6 +217,14 @@ async fn a_policy_that_comes_later_closes_what_it_denies_and_nothing_else() {
     assert_reset(client).await;
     until(|| pair.far.metric("istio_tcp_connections_closed_total", &["response_flags=\"DENY\""]) == 1).await;
     assert_eq!(pair.far.metric("istio_tcp_connections_failed_total", &[]), 0, "it had been carried");
+}
+
+/// The register of a proxy that serves this pod.
+fn register(pod: &Arc<Pod>) -> Arc<Pods> {
+    let (notices, _orders) = tokio::sync::mpsc::unbounded_channel();
+    let pods = Pods::new(Box::new(Fixed), "cluster.local".into(), 9, NodeCap::new(9), notices);
+    pods.insert_for_test(pod);
+    pods
 }
 
 /// Serves nothing.
@@ -419,7 +424,7 @@ async fn a_drain_takes_nothing_new_and_lets_what_is_open_finish() {
     let Pair { mesh, near, far, client: _pod, server: _far_pod, app: _ } = pair;
     // Its own token would be waited for.
     drop(near);
-    let drained = tokio::spawn(async move { (mesh.drain(Duration::from_secs(30)).await, mesh) });
+    let drained = tokio::spawn(async move { (mesh.trigger().drain(Duration::from_secs(30)).await, mesh) });
     tokio::task::yield_now().await;
     server.write_all(b"still here").await.unwrap();
     server.shutdown().await.unwrap();
@@ -433,4 +438,21 @@ async fn a_drain_takes_nothing_new_and_lets_what_is_open_finish() {
     let refused = TcpStream::connect(mesh.addr(VIP, PORT)).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     drop(far);
+}
+
+#[tokio::test]
+async fn after_its_deadline_a_drain_resets_what_is_left() {
+    let pair = Pair::new().await;
+    let listener = pair.listen().await;
+    let (client, server, _) = pair.carried(&listener).await;
+    let pods = register(&pair.client);
+    let Pair { mesh, near, .. } = pair;
+    let registry = near.registry.clone();
+    // Its own token would be waited for.
+    drop(near);
+    let drained = soon(super::app::end(mesh.trigger(), &pods, Duration::from_millis(50))).await;
+    assert_eq!(drained, Drained::Complete);
+    assert_reset(client).await;
+    assert_reset(server).await;
+    assert!(registry.encode().unwrap().contains("istio_tcp_sockets_open{reporter=\"source\"} 0"));
 }
