@@ -51,7 +51,8 @@ impl Agent {
             addresses: vec![pod.ip.octets().to_vec()],
         };
         let netns_path = network.path().display().to_string();
-        let request = PodRequest { kind: Some(Kind::Enrol(EnrolPod { pod: Some(described), netns_path })) };
+        let enrol = EnrolPod { pod: Some(described), netns_path, container_id: String::new() };
+        let request = PodRequest { kind: Some(Kind::Enrol(enrol)) };
         self.ask(&request, Some(network.as_fd()), &pod.name).map(drop)
     }
 
@@ -60,7 +61,8 @@ impl Agent {
     /// # Errors
     /// The agent does not answer, or refuses.
     pub fn withdraw(&self, pod: &PodRecord) -> Result<(), Error> {
-        let request = PodRequest { kind: Some(Kind::Withdraw(WithdrawPod { pod_uid: pod.uid.clone() })) };
+        let withdraw = WithdrawPod { pod_uid: pod.uid.clone(), container_id: String::new() };
+        let request = PodRequest { kind: Some(Kind::Withdraw(withdraw)) };
         self.ask(&request, None, &pod.name).map(drop)
     }
 

@@ -11,7 +11,7 @@ use prost::Message as _;
 use tokio::sync::Semaphore;
 
 use super::manager::Manager;
-use super::pod::PodInfo;
+use super::pod::{PodInfo, Sandbox};
 
 /// The version of the protocol.
 const VERSION: u32 = 1;
@@ -19,6 +19,8 @@ const VERSION: u32 = 1;
 const MAX_MESSAGE: usize = 16 << 10;
 /// Longest path of a namespace.
 const MAX_PATH: usize = 4096;
+/// Longest id of a sandbox; runtimes use 64 digits.
+const MAX_SANDBOX: usize = 256;
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
 /// How long a connection may be silent.
@@ -70,7 +72,7 @@ async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, manager: &Manager
             response(done.err().unwrap_or_default(), Vec::new())
         }
         Some(pod_request::Kind::Withdraw(request)) => {
-            let done = manager.withdraw(request.pod_uid).await;
+            let done = manager.withdraw(request.pod_uid, request.container_id).await;
             let error = done.err().map(|error| error.to_string()).unwrap_or_default();
             response(error, Vec::new())
         }
@@ -93,7 +95,11 @@ async fn enrol(request: node::EnrolPod, fds: Vec<OwnedFd>, manager: &Manager) ->
     if !path.as_os_str().is_empty() && !path.is_absolute() {
         return Err(String::from("the path of the network namespace is not absolute"));
     }
-    manager.enrol(info, netns, path).await.map_err(|error| error.to_string())
+    if request.container_id.len() > MAX_SANDBOX {
+        return Err(String::from("the id of the sandbox is too long"));
+    }
+    let sandbox = Sandbox { id: request.container_id, path };
+    manager.enrol(info, netns, sandbox).await.map_err(|error| error.to_string())
 }
 
 fn refusal(error: String) -> node::PodResponse {

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::capture::{NodeCapture, PodCapture, folder_name};
 use super::netns::Netns;
-use super::pod::{EnrolError, Pod, PodInfo};
+use super::pod::{EnrolError, Pod, PodInfo, Sandbox};
 use super::sockets::ListenerSet;
 use super::state::{Saved, State, StateError};
 
@@ -63,11 +62,13 @@ pub struct Listed {
     pub info: PodInfo,
     /// Empty: enrolled, as checked in the kernel.
     pub reason: String,
+    /// The runtime's id of the sandbox; empty if it gave none.
+    pub sandbox: String,
 }
 
 enum Command {
-    Enrol { info: PodInfo, netns: OwnedFd, path: PathBuf, done: oneshot::Sender<Result<(), ManagerError>> },
-    Withdraw { uid: String, done: oneshot::Sender<Result<(), ManagerError>> },
+    Enrol { info: PodInfo, netns: OwnedFd, sandbox: Sandbox, done: oneshot::Sender<Result<(), ManagerError>> },
+    Withdraw { uid: String, sandbox: String, done: oneshot::Sender<Result<(), ManagerError>> },
     List { done: oneshot::Sender<Vec<Listed>> },
     Join { id: u64, kept: HashMap<String, ListenerSet>, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
     Leave { id: u64 },
@@ -92,16 +93,17 @@ impl Manager {
     ///
     /// # Errors
     /// When it is not.
-    pub async fn enrol(&self, info: PodInfo, netns: OwnedFd, path: PathBuf) -> Result<(), ManagerError> {
-        self.ask(|done| Command::Enrol { info, netns, path, done }).await?
+    pub async fn enrol(&self, info: PodInfo, netns: OwnedFd, sandbox: Sandbox) -> Result<(), ManagerError> {
+        self.ask(|done| Command::Enrol { info, netns, sandbox, done }).await?
     }
 
-    /// Withdraws a pod. A pod that is not known is withdrawn already.
+    /// Withdraws a pod from the sandbox with this id (empty: from any). A pod that is not enrolled there is withdrawn
+    /// already: it keeps its UID when it gets another sandbox.
     ///
     /// # Errors
     /// When something of it stays.
-    pub async fn withdraw(&self, uid: String) -> Result<(), ManagerError> {
-        self.ask(|done| Command::Withdraw { uid, done }).await?
+    pub async fn withdraw(&self, uid: String, sandbox: String) -> Result<(), ManagerError> {
+        self.ask(|done| Command::Withdraw { uid, sandbox, done }).await?
     }
 
     /// All pods, each checked in the kernel now.
@@ -230,11 +232,11 @@ impl Task {
             tokio::select! {
                 command = queue.recv() => match command {
                     // An answer that nobody waits for any more is dropped: the work is done all the same.
-                    Some(Command::Enrol { info, netns, path, done }) => {
-                        let _ = done.send(self.enrol(info, netns, path).await);
+                    Some(Command::Enrol { info, netns, sandbox, done }) => {
+                        let _ = done.send(self.enrol(info, netns, sandbox).await);
                     }
-                    Some(Command::Withdraw { uid, done }) => {
-                        let _ = done.send(self.withdraw(&uid).await);
+                    Some(Command::Withdraw { uid, sandbox, done }) => {
+                        let _ = done.send(self.withdraw_from(&uid, &sandbox).await);
                     }
                     Some(Command::List { done }) => {
                         let _ = done.send(self.list().await);
@@ -252,7 +254,7 @@ impl Task {
         }
     }
 
-    async fn enrol(&mut self, info: PodInfo, netns: OwnedFd, path: PathBuf) -> Result<(), ManagerError> {
+    async fn enrol(&mut self, info: PodInfo, netns: OwnedFd, mut sandbox: Sandbox) -> Result<(), ManagerError> {
         let uid = info.uid.clone();
         let (netns, inode) = blocking(move || {
             let copy = netns.try_clone().map_err(super::netns::NetnsError::Enter)?;
@@ -272,9 +274,11 @@ impl Task {
         }
         self.stranded.remove(&uid);
         // A path that means something else here (another mount namespace) would make the pod look gone.
-        let path = if inode_at(&path) == Some(inode) { path } else { PathBuf::new() };
+        if inode_at(&sandbox.path) != Some(inode) {
+            sandbox.path.clear();
+        }
         let (node, state) = (Arc::clone(&self.node), self.state.clone());
-        let enrolled = blocking(move || Pod::enrol(&node, &state, info, netns, path)).await;
+        let enrolled = blocking(move || Pod::enrol(&node, &state, info, netns, sandbox)).await;
         let pod = match enrolled {
             Ok(pod) => Arc::new(pod),
             Err(error) => {
@@ -286,6 +290,19 @@ impl Task {
         self.lock().insert(uid, Arc::clone(&pod));
         self.announce(&pod);
         Ok(())
+    }
+
+    /// Withdraws a pod unless it is enrolled in another sandbox than this one by now.
+    async fn withdraw_from(&mut self, uid: &str, sandbox: &str) -> Result<(), ManagerError> {
+        let enrolled = self.get(uid).map(|pod| pod.sandbox.id.clone());
+        let enrolled = enrolled.or_else(|| self.stranded.get(uid).map(|stranded| stranded.saved.sandbox.clone()));
+        match enrolled {
+            Some(enrolled) if !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox => {
+                tracing::info!(pod = uid, sandbox, enrolled, "a former sandbox ended; the pod stays enrolled");
+                Ok(())
+            }
+            Some(_) | None => self.withdraw(uid).await,
+        }
     }
 
     async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
@@ -336,16 +353,16 @@ impl Task {
             pods.into_iter()
                 .map(|pod| {
                     let reason = pod.verify(&node).err().map(|error| error.to_string()).unwrap_or_default();
-                    Listed { info: pod.info.clone(), reason }
+                    Listed { info: pod.info.clone(), reason, sandbox: pod.sandbox.id.clone() }
                 })
                 .collect::<Vec<_>>()
         });
         let mut listed = checked.await.unwrap_or_default();
-        listed.extend(
-            self.stranded
-                .values()
-                .map(|Stranded { saved, reason }| Listed { info: saved.pod.clone(), reason: reason.clone() }),
-        );
+        listed.extend(self.stranded.values().map(|Stranded { saved, reason }| Listed {
+            info: saved.pod.clone(),
+            reason: reason.clone(),
+            sandbox: saved.sandbox.clone(),
+        }));
         listed
     }
 
@@ -374,7 +391,7 @@ impl Task {
     /// Withdraws pods whose namespace is gone, and opens listeners that nobody returned.
     async fn look_after(&mut self) {
         for pod in self.all() {
-            let path = &pod.netns_path;
+            let path = &pod.sandbox.path;
             if !path.as_os_str().is_empty() && inode_at(path) != Some(pod.netns().inode()) {
                 let uid = pod.info.uid.clone();
                 tracing::warn!(pod = uid, path = %path.display(), "its network namespace is gone and nobody withdrew it");
@@ -418,7 +435,7 @@ impl Task {
 
 impl From<Listed> for node::PodState {
     fn from(listed: Listed) -> Self {
-        Self { pod: Some(listed.info.to_wire()), not_enrolled_reason: listed.reason }
+        Self { pod: Some(listed.info.to_wire()), not_enrolled_reason: listed.reason, container_id: listed.sandbox }
     }
 }
 

@@ -51,6 +51,15 @@ pub enum InvalidPod {
     Addresses,
 }
 
+/// Where a pod runs, as it was announced.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sandbox {
+    /// The runtime's id; empty if it gave none.
+    pub id: String,
+    /// Where the network namespace is to be found; empty if it has no path.
+    pub path: PathBuf,
+}
+
 impl TryFrom<Option<node::Pod>> for PodInfo {
     type Error = InvalidPod;
 
@@ -166,8 +175,8 @@ pub enum EnrolError {
 pub struct Pod {
     /// As announced.
     pub info: PodInfo,
-    /// Where the namespace is to be found; empty if it has no path.
-    pub netns_path: PathBuf,
+    /// Where it runs.
+    pub sandbox: Sandbox,
     netns: Netns,
     entry: PodEntry,
     before: Before,
@@ -188,7 +197,7 @@ impl Pod {
         state: &State,
         info: PodInfo,
         netns: OwnedFd,
-        netns_path: PathBuf,
+        sandbox: Sandbox,
     ) -> Result<Self, EnrolError> {
         let entry = info.entry().ok_or(InvalidPod::Addresses)?;
         let primary = info.v4().next().ok_or(InvalidPod::Addresses)?;
@@ -196,7 +205,7 @@ impl Pod {
         let before = pod_network::prepare(&netns, primary)?;
         let steps = || {
             let listeners = ListenerSet::open(&netns)?;
-            state.save(&Saved::new(&info, &netns, &netns_path, before))?;
+            state.save(&Saved::new(&info, &netns, &sandbox, before))?;
             let capture = node.attach_pod(&info.uid, netns.as_fd(), entry, listeners.borrow())?;
             node.enrol(netns.cookie(), entry)?;
             Ok((listeners, capture))
@@ -209,7 +218,7 @@ impl Pod {
             }
         };
         let pod =
-            Self { info, netns_path, netns, entry, before, capture, listeners: Mutex::new(Some(Arc::new(listeners))) };
+            Self { info, sandbox, netns, entry, before, capture, listeners: Mutex::new(Some(Arc::new(listeners))) };
         if let Err(error) = pod.verify(node) {
             undo(node, state, &pod.info.uid, &pod.netns, before);
             return Err(error);
@@ -248,7 +257,7 @@ impl Pod {
         node.enrol(netns.cookie(), entry)?;
         Ok(Self {
             info,
-            netns_path: saved.netns_path.clone(),
+            sandbox: Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() },
             netns,
             entry,
             before: saved.before,

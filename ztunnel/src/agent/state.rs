@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::capture::folder_name;
 use super::netns::Netns;
-use super::pod::PodInfo;
+use super::pod::{PodInfo, Sandbox};
 use super::pod_network::Before;
 
 /// Version of the files' layout.
@@ -21,6 +21,9 @@ pub struct Saved {
     pub pod: PodInfo,
     /// Where its namespace was found; may be empty.
     pub netns_path: PathBuf,
+    /// The runtime's id of the sandbox; empty if it was not given.
+    #[serde(default)]
+    pub sandbox: String,
     /// The namespace's cookie; unique while the machine is up.
     pub netns_cookie: u64,
     /// The namespace's inode.
@@ -32,11 +35,12 @@ pub struct Saved {
 impl Saved {
     /// What is to be known of a pod.
     #[must_use]
-    pub fn new(pod: &PodInfo, netns: &Netns, netns_path: &Path, before: Before) -> Self {
+    pub fn new(pod: &PodInfo, netns: &Netns, sandbox: &Sandbox, before: Before) -> Self {
         Self {
             version: VERSION,
             pod: pod.clone(),
-            netns_path: netns_path.to_owned(),
+            netns_path: sandbox.path.clone(),
+            sandbox: sandbox.id.clone(),
             netns_cookie: netns.cookie(),
             netns_inode: netns.inode(),
             before,

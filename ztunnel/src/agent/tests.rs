@@ -69,12 +69,22 @@ impl Announcer {
     }
 
     fn enrol(&self, uid: &str, pod: &TestPod, path: &str) -> Result<(), String> {
-        let request = node::EnrolPod { pod: Some(wire(uid, pod.address)), netns_path: path.into() };
+        self.enrol_in(uid, pod, path, "")
+    }
+
+    fn enrol_in(&self, uid: &str, pod: &TestPod, path: &str, sandbox: &str) -> Result<(), String> {
+        let pod_wire = Some(wire(uid, pod.address));
+        let request = node::EnrolPod { pod: pod_wire, netns_path: path.into(), container_id: sandbox.into() };
         ok(self.ask(pod_request::Kind::Enrol(request), &[pod.netns.as_fd()]))
     }
 
     fn withdraw(&self, uid: &str) -> Result<(), String> {
-        ok(self.ask(pod_request::Kind::Withdraw(node::WithdrawPod { pod_uid: uid.into() }), &[]))
+        self.withdraw_from(uid, "")
+    }
+
+    fn withdraw_from(&self, uid: &str, sandbox: &str) -> Result<(), String> {
+        let request = node::WithdrawPod { pod_uid: uid.into(), container_id: sandbox.into() };
+        ok(self.ask(pod_request::Kind::Withdraw(request), &[]))
     }
 
     /// UID and reason of every pod.
@@ -405,7 +415,7 @@ fn what_is_not_acceptable_is_refused_with_the_reason() {
     let (a, _b) = pair();
     let announcer = agent.announcer();
     let enrol = |fds: &[BorrowedFd<'_>]| {
-        let request = node::EnrolPod { pod: Some(wire(UID, A)), netns_path: String::new() };
+        let request = node::EnrolPod { pod: Some(wire(UID, A)), ..Default::default() };
         ok(announcer.ask(pod_request::Kind::Enrol(request), fds)).unwrap_err()
     };
     assert!(enrol(&[]).contains("0 descriptors"));
@@ -448,6 +458,31 @@ fn port_that_an_application_holds_is_named_and_everything_taken_back() {
     application.accept().unwrap();
     drop(holder);
     agent.announcer().enrol(UID, &a, "").unwrap();
+}
+
+#[test]
+fn end_of_a_former_sandbox_leaves_the_present_one_enrolled() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (old, new) = pair();
+    let announcer = agent.announcer();
+    announcer.enrol_in(UID, &old, "", "old").unwrap();
+    // The pod gets another sandbox: same UID, other namespace and address.
+    announcer.enrol_in(UID, &new, "", "new").unwrap();
+    announcer.withdraw_from(UID, "old").expect("nothing to do is no error");
+    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
+    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
+    drop(agent);
+
+    // A restarted agent knows which sandbox it is.
+    let inside = process_in(&new);
+    let agent = Agent::start(&scratch);
+    let announcer = agent.announcer();
+    announcer.withdraw_from(UID, "old").unwrap();
+    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
+    announcer.withdraw_from(UID, "new").unwrap();
+    assert_eq!(agent.node.cookies().unwrap(), Vec::<u64>::new());
+    drop(inside);
 }
 
 /// A process in the pod's namespace, ended when the value is dropped.

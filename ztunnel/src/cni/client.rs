@@ -60,22 +60,28 @@ impl Client {
         Ok(Self { socket, path: path.to_owned() })
     }
 
-    /// Enrols a pod by the path of its network namespace; when this returns its capture is in force.
+    /// Enrols a pod by the path of its network namespace, in the sandbox with this id (empty: unknown); when this returns
+    /// its capture is in force.
     ///
     /// # Errors
     /// When the agent refuses or cannot be asked.
-    pub fn enrol(&self, pod: node::Pod, netns: &Path) -> Result<(), ClientError> {
+    pub fn enrol(&self, pod: node::Pod, netns: &Path, sandbox: &str) -> Result<(), ClientError> {
         let file = File::open(netns).map_err(|source| ClientError::Netns { path: netns.to_owned(), source })?;
-        let request = node::EnrolPod { pod: Some(pod), netns_path: netns.display().to_string() };
+        let request = node::EnrolPod {
+            pod: Some(pod),
+            netns_path: netns.display().to_string(),
+            container_id: sandbox.to_owned(),
+        };
         self.ask(pod_request::Kind::Enrol(request), &[file.as_fd()]).map(drop)
     }
 
-    /// Withdraws a pod; one that is not known is withdrawn already.
+    /// Withdraws a pod from the sandbox with this id (empty: from any); one that is not enrolled there is withdrawn
+    /// already.
     ///
     /// # Errors
     /// When the agent refuses or cannot be asked.
-    pub fn withdraw(&self, uid: &str) -> Result<(), ClientError> {
-        let request = node::WithdrawPod { pod_uid: uid.to_owned() };
+    pub fn withdraw(&self, uid: &str, sandbox: &str) -> Result<(), ClientError> {
+        let request = node::WithdrawPod { pod_uid: uid.to_owned(), container_id: sandbox.to_owned() };
         self.ask(pod_request::Kind::Withdraw(request), &[]).map(drop)
     }
 

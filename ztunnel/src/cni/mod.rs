@@ -115,7 +115,8 @@ fn execute(environment: &dyn Fn(&str) -> Option<String>, text: &[u8]) -> Result<
         "ADD" => add(environment, configuration),
         "DEL" => delete(environment, &configuration),
         "CHECK" => check(environment, &configuration),
-        // STATUS: ready if the agent answers. GC: the agent finds dead namespaces by itself.
+        // STATUS: ready if the agent answers. GC: the agent finds dead namespaces by itself, and a list of attachments
+        // that are valid cannot make it give up a pod that lives.
         "STATUS" => {
             Client::connect(&configuration.socket)?.list()?;
             Ok(Value::Null)
@@ -133,7 +134,7 @@ fn add(environment: &dyn Fn(&str) -> Option<String>, configuration: Configuratio
         let pod = pod(environment, &configuration, &previous)?;
         let netns = environment("CNI_NETNS").filter(|path| !path.is_empty());
         let netns = PathBuf::from(netns.ok_or(CniError::Environment("CNI_NETNS"))?);
-        Client::connect(&configuration.socket)?.enrol(pod, &netns)?;
+        Client::connect(&configuration.socket)?.enrol(pod, &netns, &sandbox(environment))?;
     }
     // What the plugins before this one did is the result; this one adds no interface.
     let mut result = previous;
@@ -143,12 +144,13 @@ fn add(environment: &dyn Fn(&str) -> Option<String>, configuration: Configuratio
     Ok(result)
 }
 
-/// Must succeed when there is nothing to do, and when it is asked twice.
+/// Must succeed when there is nothing to do, and when it is asked twice: also for a sandbox in whose place the pod has
+/// another by now, which stays enrolled.
 fn delete(environment: &dyn Fn(&str) -> Option<String>, configuration: &Configuration) -> Result<Value, CniError> {
     if configuration.enrolled
         && let Ok(uid) = uid(environment)
     {
-        Client::connect(&configuration.socket)?.withdraw(&uid)?;
+        Client::connect(&configuration.socket)?.withdraw(&uid, &sandbox(environment))?;
     }
     Ok(Value::Null)
 }
@@ -160,6 +162,14 @@ fn check(environment: &dyn Fn(&str) -> Option<String>, configuration: &Configura
     let uid = uid(environment)?;
     let pods = Client::connect(&configuration.socket)?.list()?;
     let state = pods.into_iter().find(|state| state.pod.as_ref().is_some_and(|pod| pod.uid == uid));
+    let sandbox = sandbox(environment);
+    if let Some(other) = state.as_ref().map(|state| &state.container_id)
+        && !other.is_empty()
+        && !sandbox.is_empty()
+        && *other != sandbox
+    {
+        return Err(CniError::NotEnrolled(format!("the agent serves the pod in another sandbox, {other}")));
+    }
     match state.map(|state| state.not_enrolled_reason) {
         None => Err(CniError::NotEnrolled(String::from("the agent does not know the pod"))),
         Some(reason) if !reason.is_empty() => Err(CniError::NotEnrolled(reason)),
@@ -231,6 +241,11 @@ fn uid(environment: &dyn Fn(&str) -> Option<String>) -> Result<String, CniError>
     uid.or_else(|| environment("CNI_CONTAINERID"))
         .filter(|uid| !uid.is_empty())
         .ok_or(CniError::Environment("K8S_POD_UID in CNI_ARGS, or CNI_CONTAINERID,"))
+}
+
+/// The runtime's id of the sandbox; empty if it gives none.
+fn sandbox(environment: &dyn Fn(&str) -> Option<String>) -> String {
+    environment("CNI_CONTAINERID").unwrap_or_default()
 }
 
 /// `CNI_ARGS`: `KEY=value;KEY=value`.

@@ -80,6 +80,7 @@ fn add_enrols_the_pod_and_passes_the_result_on() {
     let (Kind::Enrol(request), fds) = asked.join().unwrap().remove(0) else { panic!("enrol") };
     assert_eq!(fds.len(), 1);
     assert_eq!(request.netns_path, "/proc/self/ns/net");
+    assert_eq!(request.container_id, "sandbox-1");
     let pod = request.pod.unwrap();
     assert_eq!(
         (pod.uid.as_str(), pod.name.as_str(), pod.namespace.as_str(), pod.service_account.as_str()),
@@ -120,24 +121,26 @@ fn delete_withdraws() {
     let asked = agent(&socket, vec![answer("")]);
     assert_eq!(execute(&environment("DEL"), &configuration(&socket, true)).unwrap(), Value::Null);
     let (Kind::Withdraw(request), _) = asked.join().unwrap().remove(0) else { panic!("withdraw") };
-    assert_eq!(request.pod_uid, "8c1e");
+    assert_eq!((request.pod_uid.as_str(), request.container_id.as_str()), ("8c1e", "sandbox-1"));
 }
 
 #[test]
 fn check_says_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("cni.sock");
-    let check = |reason: &str| {
+    let check = |reason: &str, sandbox: &str| {
         let pod = node::Pod { uid: String::from("8c1e"), ..node::Pod::default() };
-        let state = node::PodState { pod: Some(pod), not_enrolled_reason: reason.into() };
+        let state = node::PodState { pod: Some(pod), not_enrolled_reason: reason.into(), container_id: sandbox.into() };
         let answer = node::PodResponse { pods: vec![state], ..answer("") };
         let asked = agent(&socket, vec![answer]);
         let result = execute(&environment("CHECK"), &configuration(&socket, true));
         asked.join().unwrap();
         result
     };
-    check("").unwrap();
-    assert_eq!(check("no rule").unwrap_err().code(), 101);
+    check("", "").unwrap();
+    check("", "sandbox-1").unwrap();
+    assert_eq!(check("no rule", "sandbox-1").unwrap_err().code(), 101);
+    assert_eq!(check("", "sandbox-2").unwrap_err().code(), 101);
 }
 
 #[test]
