@@ -56,7 +56,14 @@ fn cell(unit: Unit, summary: Option<&Summary>) -> String {
     if summary.runs.len() == 1 {
         return show(unit, summary.median);
     }
-    format!("{} ({} .. {})", show(unit, summary.median), show(unit, summary.min), show(unit, summary.max))
+    let (median, min, max) = (show(unit, summary.median), show(unit, summary.min), show(unit, summary.max));
+    // The unit once, if it is the same.
+    let parts = |text: &str| text.find(|c: char| !"0123456789.,-".contains(c)).unwrap_or(text.len());
+    let [own, least, most] = [&median, &min, &max].map(|text| text.split_at(parts(text)));
+    if own.1 == least.1 && own.1 == most.1 {
+        return format!("{median} ({} .. {})", least.0, most.0);
+    }
+    format!("{median} ({min} .. {max})")
 }
 
 /// The whole result.
@@ -202,6 +209,14 @@ mod tests {
     }
 
     #[test]
+    fn a_spread_names_its_unit_once_unless_it_changes() {
+        let of = |values: &[f64]| cell(Unit::Microseconds, Summary::of(values.to_vec()).as_ref());
+        assert_eq!(of(&[5.0]), "5 us");
+        assert_eq!(of(&[5.0, 7.0, 6.0]), "6 us (5 .. 7)");
+        assert_eq!(of(&[5.0, 1500.0, 6.0]), "6 us (5 us .. 1.50 ms)");
+    }
+
+    #[test]
     fn memory_is_a_matrix_and_the_rest_a_list() {
         let of = |values: &[f64]| Summary::of(values.to_vec());
         let memory = |name: &str, value| Figure::new(name, Unit::Bytes, Better::Lower, None, of(&[value]));
@@ -221,6 +236,6 @@ mod tests {
         assert_eq!(words[0], ["idle", "open"]);
         assert_eq!(words[1], ["proxy.rss", "1.00", "KiB", "4.00", "KiB"]);
         assert_eq!(words[2], ["agents.rss", "2.00", "KiB", "-"]);
-        assert_eq!(words[4].join(" "), "rate 20/s (10/s .. 30/s) 5/s 0.250");
+        assert_eq!(words[4].join(" "), "rate 20/s (10 .. 30) 5/s 0.250");
     }
 }
