@@ -296,9 +296,6 @@ pub enum InvalidPort {
     /// More than 65535, or a service port of 0.
     #[error("{0} is not a port")]
     Range(u32),
-    /// The same service port twice.
-    #[error("service port {0} is listed twice")]
-    Twice(u16),
     /// An application protocol that this version does not know.
     #[error("app_protocol has the unknown value {0}")]
     AppProtocol(i32),
@@ -307,7 +304,8 @@ pub enum InvalidPort {
 /// Each scope once is all that makes sense, and bounds the groups that an endpoint is in.
 const MAX_PREFERENCE: usize = 6;
 
-/// Reads a list of ports; the result is sorted by service port.
+/// Reads a list of ports; the result is sorted by service port, each once. Where the list has one twice, as for a
+/// service that has it for TCP and for UDP, the first that says its target port counts, else the first.
 pub(crate) fn ports_from_wire(wire: &[wire::Port]) -> Result<Box<[ServicePort]>, InvalidPort> {
     let mut ports = Vec::with_capacity(wire.len());
     for port in wire {
@@ -327,10 +325,9 @@ pub(crate) fn ports_from_wire(wire: &[wire::Port]) -> Result<Box<[ServicePort]>,
             },
         });
     }
-    ports.sort_unstable_by_key(|port| port.service_port);
-    if let Some(twice) = ports.windows(2).find(|pair| pair[0].service_port == pair[1].service_port) {
-        return Err(InvalidPort::Twice(twice[0].service_port));
-    }
+    // Stable: what is said first stays first.
+    ports.sort_by_key(|port: &ServicePort| (port.service_port, port.target_port.is_none()));
+    ports.dedup_by_key(|port| port.service_port);
     Ok(ports.into())
 }
 

@@ -26,6 +26,22 @@ fn what_is_said_is_taken() {
 }
 
 #[test]
+fn a_port_for_tcp_and_udp_is_one_port() {
+    // (service port, target port) as listed, and as kept.
+    let cases = [
+        (vec![(53, 1053), (53, 1053), (9153, 9153)], vec![(53, Some(1053)), (9153, Some(9153))]),
+        (vec![(53, 1053), (53, 2053)], vec![(53, Some(1053))]),
+        (vec![(53, 0), (53, 2053)], vec![(53, Some(2053))]),
+        (vec![(80, 0), (53, 0), (53, 0)], vec![(53, None), (80, None)]),
+    ];
+    for (listed, kept) in cases {
+        let ports = Service::try_from(&service("dns", &["10.96.0.10"], &listed)).unwrap().ports;
+        let ports: Vec<_> = ports.iter().map(|port| (port.service_port, port.target_port)).collect();
+        assert_eq!(ports, kept, "{listed:?}");
+    }
+}
+
+#[test]
 fn what_cannot_be_is_refused() {
     let refused = |change: fn(&mut wire::Service)| {
         let mut wire = service("web", &["10.96.0.1"], &[(80, 8080)]);

@@ -79,8 +79,13 @@ fn what_cannot_be_is_refused() {
         let wire = in_service(pod("web", &[]), "web", &[port]);
         assert!(matches!(Workload::try_from(&wire), Err(InvalidWorkload::Port { .. })), "{port:?}");
     }
-    let twice = Workload::try_from(&in_service(pod("web", &[]), "web", &[(80, 1), (80, 2)]));
-    assert_eq!(twice, Err(InvalidWorkload::Port { key: "shop/web".into(), source: InvalidPort::Twice(80) }));
+}
+
+#[test]
+fn a_port_for_tcp_and_udp_is_one_port() {
+    let twice = Workload::try_from(&in_service(pod("web", &[]), "web", &[(80, 0), (80, 1), (80, 2)])).unwrap();
+    let ports = twice.services[0].ports.iter().map(|port| (port.service_port, port.target_port));
+    assert_eq!(ports.collect::<Vec<_>>(), [(80, Some(1))]);
 }
 
 #[test]
