@@ -13,10 +13,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::local::fixture;
-use super::pods::{Pod, Pods, Port};
+use super::pods::{Host, Pod, Pods, Port};
 use super::sockets::NodeCap;
 use super::testing::{LocalSockets, Mesh, Proxy, resource, soon, until};
-use super::worker::Accepted;
+use super::worker::{Accepted, Workers};
 use super::{guard, plaintext};
 
 mod handover;
@@ -230,7 +230,7 @@ fn register(pod: &Arc<Pod>) -> Arc<Pods> {
 /// Serves nothing.
 struct Fixed;
 
-impl super::pods::Host for Fixed {
+impl Host for Fixed {
     fn start(&self, _: &Arc<Pod>, _: Vec<(Port, std::os::fd::OwnedFd)>) -> std::io::Result<Box<dyn Send>> {
         Ok(Box::new(()))
     }
@@ -438,6 +438,25 @@ async fn a_drain_takes_nothing_new_and_lets_what_is_open_finish() {
     let refused = TcpStream::connect(mesh.addr(VIP, PORT)).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     drop(far);
+}
+
+#[tokio::test]
+async fn a_proxy_that_drains_holds_no_listener_of_a_pod_that_comes() {
+    let mesh = Mesh::new();
+    let proxy = mesh.proxy();
+    let pod = proxy.pod("client", mesh.ip(CLIENT));
+    let workers = Workers::start(2, &proxy.shared, &proxy.drain).unwrap();
+    let listen = || std::net::TcpListener::bind(mesh.addr(CLIENT, 0)).unwrap();
+    let (before, after) = (listen(), listen());
+    let (served, free) = (before.local_addr().unwrap(), after.local_addr().unwrap());
+    let _before = workers.start(&pod, vec![(Port::Outbound, before.into())]).unwrap();
+    drop(proxy.drain);
+    let drain = tokio::spawn(mesh.trigger().drain(Duration::from_secs(30)));
+    assert_eq!(soon(drain).await.unwrap(), Drained::Complete);
+    until(|| std::net::TcpStream::connect(served).is_err()).await;
+    let _after = workers.start(&pod, vec![(Port::Outbound, after.into())]).unwrap();
+    until(|| std::net::TcpStream::connect(free).is_err()).await;
+    workers.stop();
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::error::ConnectionError;
-use super::local::LocalPod;
+use super::local::{Listed, LocalAddresses, LocalPod};
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
 use super::sockets::tune;
@@ -45,6 +45,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// The tunnels that are open.
     pub tunnels: Tunnels,
+    /// The addresses of the pods that are served.
+    pub addresses: Arc<LocalAddresses>,
     /// Limits and times of tunnels.
     pub hbone: mesh_hbone::Options,
     /// Network of this node.
@@ -183,14 +185,16 @@ impl Host for Arc<Workers> {
         self.shared.metrics.pods_active.inc();
         self.shared.metrics.pods_started.inc();
         let certificate = self.shared.certificates.retain(&pod.identity);
-        Ok(Box::new(Served { metrics: self.shared.metrics.clone(), _certificate: certificate }))
+        let addresses = self.shared.addresses.list(&pod.addresses);
+        Ok(Box::new(Served { metrics: self.shared.metrics.clone(), _certificate: certificate, _addresses: addresses }))
     }
 }
 
-/// Kept while a pod is served: its certificate stays fresh.
+/// Kept while a pod is served: its certificate stays fresh, and its addresses are known.
 struct Served {
     metrics: Metrics,
     _certificate: mesh_identity::Retained,
+    _addresses: Listed,
 }
 
 impl Drop for Served {
@@ -221,6 +225,8 @@ async fn run(
         }
     }
     drop(drain);
+    // Listening sockets of pods that come now are not held: nobody here would accept, and a removal could not close them.
+    drop(serve);
     // What was begun goes on until the owner says stop.
     let _ = stop.wait_for(|stop| *stop).await;
 }
