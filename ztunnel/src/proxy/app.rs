@@ -15,6 +15,7 @@ use mesh_runtime::log::LogHandle;
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::ready::Readiness;
 use mesh_runtime::signal::Shutdown;
+use tokio::sync::oneshot::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -26,7 +27,7 @@ use super::guard;
 use super::handover::Handover;
 use super::live::CloseReason;
 use super::metrics::Metrics;
-use super::pods::Pods;
+use super::pods::{Pods, StillAlive};
 use super::sockets::NodeCap;
 use super::state::State;
 use super::tunnels::Tunnels;
@@ -65,6 +66,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
         certificates: certificates(&config)?,
         metrics: metrics.clone(),
         tunnels: Tunnels::default(),
+        addresses: Arc::default(),
         hbone: mesh_hbone::Options::default(),
         network: config.network.clone(),
         node: config.node.clone(),
@@ -100,7 +102,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
             pending_discovery.done();
         }
     });
-    tokio::spawn(handover.run());
+    let mut failure = handover.start().map_err(Error::Workers)?;
     tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
     tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap)));
 
@@ -109,17 +111,29 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let ended = pages.serve(admin, ready, stats, dump, &shutdown);
     tracing::info!(node = config.node, workers = config.worker_count(), "ztunnel proxy started");
 
-    let reason = shutdown.wait().await;
+    let reason = tokio::select! {
+        reason = shutdown.wait() => reason,
+        failed = &mut failure => return Err(give_up(failed, &log)),
+    };
     tracing::info!(?reason, connections = open_connections(&pods), deadline = ?config.drain_deadline, "draining");
     let drained = tokio::select! {
         drained = end(trigger, &pods, config.drain_deadline) => drained,
         _ = shutdown.wait() => Drained::Abandoned,
+        failed = &mut failure => return Err(give_up(failed, &log)),
     };
     tracing::info!(?drained, "ended");
     workers.stop();
     ended.send_replace(true);
     log.flush(Duration::from_secs(1));
     Ok(())
+}
+
+/// The hand-over has ended, which it never does by itself. No thread is waited for: one may be what is stuck.
+fn give_up(failed: Result<StillAlive, RecvError>, log: &LogHandle) -> Error {
+    let error = failed.map_or(Error::NoHandover, Error::StillAlive);
+    tracing::error!(%error, "ending at once");
+    log.flush(Duration::from_secs(1));
+    error
 }
 
 /// Lets connections end by themselves until the deadline, then tells them to.
@@ -176,6 +190,7 @@ async fn publish(metrics: Metrics, pods: Arc<Pods>, cap: Arc<NodeCap>) {
     loop {
         ticks.tick().await;
         metrics.stock_idle.set(i64::try_from(cap.idle()).unwrap_or(i64::MAX));
+        metrics.pods_pending.set(i64::try_from(pods.unserved_count()).unwrap_or(i64::MAX));
         for pod in pods.pods() {
             for connection in pod.live.connections() {
                 connection.facts.publish_bytes();

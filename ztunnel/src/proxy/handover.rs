@@ -1,20 +1,26 @@
 //! The conversation with the agent of this node: pods and their sockets come in, acknowledgements and orders for more
-//! sockets go out. While the agent is away everything goes on; when it is back, both compare what they know.
+//! sockets go out. While the agent is away everything goes on; when it is back, both compare what they know. It has a
+//! thread of its own: a connection that waits for a socket waits 100 ms at most, whatever else the process does.
 
 use std::collections::HashSet;
+use std::convert::Infallible;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
 use mesh_proto::node::{self, agent_message, proxy_message};
 use mesh_runtime::ready::Pending;
 use mesh_runtime::seqpacket::{self, MAX_MESSAGE, Socket};
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::pods::{Pods, Port};
+use super::pods::{Pods, Port, Removal, StillAlive};
 use super::sockets::{Notice, SocketKind};
 
 /// The version of the messages that this proxy speaks.
@@ -60,14 +66,50 @@ pub struct Handover {
     pub pending: Option<Pending>,
 }
 
+/// Where removals report what they could not end.
+type Failed = mpsc::UnboundedSender<StillAlive>;
+
+/// What belongs to one connection to the agent.
+struct Exchange<'a> {
+    failed: &'a Failed,
+    /// Collects the announced pods until the agent has told all.
+    known: Option<HashSet<String>>,
+    /// Acknowledgements, in the order of the messages; removals take time, and hold up nothing else.
+    acks: FuturesOrdered<BoxFuture<'static, node::Ack>>,
+}
+
 impl Handover {
-    /// Talks to the agent for ever, and connects again whenever it goes away.
-    pub async fn run(mut self) {
+    /// Talks to the agent on a thread of its own, until the process ends. What comes out is a reason to end it.
+    ///
+    /// # Errors
+    /// When the thread or its runtime cannot be made.
+    pub fn start(self) -> io::Result<oneshot::Receiver<StillAlive>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (failed, failure) = oneshot::channel();
+        std::thread::Builder::new().name(String::from("handover")).spawn(move || {
+            // Without a receiver the process is ending already.
+            let _ = failed.send(runtime.block_on(self.run()));
+        })?;
+        Ok(failure)
+    }
+
+    /// Talks to the agent, and connects again whenever it goes away, until something of a removed pod cannot be ended.
+    pub async fn run(mut self) -> StillAlive {
+        let (failed, mut failure) = mpsc::unbounded_channel();
+        tokio::select! {
+            // First the agent is told.
+            biased;
+            never = self.talk(&failed) => match never {},
+            Some(still_alive) = failure.recv() => still_alive,
+        }
+    }
+
+    async fn talk(&mut self, failed: &Failed) -> Infallible {
         let mut backoff = Backoff::default();
         loop {
             let begun = tokio::time::Instant::now();
             let error = match Socket::connect(&self.agent_socket) {
-                Ok(socket) => match self.converse(&socket).await {
+                Ok(socket) => match self.converse(&socket, failed).await {
                     Ok(never) => match never {},
                     Err(error) => error,
                 },
@@ -82,7 +124,7 @@ impl Handover {
         }
     }
 
-    async fn converse(&mut self, socket: &Socket) -> Result<std::convert::Infallible, HandoverError> {
+    async fn converse(&mut self, socket: &Socket, failed: &Failed) -> Result<Infallible, HandoverError> {
         self.greet(socket).await?;
         // Orders to the last agent are lost; those in the queue are made anew.
         while self.notices.try_recv().is_ok() {}
@@ -90,16 +132,16 @@ impl Handover {
             stock.prime();
         }
         tracing::info!(socket = %self.agent_socket.display(), "connected to the agent");
-        let mut known: Option<HashSet<String>> = Some(HashSet::new());
+        let mut exchange = Exchange { failed, known: Some(HashSet::new()), acks: FuturesOrdered::new() };
         let mut sweeps = interval(SWEEP);
         sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 received = socket.recv(MAX_MESSAGE) => {
                     let (message, fds) = received?;
-                    let message = node::AgentMessage::decode(message)?;
-                    self.take(socket, message, fds, &mut known).await?;
+                    self.take(&mut exchange, node::AgentMessage::decode(message)?, fds);
                 }
+                Some(ack) = exchange.acks.next() => send(socket, proxy_message::Kind::Ack(ack), &[]).await?,
                 Some(notice) = self.notices.recv() => self.order(socket, &notice).await?,
                 _ = sweeps.tick() => self.pods.stocks().iter().for_each(|stock| stock.sweep()),
             }
@@ -126,41 +168,42 @@ impl Handover {
         }
     }
 
-    /// Does what one message says. `known` collects the announced pods until the agent has told all.
-    async fn take(
-        &mut self,
-        socket: &Socket,
-        message: node::AgentMessage,
-        fds: Vec<OwnedFd>,
-        known: &mut Option<HashSet<String>>,
-    ) -> Result<(), HandoverError> {
+    /// Does what one message says.
+    fn take(&mut self, exchange: &mut Exchange<'_>, message: node::AgentMessage, fds: Vec<OwnedFd>) {
         match message.kind {
             Some(agent_message::Kind::PodAdded(added)) => {
                 let uid = added.pod.as_ref().map(|pod| pod.uid.clone()).unwrap_or_default();
-                let result = self.pods.add(added.pod.as_ref(), &added.listeners, fds);
-                if let Err(error) = &result {
-                    tracing::error!(%error, pod_uid = uid, "cannot serve a pod");
+                let (result, replaced) = self.pods.add(added.pod.as_ref(), &added.listeners, fds);
+                if let Some(replaced) = replaced {
+                    tracing::warn!(pod_uid = uid, "a pod that is served has another sandbox now; the old one is ended");
+                    drop(exchange.end(replaced));
                 }
-                if let Some(known) = known {
+                let error = result.err().map(|error| error.to_string()).unwrap_or_default();
+                if !error.is_empty() {
+                    tracing::error!(error, pod_uid = uid, "cannot serve a pod");
+                }
+                if let Some(known) = &mut exchange.known {
                     known.insert(uid.clone());
                 }
-                acknowledge(socket, uid, result.err().map(|error| error.to_string())).await?;
+                exchange.acks.push_back(Box::pin(async { node::Ack { pod_uid: uid, error } }));
             }
-            Some(agent_message::Kind::PodRemoved(removed)) => {
-                let result = self.pods.remove(&removed.pod_uid).await;
-                if let Some(known) = known {
-                    known.remove(&removed.pod_uid);
+            Some(agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid })) => {
+                if let Some(known) = &mut exchange.known {
+                    known.remove(&pod_uid);
                 }
-                acknowledge(socket, removed.pod_uid, result.err().map(|error| error.to_string())).await?;
+                let ended = self.pods.remove(&pod_uid).map(|removal| exchange.end(removal));
+                exchange.acks.push_back(Box::pin(async move {
+                    let error = match ended {
+                        Some(ended) => ended.await.map_or_else(|error| error.to_string(), |()| String::new()),
+                        None => String::new(),
+                    };
+                    node::Ack { pod_uid, error }
+                }));
             }
             Some(agent_message::Kind::SnapshotSent(_)) => {
-                if let Some(known) = known.take() {
-                    for uid in self.pods.uids() {
-                        if !known.contains(uid.as_ref())
-                            && let Err(error) = self.pods.remove(&uid).await
-                        {
-                            tracing::error!(%error, pod_uid = %uid, "a pod that the agent does not know any more");
-                        }
+                if let Some(known) = exchange.known.take() {
+                    for removal in self.pods.retain(&known) {
+                        drop(exchange.end(removal));
                     }
                 }
                 drop(self.pending.take());
@@ -177,7 +220,6 @@ impl Handover {
             // A newer agent may say more; what is not known here is not needed here.
             Some(agent_message::Kind::Hello(_)) | None => {}
         }
-        Ok(())
     }
 
     async fn order(&self, socket: &Socket, notice: &Notice) -> Result<(), HandoverError> {
@@ -191,9 +233,20 @@ impl Handover {
     }
 }
 
-async fn acknowledge(socket: &Socket, pod_uid: String, error: Option<String>) -> Result<(), HandoverError> {
-    let ack = node::Ack { pod_uid, error: error.unwrap_or_default() };
-    send(socket, proxy_message::Kind::Ack(ack), &[]).await
+impl Exchange<'_> {
+    /// Ends what lives in a pod, whatever becomes of this exchange.
+    fn end(&self, removal: Removal) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let failed = self.failed.clone();
+        let ended = tokio::spawn(async move {
+            removal.ended().await.map_err(|still_alive| {
+                let error = still_alive.to_string();
+                // Nothing may come after this: the agent must have the reason before the process ends.
+                let _ = failed.send(still_alive);
+                error
+            })
+        });
+        async { ended.await.unwrap_or_else(|error| Err(error.to_string())) }
+    }
 }
 
 async fn send(socket: &Socket, kind: proxy_message::Kind, fds: &[BorrowedFd<'_>]) -> Result<(), HandoverError> {

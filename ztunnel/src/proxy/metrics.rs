@@ -185,6 +185,8 @@ pub struct Metrics {
     failures: Family<FailureLabels, Counter>,
     /// Pods that are served.
     pub pods_active: Gauge,
+    /// Pods that the agent announced and that are not served.
+    pub pods_pending: Gauge,
     /// Pods that began to be served.
     pub pods_started: Counter,
     /// Pods that ceased to be served.
@@ -227,6 +229,11 @@ impl Metrics {
             "workload_manager_active_proxy_count",
             "Pods that are served by this proxy",
             self.pods_active.clone(),
+        );
+        registry.register(
+            "workload_manager_pending_proxy_count",
+            "Pods that the agent announced and that are not served yet",
+            self.pods_pending.clone(),
         );
         registry.register(
             "workload_manager_proxies_started",

@@ -52,7 +52,13 @@ pub enum Error {
     /// The signal handlers.
     #[error("cannot install signal handlers: {0}")]
     Signals(io::Error),
-    /// The worker threads.
+    /// A pod that is gone still has sockets open.
+    #[error(transparent)]
+    StillAlive(pods::StillAlive),
+    /// The thread that talks to the agent has panicked.
+    #[error("the conversation with the agent has ended; restart the proxy")]
+    NoHandover,
+    /// The worker threads, or the one that talks to the agent.
     #[error("cannot start the worker threads: {0}; lower --workers or raise the limit of processes")]
     Workers(io::Error),
     /// An address to listen on.

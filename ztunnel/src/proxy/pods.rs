@@ -1,6 +1,6 @@
 //! The pods that this proxy serves: who they are, and the register that the hand-over keeps.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use mesh_model::address::ip_from_bytes;
 use mesh_model::{InvalidAddress, InvalidSpiffeId, SpiffeId};
 use mesh_proto::node;
+use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 
 use super::dial::DeliveryPorts;
@@ -44,6 +45,14 @@ impl Pod {
     /// The pod's primary address.
     pub fn ip(&self) -> IpAddr {
         self.addresses.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
+    }
+
+    /// Whether the agent says the same of both.
+    fn is_like(&self, other: &Self) -> bool {
+        self.name == other.name
+            && self.namespace == other.namespace
+            && self.identity == other.identity
+            && self.addresses == other.addresses
     }
 }
 
@@ -122,6 +131,8 @@ pub trait Host: Send + Sync {
 /// The register of pods.
 pub struct Pods {
     entries: Mutex<HashMap<Arc<str>, Entry>>,
+    /// Pods that the agent announced and that could not be added.
+    unserved: Mutex<HashSet<String>>,
     host: Box<dyn Host>,
     trust_domain: String,
     max_connections: usize,
@@ -141,6 +152,18 @@ struct Entry {
     _hold: Box<dyn Send>,
 }
 
+impl Entry {
+    /// Whether these are the very sockets that it is served from. A duplicate has the inode of the original, and no other
+    /// socket can have it while the original is open.
+    fn has(&self, listeners: &[(Port, OwnedFd)]) -> io::Result<bool> {
+        Ok(sockets(&self.listeners)? == sockets(listeners)?)
+    }
+}
+
+fn sockets(listeners: &[(Port, OwnedFd)]) -> io::Result<HashSet<(Port, u64)>> {
+    listeners.iter().map(|(port, fd)| Ok((*port, fstat(fd)?.st_ino))).collect()
+}
+
 impl Pods {
     /// No pods. Stocks tell through `notices` what they lack.
     pub fn new(
@@ -150,29 +173,72 @@ impl Pods {
         cap: Arc<NodeCap>,
         notices: mpsc::UnboundedSender<Notice>,
     ) -> Arc<Self> {
-        Arc::new(Self { entries: Mutex::default(), host, trust_domain, max_connections, cap, notices })
+        let (entries, unserved) = Default::default();
+        Arc::new(Self { entries, unserved, host, trust_domain, max_connections, cap, notices })
     }
 
-    /// Serves a pod that the agent announced. One that is served already stays as it is, and the descriptors are closed.
+    /// Serves a pod that the agent announced. One that is served already from the same sockets stays as it is, and the
+    /// descriptors are closed. One of the same uid that is another (its sandbox was made anew while the agent was away) is
+    /// removed first: its removal is returned beside the result, to be waited for.
     ///
     /// # Errors
-    /// Why it cannot be served.
-    pub fn add(&self, wire: Option<&node::Pod>, listeners: &[i32], fds: Vec<OwnedFd>) -> Result<(), AddError> {
-        let wire = wire.ok_or(AddError::NoPod)?;
-        if listeners.len() != fds.len() {
-            return Err(AddError::Descriptors { listeners: listeners.len(), descriptors: fds.len() });
+    /// Why it cannot be served; it counts as unserved until it is, or is removed.
+    pub fn add(
+        &self,
+        wire: Option<&node::Pod>,
+        listeners: &[i32],
+        fds: Vec<OwnedFd>,
+    ) -> (Result<(), AddError>, Option<Removal>) {
+        let Some(wire) = wire else { return (Err(AddError::NoPod), None) };
+        let mut replaced = None;
+        let result = self.try_add(wire, listeners, fds, &mut replaced);
+        if result.is_err() {
+            self.unserved().insert(wire.uid.clone());
+        } else {
+            self.unserved().remove(&wire.uid);
         }
-        if self.entries().contains_key(wire.uid.as_str()) {
+        (result, replaced)
+    }
+
+    fn try_add(
+        &self,
+        wire: &node::Pod,
+        ports: &[i32],
+        fds: Vec<OwnedFd>,
+        replaced: &mut Option<Removal>,
+    ) -> Result<(), AddError> {
+        if ports.len() != fds.len() {
+            return Err(AddError::Descriptors { listeners: ports.len(), descriptors: fds.len() });
+        }
+        let (pod, stock) = self.pod(wire)?;
+        // A kind of listener that this version does not know is closed: nothing may queue in it for ever.
+        let known = ports.iter().zip(fds).filter_map(|(port, fd)| Some((Port::from_wire(*port)?, fd)));
+        let listeners: Vec<_> = known.collect();
+        if let Some(entry) = self.entries().get(&pod.uid)
+            && entry.pod.is_like(&pod)
+            && entry.has(&listeners)?
+        {
             return Ok(());
         }
+        *replaced = self.remove(&pod.uid);
+        let duplicates = listeners.iter().map(|(port, fd)| Ok((*port, fd.try_clone()?)));
+        let hold = self.host.start(&pod, duplicates.collect::<io::Result<_>>()?)?;
+        stock.prime();
+        tracing::info!(pod = ?pod, identity = %pod.identity, addresses = ?pod.addresses, "pod added");
+        let uid = Arc::clone(&pod.uid);
+        self.entries().insert(uid, Entry { pod, stock, listeners: Arc::new(listeners), _hold: hold });
+        Ok(())
+    }
+
+    fn pod(&self, wire: &node::Pod) -> Result<(Arc<Pod>, Arc<Stock>), AddError> {
         let addresses = wire.addresses.iter().map(|bytes| ip_from_bytes(bytes)).collect::<Result<Vec<_>, _>>()?;
         if addresses.is_empty() {
             return Err(AddError::NoAddress);
         }
         let uid: Arc<str> = wire.uid.as_str().into();
         let stock = Stock::new(Arc::clone(&uid), Arc::clone(&self.cap), self.notices.clone());
-        let pod = Arc::new(Pod {
-            uid: Arc::clone(&uid),
+        let pod = Pod {
+            uid,
             name: wire.name.as_str().into(),
             namespace: wire.namespace.as_str().into(),
             identity: SpiffeId::new(&self.trust_domain, &wire.namespace, &wire.service_account)?,
@@ -180,29 +246,30 @@ impl Pods {
             sockets: Arc::clone(&stock) as Arc<dyn SocketSource>,
             live: Live::new(self.max_connections),
             delivery_ports: DeliveryPorts::default(),
-        });
-        // A kind of listener that this version does not know is closed: nothing may queue in it for ever.
-        let known = listeners.iter().zip(fds).filter_map(|(port, fd)| Some((Port::from_wire(*port)?, fd)));
-        let listeners: Vec<_> = known.collect();
-        let duplicates = listeners.iter().map(|(port, fd)| Ok((*port, fd.try_clone()?)));
-        let hold = self.host.start(&pod, duplicates.collect::<io::Result<_>>()?)?;
-        stock.prime();
-        tracing::info!(pod = ?pod, identity = %pod.identity, addresses = ?pod.addresses, "pod added");
-        self.entries().insert(uid, Entry { pod, stock, listeners: Arc::new(listeners), _hold: hold });
-        Ok(())
+        };
+        Ok((Arc::new(pod), stock))
     }
 
-    /// Ends everything of a pod and closes every socket of it. One that is not served is gone already.
-    ///
-    /// # Errors
-    /// When something of it did not end in time.
-    pub async fn remove(&self, uid: &str) -> Result<(), StillAlive> {
-        let Some(entry) = self.entries().remove(uid) else { return Ok(()) };
-        entry.stock.close();
-        drop(entry.listeners);
-        let ended = tokio::time::timeout(REMOVAL, entry.pod.live.close()).await;
-        tracing::info!(pod = ?entry.pod, ended = ended.is_ok(), "pod removed");
-        ended.map_err(|_| StillAlive)
+    /// Closes the listening and the stocked sockets of a pod; its connections end with the returned removal. One that is
+    /// not served is gone already.
+    pub fn remove(&self, uid: &str) -> Option<Removal> {
+        self.unserved().remove(uid);
+        let Entry { pod, stock, listeners, _hold } = self.entries().remove(uid)?;
+        stock.close();
+        drop(listeners);
+        Some(Removal(pod))
+    }
+
+    /// Removes every pod that is not among these.
+    pub fn retain(&self, known: &HashSet<String>) -> Vec<Removal> {
+        self.unserved().retain(|uid| known.contains(uid));
+        let gone = self.uids().into_iter().filter(|uid| !known.contains(uid.as_ref()));
+        gone.filter_map(|uid| self.remove(&uid)).collect()
+    }
+
+    /// How many pods the agent announced and that are not served.
+    pub fn unserved_count(&self) -> usize {
+        self.unserved().len()
     }
 
     /// Uids of the pods that are served.
@@ -238,13 +305,37 @@ impl Pods {
         self.entries().insert(Arc::clone(&pod.uid), entry);
     }
 
+    fn unserved(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.unserved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn entries(&self) -> MutexGuard<'_, HashMap<Arc<str>, Entry>> {
         // Inserting and removing leave nothing half done.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Something of a removed pod did not end in time, and may hold a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("connections of the pod did not end within 1.5 s; restart the proxy to close their sockets")]
-pub struct StillAlive;
+/// The end of what lives in a removed pod.
+#[must_use]
+pub struct Removal(Arc<Pod>);
+
+impl Removal {
+    /// Ends everything of the pod, and waits for it.
+    ///
+    /// # Errors
+    /// When something of it did not end in time.
+    pub async fn ended(self) -> Result<(), StillAlive> {
+        let Self(pod) = self;
+        let ended = tokio::time::timeout(REMOVAL, pod.live.close()).await;
+        tracing::info!(?pod, ended = ended.is_ok(), "pod removed");
+        ended.map_err(|_| StillAlive { uid: Arc::clone(&pod.uid) })
+    }
+}
+
+/// Something of a removed pod did not end in time, and may hold a socket. Only the end of the process closes that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("connections of pod {uid}, which is gone, did not end within 1.5 s; the proxy ends to close their sockets")]
+pub struct StillAlive {
+    /// Which pod.
+    pub uid: Arc<str>,
+}

@@ -8,11 +8,12 @@ use mesh_proto::node::{self, agent_message, proxy_message};
 use mesh_runtime::ready::Readiness;
 use mesh_runtime::seqpacket::{Listener, MAX_MESSAGE, Socket};
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::proxy::handover::Handover;
-use crate::proxy::pods::{Host, Pod, Pods, Port};
-use crate::proxy::sockets::{NodeCap, SocketKind};
+use crate::proxy::pods::{Host, Pod, Pods, Port, StillAlive};
+use crate::proxy::sockets::{NodeCap, SocketKind, SocketSource, TakeError};
 use crate::proxy::testing::{soon, until};
 
 /// What was started, in order.
@@ -34,6 +35,7 @@ struct Agent {
     pods: Arc<Pods>,
     started: Started,
     readiness: Readiness,
+    failure: oneshot::Receiver<StillAlive>,
     _dir: tempfile::TempDir,
 }
 
@@ -47,24 +49,27 @@ impl Agent {
         let pods = Pods::new(Box::new(started.clone()), "cluster.local".into(), 10, NodeCap::new(100), sender);
         let readiness = Readiness::new();
         let pending = Some(readiness.register("agent"));
-        tokio::spawn(Handover { agent_socket: path, pods: Arc::clone(&pods), notices, pending }.run());
-        Self { listener, pods, started, readiness, _dir: dir }
+        let failure = Handover { agent_socket: path, pods: Arc::clone(&pods), notices, pending }.start().unwrap();
+        Self { listener, pods, started, readiness, failure, _dir: dir }
     }
 
     /// The proxy's next connection, after both hellos; with the pods that it kept.
-    async fn accept(&self) -> (Conversation, Vec<(node::PodKept, usize)>) {
+    async fn accept(&self) -> (Conversation, Vec<Kept>) {
         let socket = Conversation(soon(self.listener.accept()).await.unwrap());
         let (proxy_message::Kind::Hello(hello), _) = socket.next().await else { panic!("no hello") };
         assert_eq!(hello.version, 1);
         let mut kept = Vec::new();
         for _ in 0..hello.kept_pods {
             let (proxy_message::Kind::PodKept(one), fds) = socket.next().await else { panic!("no kept pod") };
-            kept.push((one, fds.len()));
+            kept.push((one, fds));
         }
         socket.send(agent_message::Kind::Hello(node::Hello { version: 1, kept_pods: 0 }), &[]).await;
         (socket, kept)
     }
 }
+
+/// What the proxy returned of a pod.
+type Kept = (node::PodKept, Vec<OwnedFd>);
 
 struct Conversation(Socket);
 
@@ -97,6 +102,10 @@ impl Conversation {
     }
 
     async fn add(&self, uid: &str, fds: usize) {
+        self.add_from(uid, &sockets(fds)).await;
+    }
+
+    async fn add_from(&self, uid: &str, sockets: &[OwnedFd]) {
         let pod = node::Pod {
             uid: uid.into(),
             name: "cart".into(),
@@ -106,7 +115,11 @@ impl Conversation {
         };
         let listeners = vec![node::Listener::Outbound.into(), node::Listener::InboundHbone.into()];
         let added = node::PodAdded { pod: Some(pod), listeners };
-        self.send(agent_message::Kind::PodAdded(added), &sockets(fds)).await;
+        self.send(agent_message::Kind::PodAdded(added), sockets).await;
+    }
+
+    async fn remove(&self, uid: &str) {
+        self.send(agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid: uid.into() }), &[]).await;
     }
 
     async fn snapshot_sent(&self) {
@@ -146,7 +159,7 @@ async fn a_pod_is_served_stocked_and_removed() {
         pod.live.closed().await;
         drop(token);
     });
-    socket.send(agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid: "uid-1".into() }), &[]).await;
+    socket.remove("uid-1").await;
     assert_eq!(socket.ack().await, node::Ack { pod_uid: "uid-1".into(), error: String::new() });
     assert!(ended.is_finished(), "acknowledged only when everything of the pod has ended");
     assert_eq!(stock.idle(kind), 0);
@@ -154,17 +167,68 @@ async fn a_pod_is_served_stocked_and_removed() {
 }
 
 #[tokio::test]
-async fn a_pod_that_cannot_be_served_or_ended_is_said_so() {
+async fn a_pod_that_cannot_be_served_is_said_so_and_counts_until_it_is() {
     let agent = Agent::new();
     let (socket, _) = agent.accept().await;
-    socket.add("uid-1", 1).await;
-    assert!(socket.ack().await.error.contains("2 listeners"));
-    socket.add("uid-2", 2).await;
+    for (uid, sockets) in [("uid-1", 1), ("uid-2", 1)] {
+        socket.add(uid, sockets).await;
+        assert!(socket.ack().await.error.contains("2 listeners"));
+    }
+    assert_eq!(agent.pods.unserved_count(), 2);
+    socket.add("uid-1", 2).await;
+    assert_eq!(socket.ack().await.error, "");
+    assert_eq!(agent.pods.unserved_count(), 1);
+    socket.remove("uid-2").await;
+    assert_eq!(socket.ack().await.error, "");
+    assert_eq!(agent.pods.unserved_count(), 0);
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_be_ended_is_said_so_and_ends_the_proxy() {
+    let agent = Agent::new();
+    let (socket, _) = agent.accept().await;
+    socket.add("uid-1", 2).await;
     assert_eq!(socket.ack().await.error, "");
     let (pod, _) = agent.started.0.lock().unwrap()[0].clone();
     let _stuck = pod.live.token();
-    socket.send(agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid: "uid-2".into() }), &[]).await;
+    socket.remove("uid-1").await;
     assert!(socket.ack().await.error.contains("did not end"));
+    assert_eq!(soon(agent.failure).await, Ok(StillAlive { uid: "uid-1".into() }));
+}
+
+#[tokio::test]
+async fn a_removal_holds_up_no_order_and_is_acknowledged_in_its_turn() {
+    let agent = Agent::new();
+    let (socket, _) = agent.accept().await;
+    for uid in ["goes", "stays"] {
+        socket.add(uid, 2).await;
+        assert_eq!(socket.ack().await.error, "");
+    }
+    let (pod, _) = agent.started.0.lock().unwrap()[0].clone();
+    let slow = pod.live.token();
+    socket.remove("goes").await;
+    socket.add("comes", 2).await;
+    soon(pod.live.closed()).await;
+    // Two of each kind were ordered when the pod came.
+    let _takes: Vec<JoinHandle<Result<OwnedFd, TakeError>>> = (0..9)
+        .map(|_| {
+            let stock = agent.pods.stock("stays").unwrap();
+            tokio::spawn(async move { stock.take(SocketKind::Upstream).await })
+        })
+        .collect();
+    let mut ordered = 0;
+    while ordered <= 4 {
+        match socket.next().await.0 {
+            proxy_message::Kind::SocketRequest(request) if request.pod_uid == "stays" => {
+                ordered += request.count as usize
+            }
+            proxy_message::Kind::SocketRequest(_) => {}
+            other => panic!("the removal has not ended, and nothing that came later may be acknowledged: {other:?}"),
+        }
+    }
+    drop(slow);
+    assert_eq!(socket.ack().await, node::Ack { pod_uid: "goes".into(), error: String::new() });
+    assert_eq!(socket.ack().await, node::Ack { pod_uid: "comes".into(), error: String::new() });
 }
 
 #[tokio::test]
@@ -182,14 +246,36 @@ async fn a_restarted_agent_gets_the_listeners_back_and_both_compare() {
     let (socket, mut kept) = agent.accept().await;
     kept.sort_by(|(a, _), (b, _)| a.pod_uid.cmp(&b.pod_uid));
     let listeners = vec![node::Listener::Outbound as i32, node::Listener::InboundHbone as i32];
-    let expected =
-        ["goes", "stays"].map(|uid| (node::PodKept { pod_uid: uid.into(), listeners: listeners.clone() }, 2));
-    assert_eq!(kept, expected);
+    let returned: Vec<_> = kept.iter().map(|(pod, fds)| (pod.pod_uid.as_str(), &pod.listeners, fds.len())).collect();
+    assert_eq!(returned, [("goes", &listeners, 2), ("stays", &listeners, 2)]);
     assert_eq!(agent.pods.uids().len(), 2, "nothing ended while the agent was away");
-    socket.add("stays", 2).await;
+    socket.add_from("stays", &kept[1].1).await;
     assert_eq!(socket.ack().await.error, "");
     assert_eq!(agent.started.0.lock().unwrap().len(), 2, "a pod that is served already stays as it is");
     socket.snapshot_sent().await;
     until(|| agent.pods.uids().len() == 1).await;
     assert_eq!(&*agent.pods.uids()[0], "stays");
+}
+
+#[tokio::test]
+async fn a_sandbox_made_anew_while_the_agent_was_away_replaces_the_old_one() {
+    let agent = Agent::new();
+    let (socket, _) = agent.accept().await;
+    socket.add("uid-1", 2).await;
+    assert_eq!(socket.ack().await.error, "");
+    drop(socket);
+
+    let (socket, _) = agent.accept().await;
+    let anew = sockets(2);
+    socket.add_from("uid-1", &anew).await;
+    assert_eq!(socket.ack().await.error, "");
+    let started = agent.started.0.lock().unwrap().clone();
+    let [(old, _), (new, _)] = started.as_slice() else { panic!("{started:?}") };
+    soon(old.live.closed()).await;
+    assert!(!new.live.is_closed());
+    socket.snapshot_sent().await;
+    drop(socket);
+    let (_socket, kept) = agent.accept().await;
+    let inode = |socket: &OwnedFd| nix::sys::stat::fstat(socket).unwrap().st_ino;
+    assert_eq!(kept[0].1.iter().map(inode).collect::<Vec<_>>(), anew.iter().map(inode).collect::<Vec<_>>());
 }
