@@ -3,6 +3,8 @@
 //! - An end (FIN, END_STREAM) on one side becomes an end on the other; the other direction goes on.
 //! - A reset, or any other failure of one side, resets the other: RST_STREAM with CONNECT_ERROR (RFC 9113 section 8.5),
 //!   TCP RST. So does dropping the future before its end: a cut never looks like an orderly end.
+//!   A reset is seen in every state: also when that side has ended its direction and there is nothing to write to it, and
+//!   when its bytes wait for the other side.
 //! - Backpressure passes through: a side that takes no more stops the reading of the other, and of the peer behind it.
 //!
 //! Both directions are polled by one task. Read buffers belong to the thread, not to the connection: an idle connection holds
@@ -10,31 +12,20 @@
 
 mod buffer;
 mod direction;
+mod plain;
 
 use std::future::poll_fn;
 use std::io;
 use std::sync::atomic::AtomicU64;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 
 use crate::stream::{ResetReason, Stream, StreamError};
-use direction::{FromPlain, FromStream, PlainSink};
-
-/// A plain connection, usually TCP: it can end one direction (`poll_shutdown`), and abort both.
-pub trait Plain: AsyncRead + AsyncWrite + Unpin + Send {
-    /// Makes the connection end with a reset when it is dropped, instead of an orderly end.
-    fn abort(&self);
-}
-
-impl Plain for TcpStream {
-    fn abort(&self) {
-        // Fails only on a descriptor that is no TCP socket.
-        let _ = self.set_zero_linger();
-    }
-}
+use direction::{FromPlain, FromStream, PlainSink, at};
+pub use plain::Plain;
 
 /// Bytes carried so far, readable at any time.
 #[derive(Debug, Default)]
@@ -77,33 +68,41 @@ pub enum CopyError {
 pub async fn splice<P: Plain>(stream: Stream, plain: P, counters: &Counters) -> Result<(), CopyError> {
     let mut stream = stream;
     let mut plain = Guarded(Some(plain));
-    let (mut down, mut up) = (FromStream::default(), FromPlain::default());
-    let result = poll_fn(|cx| {
-        let Some(tcp) = plain.0.as_mut() else { return Poll::Ready(Ok(())) };
-        let (read, write) = stream.halves();
-        let received = down.poll(cx, read, tcp, &counters.left_to_right)?;
-        let sent = up.poll(cx, tcp, Side::Right, write, &counters.right_to_left);
-        let sent = match (received, sent) {
-            (Poll::Pending, sent) => {
-                let _ = sent?;
-                return Poll::Pending;
-            }
-            // Nobody reads the stream any more, so nobody else would see a reset.
-            (Poll::Ready(()), Poll::Pending) => write.poll_reset(cx).map(|error| Err(error.into())),
-            (Poll::Ready(()), Poll::Ready(sent)) => Poll::Ready(sent),
-        };
-        sent.map(|sent| match sent {
-            // The peer has said all it had to say and wants no more (RFC 9113 section 8.1): not a failure.
-            Err(CopyError::Tunnel(StreamError::Reset(ResetReason::NoError))) => Ok(()),
-            sent => sent,
-        })
-    })
-    .await;
+    let result = match &plain.0 {
+        Some(plain) => join(&mut stream, plain, counters).await,
+        None => Ok(()),
+    };
     match &result {
         Ok(()) => plain.finished(),
         Err(_) => stream.reset(ResetReason::Connect),
     }
     result
+}
+
+async fn join<P: Plain>(stream: &mut Stream, plain: &P, counters: &Counters) -> Result<(), CopyError> {
+    let (read, write) = stream.halves();
+    let (mut down, mut up, mut watch) = (FromStream::default(), FromPlain::default(), Watch::new(plain, Side::Right));
+    poll_fn(|cx| {
+        let received = down.poll(cx, read, plain, &counters.left_to_right)?;
+        let mut sent = up.poll(cx, plain, Side::Right, write, &counters.right_to_left);
+        if sent.is_pending() && down.has_ended() {
+            sent = write.poll_reset(cx).map(|error| Err(error.into()));
+        }
+        if let Poll::Ready(Err(CopyError::Tunnel(StreamError::Reset(ResetReason::NoError)))) = &sent
+            && down.has_ended()
+        {
+            // The peer has said all it had to say and wants no more (RFC 9113 section 8.1): not a failure.
+            up.stop();
+            sent = Poll::Ready(Ok(()));
+        }
+        match (received, sent?) {
+            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
+            (Poll::Ready(()) | Poll::Pending, Poll::Pending) | (Poll::Pending, Poll::Ready(())) => {
+                watch.poll_unless(cx, up.is_reading())
+            }
+        }
+    })
+    .await
 }
 
 /// Joins two plain connections with the semantics of [`splice`].
@@ -112,22 +111,55 @@ pub async fn splice<P: Plain>(stream: Stream, plain: P, counters: &Counters) -> 
 /// Which side failed, and how. The other one has been reset then.
 pub async fn relay<L: Plain, R: Plain>(left: L, right: R, counters: &Counters) -> Result<(), CopyError> {
     let (mut left, mut right) = (Guarded(Some(left)), Guarded(Some(right)));
-    let (mut out, mut back) = (FromPlain::default(), FromPlain::default());
-    poll_fn(|cx| {
-        let (Some(l), Some(r)) = (left.0.as_mut(), right.0.as_mut()) else { return Poll::Ready(Ok(())) };
-        let sent =
-            out.poll(cx, l, Side::Left, &mut PlainSink { plain: r, side: Side::Right }, &counters.left_to_right)?;
-        let received =
-            back.poll(cx, r, Side::Right, &mut PlainSink { plain: l, side: Side::Left }, &counters.right_to_left)?;
-        match (sent, received) {
-            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok::<_, CopyError>(())),
-            (Poll::Ready(()) | Poll::Pending, Poll::Pending) | (Poll::Pending, Poll::Ready(())) => Poll::Pending,
-        }
-    })
-    .await?;
+    if let (Some(left), Some(right)) = (&left.0, &right.0) {
+        join_plain(left, right, counters).await?;
+    }
     left.finished();
     right.finished();
     Ok(())
+}
+
+async fn join_plain<L: Plain, R: Plain>(left: &L, right: &R, counters: &Counters) -> Result<(), CopyError> {
+    let (mut out, mut back) = (FromPlain::default(), FromPlain::default());
+    let (mut to_left, mut to_right) =
+        (PlainSink { plain: left, side: Side::Left }, PlainSink { plain: right, side: Side::Right });
+    let (mut watch_left, mut watch_right) = (Watch::new(left, Side::Left), Watch::new(right, Side::Right));
+    poll_fn(|cx| {
+        let sent = out.poll(cx, left, Side::Left, &mut to_right, &counters.left_to_right)?;
+        let received = back.poll(cx, right, Side::Right, &mut to_left, &counters.right_to_left)?;
+        match (sent, received) {
+            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
+            (Poll::Ready(()) | Poll::Pending, Poll::Pending) | (Poll::Pending, Poll::Ready(())) => {
+                match watch_left.poll_unless(cx, out.is_reading()) {
+                    Poll::Pending => watch_right.poll_unless(cx, back.is_reading()),
+                    failed => failed,
+                }
+            }
+        }
+    })
+    .await
+}
+
+/// Waits for the failure of a plain connection that nobody reads.
+struct Watch<'a, P> {
+    plain: &'a P,
+    side: Side,
+    /// Made when it is first needed, which for most connections is never.
+    failed: Option<BoxFuture<'a, io::Error>>,
+}
+
+impl<'a, P: Plain> Watch<'a, P> {
+    fn new(plain: &'a P, side: Side) -> Self {
+        Watch { plain, side, failed: None }
+    }
+
+    fn poll_unless(&mut self, cx: &mut Context<'_>, reading: bool) -> Poll<Result<(), CopyError>> {
+        if reading {
+            return Poll::Pending;
+        }
+        let failed = self.failed.get_or_insert_with(|| self.plain.failed());
+        failed.poll_unpin(cx).map(|error| Err(at(self.side)(error)))
+    }
 }
 
 /// A plain connection that is aborted if it is dropped before its end.

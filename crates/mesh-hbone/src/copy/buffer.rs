@@ -2,11 +2,11 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use tokio::io::{AsyncRead, ReadBuf};
+
+use super::Plain;
 
 /// Bytes that one read may return, and so the largest DATA frame that we send.
 pub(super) const SIZE: usize = 256 << 10;
@@ -47,14 +47,12 @@ impl Drop for Buffer {
     }
 }
 
-/// The next bytes of `io`; empty at its end.
-pub(super) fn poll_read(cx: &mut Context<'_>, io: &mut (impl AsyncRead + Unpin)) -> Poll<io::Result<Bytes>> {
+/// The next bytes of `plain`; empty at its end.
+pub(super) fn poll_read(cx: &mut Context<'_>, plain: &impl Plain) -> Poll<io::Result<Bytes>> {
     let mut buffer = Buffer::take();
-    let mut room = ReadBuf::new(&mut buffer.0);
-    ready!(Pin::new(io).poll_read(cx, &mut room))?;
-    let n = room.filled().len();
+    let n = ready!(plain.poll_read(cx, &mut buffer.0))?;
     if n < COPY_BELOW {
-        return Poll::Ready(Ok(Bytes::copy_from_slice(room.filled())));
+        return Poll::Ready(Ok(Bytes::copy_from_slice(&buffer.0[..n])));
     }
     Poll::Ready(Ok(Bytes::from_owner(buffer).slice(..n)))
 }

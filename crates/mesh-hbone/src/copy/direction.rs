@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
@@ -16,7 +15,7 @@ pub(super) trait Sink {
     /// Takes all of `data`; what is left in it has not been taken.
     fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>>;
     /// Ends the direction.
-    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>>;
+    fn end(&mut self) -> Result<(), CopyError>;
 }
 
 impl Sink for WriteHalf {
@@ -24,78 +23,73 @@ impl Sink for WriteHalf {
         self.poll_write(cx, data).map_err(CopyError::from)
     }
 
-    fn poll_end(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
-        Poll::Ready(self.finish_now().map_err(CopyError::from))
+    fn end(&mut self) -> Result<(), CopyError> {
+        self.finish_now().map_err(CopyError::from)
     }
 }
 
 /// A plain connection as the target of a direction.
 pub(super) struct PlainSink<'a, P> {
-    pub(super) plain: &'a mut P,
+    pub(super) plain: &'a P,
     pub(super) side: Side,
 }
 
 impl<P: Plain> Sink for PlainSink<'_, P> {
     fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>> {
         while !data.is_empty() {
-            let n = ready!(Pin::new(&mut *self.plain).poll_write(cx, data)).and_then(nonzero).map_err(at(self.side))?;
+            let slices = [IoSlice::new(data)];
+            let n = ready!(self.plain.poll_write(cx, &slices)).and_then(nonzero).map_err(at(self.side))?;
             data.advance(n);
         }
         Poll::Ready(Ok(()))
     }
 
-    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), CopyError>> {
-        Pin::new(&mut *self.plain).poll_shutdown(cx).map_err(at(self.side))
+    fn end(&mut self) -> Result<(), CopyError> {
+        self.plain.end().map_err(at(self.side))
     }
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    #[default]
-    Open,
-    /// The source has ended; what is queued and the end are still to be sent.
-    Ending,
-    Done,
 }
 
 /// From a plain connection to a sink.
 #[derive(Debug, Default)]
 pub(super) struct FromPlain {
     pending: Bytes,
-    phase: Phase,
+    done: bool,
 }
 
 impl FromPlain {
+    /// Whether it waits for the source, which then shows every failure. Else it waits for the sink, or for nothing more.
+    pub(super) fn is_reading(&self) -> bool {
+        !self.done && self.pending.is_empty()
+    }
+
+    /// Nobody wants any more of it.
+    pub(super) fn stop(&mut self) {
+        *self = FromPlain { pending: Bytes::new(), done: true };
+    }
+
     pub(super) fn poll<P: Plain, S: Sink>(
         &mut self,
         cx: &mut Context<'_>,
-        plain: &mut P,
+        plain: &P,
         side: Side,
         sink: &mut S,
         counter: &AtomicU64,
     ) -> Poll<Result<(), CopyError>> {
-        loop {
-            match self.phase {
-                Phase::Open => {
-                    let before = self.pending.len();
-                    if before > 0 {
-                        let sent = sink.poll_send(cx, &mut self.pending);
-                        counter.fetch_add((before - self.pending.len()) as u64, Ordering::Relaxed);
-                        ready!(sent)?;
-                        self.pending = Bytes::new();
-                    }
-                    self.pending = ready!(buffer::poll_read(cx, plain)).map_err(at(side))?;
-                    if self.pending.is_empty() {
-                        self.phase = Phase::Ending;
-                    }
-                }
-                Phase::Ending => {
-                    ready!(sink.poll_end(cx))?;
-                    self.phase = Phase::Done;
-                }
-                Phase::Done => return Poll::Ready(Ok(())),
+        while !self.done {
+            let before = self.pending.len();
+            if before > 0 {
+                let sent = sink.poll_send(cx, &mut self.pending);
+                counter.fetch_add((before - self.pending.len()) as u64, Ordering::Relaxed);
+                ready!(sent)?;
+                self.pending = Bytes::new();
+            }
+            self.pending = ready!(buffer::poll_read(cx, plain)).map_err(at(side))?;
+            if self.pending.is_empty() {
+                sink.end()?;
+                self.done = true;
             }
         }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -105,6 +99,15 @@ const SMALL: usize = 1 << 10;
 const JOINED: usize = 64 << 10;
 /// Chunks that one write takes.
 const SLICES: usize = 16;
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Open,
+    /// The source has ended; what is queued and the end are still to be sent.
+    Ending,
+    Done,
+}
 
 /// From a stream to a plain connection.
 ///
@@ -120,11 +123,16 @@ pub(super) struct FromStream {
 }
 
 impl FromStream {
+    /// Whether the stream's end has arrived: nobody reads it any more, so nobody would see a reset.
+    pub(super) fn has_ended(&self) -> bool {
+        self.phase != Phase::Open
+    }
+
     pub(super) fn poll<P: Plain>(
         &mut self,
         cx: &mut Context<'_>,
         stream: &mut ReadHalf,
-        plain: &mut P,
+        plain: &P,
         counter: &AtomicU64,
     ) -> Poll<Result<(), CopyError>> {
         loop {
@@ -136,7 +144,7 @@ impl FromStream {
                 if self.phase == Phase::Open {
                     return Poll::Pending;
                 }
-                ready!(Pin::new(&mut *plain).poll_shutdown(cx)).map_err(at(Side::Right))?;
+                plain.end().map_err(at(Side::Right))?;
                 self.phase = Phase::Done;
                 continue;
             }
@@ -173,7 +181,7 @@ impl FromStream {
         self.queue.push_back(chunk);
     }
 
-    fn poll_write<P: Plain>(&self, cx: &mut Context<'_>, plain: &mut P) -> Poll<io::Result<usize>> {
+    fn poll_write<P: Plain>(&self, cx: &mut Context<'_>, plain: &P) -> Poll<io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); SLICES];
         let chunks = self.queue.iter().map(AsRef::as_ref).chain([self.tail.as_ref()]).filter(|c: &&[u8]| !c.is_empty());
         let mut n = 0;
@@ -181,10 +189,7 @@ impl FromStream {
             *slice = IoSlice::new(chunk);
             n += 1;
         }
-        match &slices[..n] {
-            [one] => Pin::new(plain).poll_write(cx, one),
-            many => Pin::new(plain).poll_write_vectored(cx, many),
-        }
+        plain.poll_write(cx, &slices[..n])
     }
 
     fn advance(&mut self, mut n: usize) {
@@ -211,6 +216,6 @@ fn nonzero(n: usize) -> io::Result<usize> {
     if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
 }
 
-fn at(side: Side) -> impl Fn(io::Error) -> CopyError {
+pub(super) fn at(side: Side) -> impl Fn(io::Error) -> CopyError {
     move |source| CopyError::Plain { side, source }
 }

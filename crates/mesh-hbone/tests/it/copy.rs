@@ -139,6 +139,114 @@ async fn reset_is_passed_on_after_the_other_direction_ended() {
     }
 }
 
+/// Its end has been read, and nothing is to be written: nothing that is read or written would fail.
+#[tokio::test]
+async fn reset_of_a_half_closed_connection_is_passed_on() {
+    for way in WAYS {
+        for client_first in [true, false] {
+            let Chain { client, server, copies, counters: _, _pair } = chain(way).await;
+            let (mut a, mut b) = if client_first { (client, server) } else { (server, client) };
+            a.shutdown().await.unwrap();
+            expect_end(&mut b).await;
+            a.set_zero_linger().unwrap();
+            drop(a);
+            // Whoever has read the end reads it again; the failure is seen in another way.
+            soon(b.ready(tokio::io::Interest::ERROR)).await.unwrap();
+            assert_eq!(b.take_error().unwrap().unwrap().kind(), ErrorKind::BrokenPipe);
+            for copy in copies {
+                assert!(soon(copy).await.unwrap().is_err(), "{way:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn half_closed_connection_does_nothing_while_it_waits() {
+    for way in WAYS {
+        let Chain { mut client, mut server, copies, counters: _, _pair } = chain(way).await;
+        client.shutdown().await.unwrap();
+        expect_end(&mut server).await;
+        let busy = || tokio::runtime::Handle::current().metrics().worker_total_busy_duration(0);
+        let before = busy();
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        assert!(busy() - before < std::time::Duration::from_millis(50), "{way:?}: {:?}", busy() - before);
+        send(&mut server, "later").await;
+        expect(&mut client, "later").await;
+        drop(copies);
+    }
+}
+
+/// The peer's end has arrived, and waits behind data for an application that does not read.
+#[tokio::test]
+async fn reset_after_the_end_reaches_a_stuck_application() {
+    let mut pair = pair().await;
+    let (near, mut far) = pair.stream().await;
+    let (mut app, plain) = tcp().await;
+    socket2::SockRef::from(&plain).set_send_buffer_size(4096).unwrap();
+    let counters = Arc::new(Counters::default());
+    let counted = Arc::clone(&counters);
+    let copying = tokio::spawn(async move { copy::splice(near, plain, &counted).await });
+    far.write(Bytes::from(vec![0; 3 << 20])).await.unwrap();
+    far.finish().await.unwrap();
+    // What comes back shows that the end has gone out.
+    send(&mut app, "x").await;
+    assert_eq!(soon(far.read()).await.unwrap().unwrap(), "x");
+    far.reset(ResetReason::Cancel);
+    let error = soon(copying).await.unwrap().unwrap_err();
+    assert!(matches!(error, CopyError::Tunnel(StreamError::Reset(ResetReason::Cancel))), "{error}");
+    assert!(counters.left_to_right.load(Ordering::Relaxed) < 3 << 20);
+    expect_reset(&mut app).await;
+}
+
+/// The application's direction waits for a peer that takes no more, the other one has ended.
+#[tokio::test]
+async fn reset_is_seen_while_the_peer_takes_no_more() {
+    let mut pair = pair().await;
+    let (near, mut far) = pair.stream().await;
+    let (app, plain) = tcp().await;
+    let copying = tokio::spawn(async move { copy::splice(near, plain, &Counters::default()).await });
+    far.finish().await.unwrap();
+    let mut app = app;
+    expect_end(&mut app).await;
+    let chunk = vec![1; 64 << 10];
+    let mut full = 0;
+    while full < 20 {
+        match app.try_write(&chunk) {
+            Ok(_) => full = 0,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                full += 1;
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
+    }
+    app.set_zero_linger().unwrap();
+    drop(app);
+    let error = soon(copying).await.unwrap().unwrap_err();
+    assert!(matches!(error, CopyError::Plain { side: Side::Right, .. }), "{error}");
+}
+
+/// A peer that wants no more may say so while its last bytes still wait for the application.
+#[tokio::test]
+async fn peer_that_wants_no_more_does_not_cut_what_it_has_said() {
+    let mut pair = pair().await;
+    let (near, mut far) = pair.stream().await;
+    let (mut app, plain) = tcp().await;
+    socket2::SockRef::from(&plain).set_send_buffer_size(4096).unwrap();
+    let copying = tokio::spawn(async move { copy::splice(near, plain, &Counters::default()).await });
+    far.write(Bytes::from(vec![0; 3 << 20])).await.unwrap();
+    far.finish().await.unwrap();
+    send(&mut app, "x").await;
+    assert_eq!(soon(far.read()).await.unwrap().unwrap(), "x");
+    far.reset(ResetReason::NoError);
+    // The reset has arrived when another stream has.
+    let _other = pair.stream().await;
+    let mut all = vec![0; 3 << 20];
+    soon(app.read_exact(&mut all)).await.unwrap();
+    expect_end(&mut app).await;
+    soon(copying).await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn failures_name_their_side() {
     let mut pair = pair().await;
