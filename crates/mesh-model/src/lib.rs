@@ -9,6 +9,7 @@
 
 pub mod address;
 pub mod authorize;
+mod blocks;
 mod endpoints;
 #[cfg(test)]
 mod fixture;
@@ -19,6 +20,7 @@ pub mod policy;
 pub mod resolve;
 pub mod service;
 pub mod snapshot;
+pub mod unusable;
 mod weighted;
 pub mod workload;
 
@@ -30,4 +32,5 @@ pub use policy::{Action, Authorization, InvalidAuthorization, Scope};
 pub use resolve::{Destination, Endpoint, Viewpoint};
 pub use service::{AppProtocol, InvalidService, LoadBalancing, Service, ServicePort};
 pub use snapshot::{Change, InvalidChange, Snapshot};
+pub use unusable::Unusable;
 pub use workload::{InvalidWorkload, Locality, TunnelProtocol, Workload, WorkloadType};

@@ -1,11 +1,13 @@
 //! What a destination address is, and which endpoint of a service takes a connection.
 
+use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::service::{LocalityScope, Service};
 use crate::snapshot::Snapshot;
-use crate::workload::Workload;
+use crate::unusable::{Unusable, workload_rank};
+use crate::workload::{TunnelProtocol, Workload};
 
 /// Where the client is, which decides what it sees and what is near to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,6 +62,8 @@ pub enum Destination<'a> {
     Service(&'a Arc<Service>),
     /// An address of a workload.
     Workload(&'a Arc<Workload>),
+    /// An address of something that cannot be taken: how its traffic is to be carried is not known.
+    Unusable(&'a Arc<Unusable>),
     /// Nothing that the mesh knows.
     Unknown,
 }
@@ -75,13 +79,36 @@ pub struct Endpoint<'a> {
 
 impl Snapshot {
     /// What `ip` is for a client at `from`. A service that the client does not see does not count; a service counts
-    /// before a workload of the same address.
+    /// before a workload of the same address. What cannot be taken counts where it would if it could be.
     pub fn destination(&self, from: &Viewpoint<'_>, ip: IpAddr) -> Destination<'_> {
         let mut services = self.services_by_vip(from.network, ip);
-        if let Some(service) = services.find(|service| service.visible_from(from.namespace)) {
-            return Destination::Service(service);
+        let service = services.find(|service| service.visible_from(from.namespace));
+        match (service, self.unusable_set().service(from, ip)) {
+            (Some(service), Some((rank, unusable))) => {
+                let here =
+                    service.addresses.iter().filter(|vip| *vip.network == *from.network && vip.block.contains(ip));
+                let length = here.map(|vip| vip.block.length()).max().unwrap_or(0);
+                let usable = (Reverse(length), !service.canonical, &**service.key());
+                if rank < usable { Destination::Unusable(unusable) } else { Destination::Service(service) }
+            }
+            (Some(service), None) => Destination::Service(service),
+            (None, Some((_, unusable))) => Destination::Unusable(unusable),
+            (None, None) => self.workload_destination(from.network, ip),
         }
-        self.workload_by_ip(from.network, ip).map_or(Destination::Unknown, Destination::Workload)
+    }
+
+    /// What `ip` is in `network` apart from services.
+    pub fn workload_destination(&self, network: &str, ip: IpAddr) -> Destination<'_> {
+        match (self.workload_by_ip(network, ip), self.unusable_set().workload(network, ip)) {
+            (Some(workload), Some((rank, unusable))) => {
+                let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
+                let usable = workload_rank(&workload.uid, hbone);
+                if rank < usable { Destination::Unusable(unusable) } else { Destination::Workload(workload) }
+            }
+            (Some(workload), None) => Destination::Workload(workload),
+            (None, Some((_, unusable))) => Destination::Unusable(unusable),
+            (None, None) => Destination::Unknown,
+        }
     }
 
     /// Chooses a ready endpoint in the client's network that serves `service_port`: at random in proportion to

@@ -3,8 +3,6 @@
 //! A snapshot is built of persistent maps: a clone is a handful of pointers, and a change copies only the few nodes on
 //! its path that a clone still shares. One writer changes its own copy and publishes clones; readers never lock.
 
-use std::cmp::Ordering;
-use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -13,11 +11,12 @@ use mesh_proto::{security, workload as wire};
 use prost::Message as _;
 use thiserror::Error;
 
-use crate::address::Cidr;
+use crate::blocks::{Blocks, add_to, remove_from};
 use crate::endpoints::ServiceEndpoints;
 use crate::intern::Interner;
 use crate::policy::{Authorization, InvalidAuthorization, Scope};
 use crate::service::{InvalidService, Service};
+use crate::unusable::{Place, Unusable, UnusableSet, workload_rank};
 use crate::workload::{InvalidWorkload, TunnelProtocol, Workload};
 
 /// All workloads, services and policies at one moment. See the module's description for what it costs.
@@ -29,9 +28,9 @@ pub struct Snapshot {
     workloads_by_ip: HashMap<IpAddr, Arc<[Arc<Workload>]>>,
     services: HashMap<Arc<str>, Arc<Service>>,
     /// Of every network; the one that wins first.
-    services_by_block: HashMap<Cidr, Arc<[Arc<Service>]>>,
-    /// How many entries `services_by_block` has of each prefix length, IPv4 and IPv6 together.
-    block_lengths: OrdMap<u8, usize>,
+    services_by_block: Blocks<Service>,
+    /// Never of a name that `workloads` or `services` has.
+    unusable: UnusableSet,
     endpoints: HashMap<Arc<str>, ServiceEndpoints>,
     policies: HashMap<Arc<str>, Arc<Authorization>>,
     global_policies: OrdMap<Arc<str>, Arc<Authorization>>,
@@ -47,6 +46,8 @@ pub enum Change {
     Service(Box<Service>),
     /// A policy is new or changed.
     Authorization(Box<Authorization>),
+    /// A workload or a service has come that cannot be taken.
+    Unusable(Box<Unusable>),
     /// The workload of this uid or the service of this key is gone.
     RemoveAddress(String),
     /// The policy of this key is gone.
@@ -54,17 +55,24 @@ pub enum Change {
 }
 
 impl Change {
-    /// Reads the body of an `istio.workload.Address`.
+    /// Reads the body of an `istio.workload.Address` that discovery calls `name`.
     ///
-    /// # Errors
-    /// When it cannot be read or says what cannot be. The snapshot then keeps what it has.
-    pub fn address(body: &[u8]) -> Result<Self, InvalidChange> {
-        match wire::Address::decode(body)?.r#type {
-            None => Err(InvalidChange::Empty),
-            Some(wire::address::Type::Workload(workload)) => {
-                Ok(Self::Workload(Box::new(Workload::try_from(&workload)?)))
-            }
-            Some(wire::address::Type::Service(service)) => Ok(Self::Service(Box::new(Service::try_from(&service)?))),
+    /// There is always a change to apply: what cannot be taken becomes [`Unusable`], so that traffic to it is refused,
+    /// and the reason is given beside it.
+    pub fn address(name: &str, body: &[u8]) -> (Self, Option<InvalidChange>) {
+        let unusable = |unusable: Unusable, error| (Self::Unusable(Box::new(unusable)), Some(error));
+        let unreadable = |error: InvalidChange| unusable(Unusable::unreadable(name, &error.to_string()), error);
+        match wire::Address::decode(body).map(|address| address.r#type) {
+            Err(error) => unreadable(error.into()),
+            Ok(None) => unreadable(InvalidChange::Empty),
+            Ok(Some(wire::address::Type::Workload(wire))) => match Workload::try_from(&wire) {
+                Ok(workload) => (Self::Workload(Box::new(workload)), None),
+                Err(error) => unusable(Unusable::workload(name, &error.to_string(), &wire), error.into()),
+            },
+            Ok(Some(wire::address::Type::Service(wire))) => match Service::try_from(&wire) {
+                Ok(service) => (Self::Service(Box::new(service)), None),
+                Err(error) => unusable(Unusable::service(name, &error.to_string(), &wire), error.into()),
+            },
         }
     }
 
@@ -131,6 +139,7 @@ impl Snapshot {
             Change::Workload(workload) => self.upsert_workload(*workload),
             Change::Service(service) => self.upsert_service(*service),
             Change::Authorization(policy) => self.upsert_authorization(*policy),
+            Change::Unusable(unusable) => self.upsert_unusable(*unusable),
             Change::RemoveAddress(name) => self.remove_address(&name),
             Change::RemoveAuthorization(name) => self.remove_authorization(&name),
         }
@@ -139,6 +148,7 @@ impl Snapshot {
     /// Adds a workload, or replaces the one of the same uid.
     pub fn upsert_workload(&mut self, mut workload: Workload) {
         self.texts.share(&mut workload);
+        self.unusable.remove(&workload.uid);
         let workload = Arc::new(workload);
         let old = self.workloads.insert(Arc::clone(&workload.uid), Arc::clone(&workload));
         if old.as_deref() == Some(&*workload) {
@@ -166,16 +176,14 @@ impl Snapshot {
 
     /// Adds a service, or replaces the one of the same key.
     pub fn upsert_service(&mut self, service: Service) {
+        self.unusable.remove(service.key());
         let service = Arc::new(service);
         let old = self.services.insert(Arc::clone(service.key()), Arc::clone(&service));
         if let Some(old) = &old {
             self.forget_blocks(old);
         }
         for vip in &service.addresses {
-            if !self.services_by_block.contains_key(&vip.block) {
-                *self.block_lengths.entry(vip.block.length()).or_default() += 1;
-            }
-            add_to(&mut self.services_by_block, vip.block, &service, |a, b| block_rank(a).cmp(&block_rank(b)));
+            self.services_by_block.insert(vip.block, &service, |a, b| block_rank(a).cmp(&block_rank(b)));
         }
         self.endpoints.entry(Arc::clone(service.key())).or_default().set_service(Some(&service));
     }
@@ -203,8 +211,21 @@ impl Snapshot {
         self.upsert_authorization(Authorization::invalid(namespace, name, scope));
     }
 
+    /// Puts what cannot be taken in the place of the workload or service of that name, until a good version comes or it is
+    /// removed. Where not all addresses of the new version can be read, those of the one before are refused as well.
+    pub fn upsert_unusable(&mut self, mut unusable: Unusable) {
+        let name = Arc::clone(&unusable.name);
+        let workload = self.workloads.get(&name).map(|workload| Place::from(&**workload));
+        let service = self.services.get(&name).map(|service| Place::from(&**service));
+        let before = self.unusable.get(&name).and_then(|before| before.place().cloned());
+        workload.into_iter().chain(service).chain(before).for_each(|place| unusable.replace(place));
+        self.remove_address(&name);
+        self.unusable.insert(unusable);
+    }
+
     /// Takes out the workload of that uid, or the service of that key. Unknown names change nothing.
     pub fn remove_address(&mut self, name: &str) {
+        self.unusable.remove(name);
         if let Some(workload) = self.workloads.remove(name) {
             self.forget_addresses(&workload);
             workload.services.iter().for_each(|membership| self.leave_service(&membership.service, &workload));
@@ -254,16 +275,7 @@ impl Snapshot {
 
     fn forget_blocks(&mut self, service: &Service) {
         for vip in &service.addresses {
-            if !remove_from(&mut self.services_by_block, &vip.block, |other| other.key() == service.key()) {
-                continue;
-            }
-            let length = vip.block.length();
-            if let Some(count) = self.block_lengths.get_mut(&length) {
-                *count -= 1;
-                if *count == 0 {
-                    self.block_lengths.remove(&length);
-                }
-            }
+            self.services_by_block.remove(&vip.block, |other| other.key() == service.key());
         }
     }
 }
@@ -294,12 +306,7 @@ impl Snapshot {
 
     /// Every service that has `ip` as a virtual address in `network`, the one that wins first.
     pub fn services_by_vip<'a>(&'a self, network: &str, ip: IpAddr) -> impl Iterator<Item = &'a Arc<Service>> {
-        let lengths = self.block_lengths.keys().rev();
-        let blocks = lengths.filter_map(move |length| {
-            let block = Cidr::new(ip.to_canonical(), u32::from(*length)).ok()?;
-            self.services_by_block.get(&block).map(|services| (block, services))
-        });
-        blocks.flat_map(move |(block, services)| {
+        self.services_by_block.around(ip).flat_map(move |(block, services)| {
             let here = move |service: &&Arc<Service>| {
                 service.addresses.iter().any(|vip| *vip.network == *network && vip.block == block)
             };
@@ -327,6 +334,20 @@ impl Snapshot {
         self.policies.values()
     }
 
+    /// What discovery sent under that name and cannot be taken.
+    pub fn unusable(&self, name: &str) -> Option<&Arc<Unusable>> {
+        self.unusable.get(name)
+    }
+
+    /// All that cannot be taken, in no order.
+    pub fn all_unusable(&self) -> impl ExactSizeIterator<Item = &Arc<Unusable>> {
+        self.unusable.iter()
+    }
+
+    pub(crate) fn unusable_set(&self) -> &UnusableSet {
+        &self.unusable
+    }
+
     pub(crate) fn endpoints_of(&self, service: &str) -> Option<&ServiceEndpoints> {
         self.endpoints.get(service)
     }
@@ -340,43 +361,12 @@ impl Snapshot {
     }
 }
 
-/// Pods are told by the platform, other objects by people; what is in the mesh says more than what is not.
 fn address_rank(workload: &Workload) -> (bool, bool, &str) {
-    let pod = workload.uid.contains("//Pod/");
-    let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
-    (!pod, !hbone, &workload.uid)
+    workload_rank(&workload.uid, workload.tunnel_protocol == TunnelProtocol::Hbone)
 }
 
 fn block_rank(service: &Service) -> (bool, &str) {
     (!service.canonical, service.key())
-}
-
-/// Adds to a short list that is kept in `order`, in which no two different items are equal.
-fn add_to<K, T>(lists: &mut HashMap<K, Arc<[Arc<T>]>>, key: K, item: &Arc<T>, order: impl Fn(&T, &T) -> Ordering)
-where
-    K: Hash + Eq + Clone,
-{
-    let mut list: Vec<Arc<T>> = lists.get(&key).map_or_else(Vec::new, |list| list.to_vec());
-    match list.binary_search_by(|other| order(other, item)) {
-        Ok(at) => list[at] = Arc::clone(item),
-        Err(at) => list.insert(at, Arc::clone(item)),
-    }
-    lists.insert(key, list.into());
-}
-
-/// Takes the items that `is_it` tells out of a list; true when nothing is left of it.
-fn remove_from<K, T>(lists: &mut HashMap<K, Arc<[Arc<T>]>>, key: &K, is_it: impl Fn(&T) -> bool) -> bool
-where
-    K: Hash + Eq + Clone,
-{
-    let Some(list) = lists.get(key) else { return false };
-    let left: Arc<[Arc<T>]> = list.iter().filter(|item| !is_it(item)).cloned().collect();
-    if left.is_empty() {
-        lists.remove(key);
-        return true;
-    }
-    lists.insert(key.clone(), left);
-    false
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_hbone::Authority;
-use mesh_model::{Allowed, ConnectionFacts, Denied, Snapshot, SpiffeId, Workload};
+use mesh_model::{Allowed, ConnectionFacts, Denied, Destination, Snapshot, SpiffeId, Workload};
 use thiserror::Error;
 
 use super::local::{LocalPod, is_forbidden};
@@ -87,6 +87,14 @@ pub enum DenialReason {
     /// Discovery has not brought the pod, so that its policies are not known.
     #[error("the pod is not known to discovery yet, nor its policies")]
     UnknownDestination,
+    /// What discovery sent for the pod cannot be taken, so that its policies are not known.
+    #[error("{resource}, the pod's own resource, is invalid: {reason}; nothing is let in until it is repaired")]
+    InvalidDestination {
+        /// The resource's name in discovery.
+        resource: Arc<str>,
+        /// What is wrong with it.
+        reason: Arc<str>,
+    },
     /// The application wants to be spoken to in a tunnel of its own.
     #[error("the pod asks for PROXY protocol, which is not spoken here")]
     ApplicationTunnel,
@@ -101,9 +109,10 @@ impl Denial {
         match self.why {
             DenialReason::NotAnAddress { .. } | DenialReason::OtherAddress { .. } => 400,
             DenialReason::Policy(_) => 401,
-            DenialReason::ForbiddenPort { .. } | DenialReason::UnknownDestination | DenialReason::ApplicationTunnel => {
-                503
-            }
+            DenialReason::ForbiddenPort { .. }
+            | DenialReason::UnknownDestination
+            | DenialReason::InvalidDestination { .. }
+            | DenialReason::ApplicationTunnel => 503,
         }
     }
 
@@ -114,6 +123,7 @@ impl Denial {
             DenialReason::OtherAddress { .. } => "authority_mismatch",
             DenialReason::ForbiddenPort { .. } => "forbidden_port",
             DenialReason::UnknownDestination => "unknown_destination",
+            DenialReason::InvalidDestination { .. } => "invalid_destination",
             DenialReason::ApplicationTunnel => "application_tunnel",
             DenialReason::Policy(_) => "policy_denied",
         }
@@ -127,6 +137,7 @@ impl Denial {
             | DenialReason::OtherAddress { .. }
             | DenialReason::ForbiddenPort { .. }
             | DenialReason::UnknownDestination
+            | DenialReason::InvalidDestination { .. }
             | DenialReason::ApplicationTunnel => None,
         }
     }
@@ -178,7 +189,7 @@ impl Door<'_> {
             return Err(self.denial(DenialReason::ForbiddenPort { port: target.port() }));
         }
         let Some(destination) = self.local.workload(self.snapshot) else {
-            return Err(self.denial(DenialReason::UnknownDestination));
+            return Err(self.denial(self.unknown()));
         };
         if destination.application_tunnel.is_some() {
             return Err(self.denial(DenialReason::ApplicationTunnel));
@@ -198,6 +209,19 @@ impl Door<'_> {
             allowed,
             destination: Arc::clone(destination),
             source: self.source(),
+        })
+    }
+
+    /// Why the pod is not known.
+    fn unknown(&self) -> DenialReason {
+        let at = |ip| self.snapshot.workload_destination(self.local.network, ip);
+        let invalid = self.local.addresses.iter().find_map(|ip| match at(*ip) {
+            Destination::Unusable(unusable) => Some(unusable),
+            Destination::Workload(_) | Destination::Service(_) | Destination::Unknown => None,
+        });
+        invalid.map_or(DenialReason::UnknownDestination, |unusable| DenialReason::InvalidDestination {
+            resource: Arc::clone(&unusable.name),
+            reason: Arc::clone(&unusable.reason),
         })
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use mesh_identity::store::IdentityStatus;
-use mesh_model::{Authorization, Service, Workload};
+use mesh_model::{Authorization, Service, Unusable, Workload};
 use mesh_xds::client::{Handle, Status};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -40,6 +40,7 @@ impl Dump {
             "discovery": discovery(&self.discovery.status().borrow()),
             "workloads": snapshot.workloads().map(|one| workload(one)).collect::<Vec<_>>(),
             "services": snapshot.services().map(|one| service(one)).collect::<Vec<_>>(),
+            "invalidAddresses": snapshot.all_unusable().map(|one| unusable(one)).collect::<Vec<_>>(),
             "policies": snapshot.authorizations().map(|one| policy(one)).collect::<Vec<_>>(),
             "certificates": self.shared.certificates.status().iter().map(certificate).collect::<Vec<_>>(),
             "pods": self.pods.pods().iter().map(|one| self.pod(one)).collect::<Vec<_>>(),
@@ -144,6 +145,10 @@ fn service(service: &Service) -> Value {
         "subjectAltNames": service.subject_alt_names.iter().map(|id| id.as_str()).collect::<Vec<_>>(),
         "waypoint": service.waypoint.as_ref().map(|waypoint| format!("{waypoint:?}")),
     })
+}
+
+fn unusable(unusable: &Unusable) -> Value {
+    json!({ "name": unusable.name.as_ref(), "reason": unusable.reason.as_ref() })
 }
 
 fn policy(policy: &Authorization) -> Value {

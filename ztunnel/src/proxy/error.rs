@@ -99,6 +99,7 @@ impl ConnectionError {
                 | DenialReason::OtherAddress { .. }
                 | DenialReason::ForbiddenPort { .. }
                 | DenialReason::UnknownDestination
+                | DenialReason::InvalidDestination { .. }
                 | DenialReason::ApplicationTunnel => ResponseFlags::Connect,
             },
             Self::PolicyChanged(_) => ResponseFlags::Deny,

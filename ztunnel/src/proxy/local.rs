@@ -1,7 +1,8 @@
 //! A pod of this node as the decisions know it.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use mesh_model::{Snapshot, SpiffeId, Viewpoint, Workload};
 
@@ -55,6 +56,49 @@ impl LocalPod<'_> {
             ..Viewpoint::default()
         };
         workload.map_or(own, |workload| Viewpoint::of(workload))
+    }
+}
+
+/// The addresses of the pods that this proxy serves, whether or not discovery has brought them.
+#[derive(Debug, Default)]
+pub struct LocalAddresses(RwLock<HashMap<IpAddr, usize>>);
+
+impl LocalAddresses {
+    /// Lists a pod's addresses until what is returned is dropped.
+    pub fn list(self: &Arc<Self>, addresses: &[IpAddr]) -> Listed {
+        // Counting leaves nothing half done.
+        let mut listed = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for ip in addresses {
+            *listed.entry(*ip).or_default() += 1;
+        }
+        drop(listed);
+        Listed { of: Arc::clone(self), addresses: addresses.into() }
+    }
+
+    /// Whether a pod has the address.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains_key(&ip)
+    }
+}
+
+/// Keeps a pod's addresses in the list.
+#[derive(Debug)]
+pub struct Listed {
+    of: Arc<LocalAddresses>,
+    addresses: Box<[IpAddr]>,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        let mut listed = self.of.0.write().unwrap_or_else(PoisonError::into_inner);
+        for ip in &self.addresses {
+            if let Some(count) = listed.get_mut(ip) {
+                *count -= 1;
+                if *count == 0 {
+                    listed.remove(ip);
+                }
+            }
+        }
     }
 }
 

@@ -21,6 +21,9 @@ use super::worker::{Accepted, TunnelKey, Worker};
 /// Longest that the far side may take to connect to its application and answer.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Longest that a connection waits for discovery to tell of the pod that it goes to.
+const DISCOVERY_WAIT: Duration = Duration::from_secs(1);
+
 /// Tunnels tried when they are lost before the far side has looked at the connection.
 const TUNNELS: usize = 3;
 
@@ -32,7 +35,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     // Until it is carried, whatever happens the application must see a reset, never an orderly end.
     let app = Unanswered::new(stream);
     let metrics = &worker.shared.metrics;
-    let way = match decide(worker, pod, client, original) {
+    let way = match decide_soon(worker, pod, client, original).await {
         Ok(way) => way,
         Err((facts, error)) => return Record::refused(metrics, *facts, &error),
     };
@@ -44,6 +47,25 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
         result = carry(worker, pod, hop, app, &record) => result,
     };
     record.finish(result);
+}
+
+/// Decides, and waits a little where discovery is behind the agent: a pod that has just started is told of soon.
+async fn decide_soon(
+    worker: &Worker,
+    pod: &Pod,
+    client: SocketAddr,
+    original: SocketAddr,
+) -> Result<Way, (Box<Facts>, ConnectionError)> {
+    // What discovery brings of this node's pods counts as a change of rules.
+    let mut changes = worker.shared.state.rules();
+    let deadline = tokio::time::Instant::now() + DISCOVERY_WAIT;
+    loop {
+        let decided = decide(worker, pod, client, original);
+        let is_early = matches!(&decided, Err((_, ConnectionError::Refused(refusal))) if refusal.is_early());
+        if !is_early || !matches!(tokio::time::timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+            return decided;
+        }
+    }
 }
 
 /// What was decided: what is known of the connection, and how it is carried.
@@ -70,7 +92,8 @@ fn decide(
     let source = local.workload(&snapshot);
     facts.src.workload = source.cloned();
     facts.src.identity = Some(pod.identity.clone());
-    let planned = plan(&snapshot, &local, OriginalDst(original), &mut fastrand::Rng::new());
+    let is_local = |ip| shared.addresses.contains(ip);
+    let planned = plan(&snapshot, &local, OriginalDst(original), &is_local, &mut fastrand::Rng::new());
     let describe = |facts: &mut Facts, destination: Planned| {
         facts.dst.workload = destination.workload;
         facts.service = destination.service;

@@ -6,12 +6,14 @@
 //! | service | a ready endpoint: by tunnel where it speaks HBONE, else plain |
 //! | workload with a waypoint | tunnel to an instance of the waypoint, which is told the workload's address |
 //! | workload | by tunnel where it speaks HBONE, else plain |
+//! | what discovery sent and cannot be taken | refused: how it wants to be reached is not known |
+//! | a pod of this node that discovery has not brought yet | refused, for the same reason |
 //! | anything else | passed through to the address that the application asked for |
 //!
 //! A waypoint's own connections do not go through itself. What is bound to a waypoint that cannot be had is refused.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use mesh_hbone::Authority;
@@ -136,6 +138,22 @@ pub enum RefusalReason {
         /// The port asked for.
         port: u16,
     },
+    /// Discovery sent something for the destination that cannot be taken.
+    #[error(
+        "{resource}, which has this address, is invalid: {reason}; it is refused until its configuration is repaired"
+    )]
+    InvalidDestination {
+        /// The resource's name in discovery.
+        resource: Arc<str>,
+        /// What is wrong with it.
+        reason: Arc<str>,
+    },
+    /// The destination is a pod of this node that is in the mesh, and discovery has not brought it yet.
+    #[error("{ip} is a pod of this node that the control plane has not told of yet")]
+    NotDiscovered {
+        /// The pod's address.
+        ip: IpAddr,
+    },
     /// The destination is bound to a waypoint that is not known.
     #[error("{of} is bound to a waypoint that is not known")]
     WaypointUnknown {
@@ -151,19 +169,27 @@ pub enum RefusalReason {
 }
 
 impl Refusal {
+    /// Whether what is missing may come any moment.
+    pub fn is_early(&self) -> bool {
+        matches!(self.why, RefusalReason::NotDiscovered { .. })
+    }
+
     /// A label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self.why {
             RefusalReason::ForbiddenPort { .. } => "forbidden_port",
             RefusalReason::NoSuchPort { .. } => "no_such_port",
             RefusalReason::NoReadyEndpoint { .. } => "no_ready_endpoint",
+            RefusalReason::InvalidDestination { .. } => "invalid_destination",
+            RefusalReason::NotDiscovered { .. } => "not_discovered",
             RefusalReason::WaypointUnknown { .. } => "waypoint_unknown",
             RefusalReason::WaypointNotReady { .. } => "waypoint_not_ready",
         }
     }
 }
 
-/// Decides where a connection that an application in `source` opened to `dst` goes.
+/// Decides where a connection that an application in `source` opened to `dst` goes. `is_local` tells the addresses of the
+/// pods of this node that are in the mesh, whether or not discovery has brought them.
 ///
 /// # Errors
 /// When the connection must not or cannot be carried.
@@ -171,17 +197,15 @@ pub fn plan(
     snapshot: &Snapshot,
     source: &LocalPod<'_>,
     dst: OriginalDst,
+    is_local: &dyn Fn(IpAddr) -> bool,
     random: &mut fastrand::Rng,
 ) -> Result<Plan, Refusal> {
     // An IPv4 address mapped into IPv6 is the IPv4 address, for look-ups and on the wire.
     let dst = OriginalDst(SocketAddr::new(dst.0.ip().to_canonical(), dst.0.port()));
     let workload = source.workload(snapshot);
-    let mut planner = Planner { snapshot, source: workload, from: source.viewpoint(workload), dst, random };
-    match snapshot.destination(&planner.from, dst.0.ip()) {
-        Destination::Service(service) => planner.plan_service(service),
-        Destination::Workload(workload) => planner.plan_workload(workload),
-        Destination::Unknown => Ok(planner.pass_through(None)),
-    }
+    let mut planner = Planner { snapshot, source: workload, from: source.viewpoint(workload), dst, is_local, random };
+    let destination = snapshot.destination(&planner.from, dst.0.ip());
+    planner.plan(destination, None)
 }
 
 /// What every step of one decision needs.
@@ -191,10 +215,27 @@ struct Planner<'a> {
     source: Option<&'a Arc<Workload>>,
     from: Viewpoint<'a>,
     dst: OriginalDst,
+    is_local: &'a dyn Fn(IpAddr) -> bool,
     random: &'a mut fastrand::Rng,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    /// `through` is the service that was asked for and leaves the way to the address.
+    fn plan(&mut self, to: Destination<'a>, through: Option<&Arc<Service>>) -> Result<Plan, Refusal> {
+        let ip = self.dst.0.ip();
+        let why = match to {
+            Destination::Service(service) => return self.plan_service(service),
+            Destination::Workload(workload) => return self.plan_workload(workload),
+            Destination::Unusable(unusable) => RefusalReason::InvalidDestination {
+                resource: Arc::clone(&unusable.name),
+                reason: Arc::clone(&unusable.reason),
+            },
+            Destination::Unknown if (self.is_local)(ip) => RefusalReason::NotDiscovered { ip },
+            Destination::Unknown => return Ok(self.pass_through(through)),
+        };
+        Err(Refusal { why, destination: Planned { workload: None, service: through.cloned() } })
+    }
+
     fn plan_service(&mut self, service: &Arc<Service>) -> Result<Plan, Refusal> {
         let OriginalDst(dst) = self.dst;
         let key = service.key();
@@ -213,10 +254,7 @@ impl Planner<'_> {
             return self.plan_waypoint(waypoint, key, destination, TunnelKind::ServiceWaypoint);
         }
         if service.load_balancing.mode == LoadBalancingMode::Passthrough {
-            return match self.snapshot.workload_by_ip(self.from.network, dst.ip()) {
-                Some(workload) => self.plan_workload(workload),
-                None => Ok(self.pass_through(Some(service))),
-            };
+            return self.plan(self.snapshot.workload_destination(self.from.network, dst.ip()), Some(service));
         }
         let endpoint = self.snapshot.select(service, dst.port(), &self.from, self.random);
         let address =

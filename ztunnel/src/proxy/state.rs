@@ -78,14 +78,21 @@ impl Discovery {
                     snapshot.remove_address(name);
                 }
                 for resource in update.set {
-                    match Change::address(&resource.body) {
-                        Ok(change) => {
-                            let local = matches!(&change, Change::Workload(workload) if *workload.node == *self.node);
-                            outcome.rules |= local;
-                            snapshot.apply(change);
-                        }
-                        Err(error) => outcome.reject(&resource.name, &error),
+                    // What cannot be understood is refused here, and so is the traffic to it.
+                    let (change, error) = Change::address(&resource.name, &resource.body);
+                    outcome.rules |= match &change {
+                        Change::Workload(workload) => *workload.node == *self.node,
+                        // It may be a pod of this node.
+                        Change::Unusable(_) => true,
+                        Change::Service(_)
+                        | Change::Authorization(_)
+                        | Change::RemoveAddress(_)
+                        | Change::RemoveAuthorization(_) => false,
+                    };
+                    if let Some(error) = error {
+                        outcome.reject(&resource.name, &error);
                     }
+                    snapshot.apply(change);
                 }
             }
             AUTHORIZATION_TYPE => {
@@ -195,6 +202,27 @@ mod tests {
             destination_port: 80,
         };
         assert!(snapshot.authorize(&facts).is_err());
+    }
+
+    #[test]
+    fn an_address_that_cannot_be_read_takes_the_place_of_the_version_before() {
+        let state = State::new();
+        let mut sink = state.sink("node-a");
+        let there = |state: &State| {
+            let snapshot = state.snapshot();
+            match snapshot.workload_destination("", [10, 0, 0, 1].into()) {
+                mesh_model::Destination::Workload(_) => "workload",
+                mesh_model::Destination::Unusable(_) => "unusable",
+                mesh_model::Destination::Service(_) | mesh_model::Destination::Unknown => "-",
+            }
+        };
+        assert_eq!(sink.apply(update(WORKLOAD_TYPE, vec![workload("pod", "node-b")], &[])).len(), 0);
+        assert_eq!(there(&state), "workload");
+        let bad = Resource { body: vec![0xff; 4].into(), ..workload("pod", "") };
+        assert_eq!(sink.apply(update(WORKLOAD_TYPE, vec![bad], &[])).len(), 1);
+        assert_eq!(there(&state), "unusable");
+        sink.apply(update(WORKLOAD_TYPE, vec![workload("pod", "node-b")], &[]));
+        assert_eq!(there(&state), "workload");
     }
 
     #[test]

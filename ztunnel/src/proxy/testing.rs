@@ -140,6 +140,7 @@ impl Mesh {
             ),
             metrics: Metrics::register(&registry),
             tunnels: Tunnels::default(),
+            addresses: Arc::default(),
             hbone: mesh_hbone::Options::default(),
             network: String::new(),
             node: "node".into(),

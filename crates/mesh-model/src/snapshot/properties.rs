@@ -1,5 +1,6 @@
 //! Whatever the order of changes, a snapshot says what a plain search of the resources says.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::collection::{btree_map, vec};
@@ -19,6 +20,9 @@ const SERVICES: [&str; 3] = ["a", "b", "c"];
 enum Edit {
     Workload(Box<wire::Workload>),
     Service(Box<wire::Service>),
+    /// A version that cannot be taken.
+    BadWorkload(Box<wire::Workload>),
+    BadService(Box<wire::Service>),
     RemoveWorkload(usize),
     RemoveService(usize),
 }
@@ -88,6 +92,8 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
     let edit = prop_oneof![
         6 => workload().prop_map(|workload| Edit::Workload(Box::new(workload))),
         3 => some_service().prop_map(|service| Edit::Service(Box::new(service))),
+        1 => workload().prop_map(|workload| Edit::BadWorkload(Box::new(wire::Workload { status: 9, ..workload }))),
+        1 => some_service().prop_map(|service| Edit::BadService(Box::new(wire::Service { visibility: 9, ..service }))),
         1 => (0..6_usize).prop_map(Edit::RemoveWorkload),
         1 => (0..3_usize).prop_map(Edit::RemoveService),
     ];
@@ -99,25 +105,63 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
 struct Naive {
     workloads: BTreeMap<String, Workload>,
     services: BTreeMap<String, Service>,
+    /// What cannot be taken, in the version that could be if it did not say what cannot be.
+    bad_workloads: BTreeMap<String, Workload>,
+    bad_services: BTreeMap<String, Service>,
 }
 
 impl Naive {
     fn apply(&mut self, edit: &Edit) {
         match edit {
             Edit::Workload(wire) => {
+                self.bad_workloads.remove(&wire.uid);
                 self.workloads.insert(wire.uid.clone(), (&**wire).try_into().unwrap());
             }
             Edit::Service(wire) => {
                 let service = Service::try_from(&**wire).unwrap();
+                self.bad_services.remove(&**service.key());
                 self.services.insert(service.key().to_string(), service);
+            }
+            Edit::BadWorkload(wire) => {
+                let mended = wire::Workload { status: 0, ..(**wire).clone() };
+                self.workloads.remove(&wire.uid);
+                self.bad_workloads.insert(wire.uid.clone(), (&mended).try_into().unwrap());
+            }
+            Edit::BadService(wire) => {
+                let mended = Service::try_from(&wire::Service { visibility: 0, ..(**wire).clone() }).unwrap();
+                self.services.remove(&**mended.key());
+                self.bad_services.insert(mended.key().to_string(), mended);
             }
             Edit::RemoveWorkload(number) => {
                 self.workloads.remove(&uid(*number));
+                self.bad_workloads.remove(&uid(*number));
             }
             Edit::RemoveService(number) => {
-                self.services.remove(&format!("shop/{}", SERVICES[*number]));
+                let key = format!("shop/{}", SERVICES[*number]);
+                self.services.remove(&key);
+                self.bad_services.remove(&key);
             }
         }
+    }
+
+    /// The name of what is at `ip`, and whether it can be taken.
+    fn destination(&self, network: &str, ip: IpAddr) -> Option<(&str, bool)> {
+        let good = self.services.values().map(|service| (service, true));
+        let services = good.chain(self.bad_services.values().map(|service| (service, false)));
+        let claims = services.flat_map(|(service, usable)| {
+            let here = service.addresses.iter().filter(|vip| *vip.network == *network && vip.block.contains(ip));
+            here.map(move |vip| ((Reverse(vip.block.length()), !service.canonical, &**service.key()), usable))
+        });
+        if let Some(((_, _, key), usable)) = claims.min() {
+            return Some((key, usable));
+        }
+        let good = self.workloads.values().map(|workload| (workload, true));
+        let workloads = good.chain(self.bad_workloads.values().map(|workload| (workload, false)));
+        let here = workloads.filter(|(workload, _)| {
+            !workload.host_network && *workload.network == *network && workload.addresses.contains(&ip)
+        });
+        let first = here.min_by_key(|(workload, _)| address_rank(workload));
+        first.map(|(workload, usable)| (&*workload.uid, usable))
     }
 
     fn by_ip(&self, network: &str, ip: IpAddr) -> Option<&Workload> {
@@ -174,6 +218,19 @@ fn apply(snapshot: &mut Snapshot, edit: &Edit) {
     match edit {
         Edit::Workload(wire) => snapshot.upsert_workload((&**wire).try_into().unwrap()),
         Edit::Service(wire) => snapshot.upsert_service((&**wire).try_into().unwrap()),
+        Edit::BadWorkload(_) | Edit::BadService(_) => {
+            let (name, r#type) = match edit.clone() {
+                Edit::BadWorkload(wire) => (wire.uid.clone(), wire::address::Type::Workload(*wire)),
+                Edit::BadService(wire) => {
+                    (format!("{}/{}", wire.namespace, wire.hostname), wire::address::Type::Service(*wire))
+                }
+                _ => unreachable!("matched above"),
+            };
+            let body = wire::Address { r#type: Some(r#type) }.encode_to_vec();
+            let (change, error) = Change::address(&name, &body);
+            assert!(error.is_some());
+            snapshot.apply(change);
+        }
         Edit::RemoveWorkload(number) => snapshot.remove_address(&uid(*number)),
         Edit::RemoveService(number) => snapshot.remove_address(&format!("shop/{}", SERVICES[*number])),
     }
@@ -202,8 +259,17 @@ fn check(snapshot: &Snapshot, naive: &Naive) -> Result<(), TestCaseError> {
             prop_assert_eq!(found, naive.by_ip(network, address));
             let found: Vec<_> = snapshot.services_by_vip(network, address).map(|service| &**service.key()).collect();
             prop_assert_eq!(found, naive.by_vip(network, address));
+            let from = Viewpoint { network, ..Viewpoint::default() };
+            let found = match snapshot.destination(&from, address) {
+                Destination::Service(service) => Some((&**service.key(), true)),
+                Destination::Workload(workload) => Some((&*workload.uid, true)),
+                Destination::Unusable(unusable) => Some((&*unusable.name, false)),
+                Destination::Unknown => None,
+            };
+            prop_assert_eq!(found, naive.destination(network, address));
         }
     }
+    prop_assert_eq!(snapshot.all_unusable().len(), naive.bad_workloads.len() + naive.bad_services.len());
     for name in SERVICES {
         let key = format!("shop/{name}");
         prop_assert_eq!(snapshot.service_by_name(&key).map(|service| &**service), naive.services.get(&key));
@@ -272,7 +338,8 @@ proptest! {
         }
         let workloads = naive.workloads.values().cloned().map(|workload| Change::Workload(Box::new(workload)));
         let services = naive.services.values().cloned().map(|service| Change::Service(Box::new(service)));
-        let mut changes: Vec<Change> = workloads.chain(services).collect();
+        let bad = snapshot.all_unusable().map(|unusable| Change::Unusable(Box::new(Unusable::clone(unusable))));
+        let mut changes: Vec<Change> = workloads.chain(services).chain(bad).collect();
         fastrand::Rng::with_seed(seed).shuffle(&mut changes);
         let mut rebuilt = Snapshot::new();
         changes.into_iter().for_each(|change| rebuilt.apply(change));
@@ -302,6 +369,7 @@ proptest! {
                 match snapshot.destination(&from, address) {
                     Destination::Service(_) => prop_assert!(service),
                     Destination::Workload(_) => prop_assert!(workload && !service),
+                    Destination::Unusable(_) => prop_assert!(snapshot.all_unusable().len() > 0),
                     Destination::Unknown => prop_assert!(!workload && !service),
                 }
             }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixture::{in_service, ip, network_address, pod, policy, service, snapshot};
+use crate::resolve::{Destination, Viewpoint};
 
 #[test]
 fn look_ups() {
@@ -56,7 +57,7 @@ fn the_narrowest_block_wins() {
     assert_eq!(at(&snapshot, "2001:db8::1"), Some("all6".into()));
     snapshot.remove_address("shop/narrow");
     assert_eq!(at(&snapshot, "10.1.2.3"), Some("wide".into()));
-    assert_eq!(snapshot.block_lengths.keys().copied().collect::<Vec<_>>(), [0, 8]);
+    assert_eq!(snapshot.services_by_block.lengths(), [0, 8]);
 }
 
 #[test]
@@ -119,20 +120,97 @@ fn nothing_is_left_when_everything_is_gone() {
     }
     snapshot.apply(Change::RemoveAuthorization("shop/p".into()));
     assert!(snapshot.workloads.is_empty() && snapshot.workloads_by_ip.is_empty());
-    assert!(snapshot.services.is_empty() && snapshot.services_by_block.is_empty() && snapshot.block_lengths.is_empty());
+    assert!(snapshot.services.is_empty() && snapshot.services_by_block.lengths().is_empty());
     assert!(snapshot.endpoints.is_empty() && snapshot.policies.is_empty());
     assert!(snapshot.global_policies.is_empty() && snapshot.namespace_policies.is_empty());
 }
 
+fn workload_body(workload: wire::Workload) -> Vec<u8> {
+    wire::Address { r#type: Some(wire::address::Type::Workload(workload)) }.encode_to_vec()
+}
+
+fn service_body(service: wire::Service) -> Vec<u8> {
+    wire::Address { r#type: Some(wire::address::Type::Service(service)) }.encode_to_vec()
+}
+
 #[test]
 fn bodies_of_addresses() {
-    let of = |r#type| wire::Address { r#type }.encode_to_vec();
-    let workload = of(Some(wire::address::Type::Workload(pod("web", &[]))));
-    assert!(matches!(Change::address(&workload), Ok(Change::Workload(_))));
-    let service = of(Some(wire::address::Type::Service(service("web", &[], &[]))));
-    assert!(matches!(Change::address(&service), Ok(Change::Service(_))));
-    assert_eq!(Change::address(&of(None)).unwrap_err(), InvalidChange::Empty);
-    assert!(matches!(Change::address(b"\xff"), Err(InvalidChange::Decode(_))));
-    let nameless = of(Some(wire::address::Type::Workload(wire::Workload::default())));
-    assert_eq!(Change::address(&nameless).unwrap_err(), InvalidWorkload::NoUid.into());
+    assert!(matches!(Change::address("w", &workload_body(pod("web", &[]))), (Change::Workload(_), None)));
+    assert!(matches!(Change::address("s", &service_body(service("web", &[], &[]))), (Change::Service(_), None)));
+    let bad = |body: &[u8]| match Change::address("name", body) {
+        (Change::Unusable(unusable), Some(error)) => {
+            assert_eq!((&*unusable.name, &*unusable.reason), ("name", &*error.to_string()));
+            error
+        }
+        (change, error) => panic!("{change:?} {error:?}"),
+    };
+    assert_eq!(bad(&wire::Address { r#type: None }.encode_to_vec()), InvalidChange::Empty);
+    assert!(matches!(bad(b"\xff"), InvalidChange::Decode(_)));
+    assert_eq!(bad(&workload_body(wire::Workload::default())), InvalidWorkload::NoUid.into());
+}
+
+/// What is at an address for a client of namespace `shop`: the name, with a `!` before what cannot be taken.
+fn seen(snapshot: &Snapshot, address: &str) -> String {
+    let from = Viewpoint { namespace: "shop", ..Viewpoint::default() };
+    match snapshot.destination(&from, ip(address)) {
+        Destination::Service(service) => service.key().to_string(),
+        Destination::Workload(workload) => workload.uid.to_string(),
+        Destination::Unusable(unusable) => format!("!{}", unusable.name),
+        Destination::Unknown => "-".into(),
+    }
+}
+
+#[test]
+fn what_cannot_be_taken_is_in_the_place_of_what_it_replaces() {
+    const UID: &str = "Kubernetes//Pod/shop/web";
+    let mut snapshot = Snapshot::new();
+    let mut tell = |name: &str, body: &[u8]| {
+        snapshot.apply(Change::address(name, body).0);
+        (seen(&snapshot, "10.0.0.1"), seen(&snapshot, "10.96.0.1"))
+    };
+    let is = |pod: &str, service: &str| (pod.to_owned(), service.to_owned());
+    let good = in_service(pod("web", &["10.0.0.1"]), "web", &[]);
+    let bad = wire::Workload { waypoint: Some(wire::GatewayAddress::default()), ..good.clone() };
+    let vip = service("web", &["10.96.0.1"], &[(80, 8080)]);
+    let bad_vip = wire::Service { visibility: 7, ..vip.clone() };
+    let none = wire::Workload { addresses: vec![vec![1, 2, 3].into()], ..good.clone() };
+    assert_eq!(tell(UID, &workload_body(bad.clone())), is("!Kubernetes//Pod/shop/web", "-"));
+    assert_eq!(tell(UID, &workload_body(good.clone())), is(UID, "-"), "a good version repairs it");
+    assert_eq!(tell("shop/web", &service_body(vip.clone())), is(UID, "shop/web"));
+    assert_eq!(tell(UID, &workload_body(bad)), is("!Kubernetes//Pod/shop/web", "shop/web"));
+    assert_eq!(tell("shop/web", &service_body(bad_vip)), is("!Kubernetes//Pod/shop/web", "!shop/web"));
+    assert_eq!(tell("shop/web", &service_body(vip)), is("!Kubernetes//Pod/shop/web", "shop/web"));
+    assert_eq!(tell(UID, &workload_body(good)), is(UID, "shop/web"));
+    // Addresses that cannot be read are those of the version before.
+    assert_eq!(tell(UID, &workload_body(none)), is("!Kubernetes//Pod/shop/web", "shop/web"));
+    assert_eq!(tell(UID, b"\xff"), is("!Kubernetes//Pod/shop/web", "shop/web"));
+    assert_eq!(tell("shop/web", b"\xff"), is("!Kubernetes//Pod/shop/web", "!shop/web"));
+    assert!(snapshot.workload_by_uid(UID).is_none() && snapshot.service_by_name("shop/web").is_none());
+    assert!(snapshot.endpoints.is_empty(), "it is no endpoint any more");
+    snapshot.remove_address(UID);
+    snapshot.remove_address("shop/web");
+    assert_eq!((seen(&snapshot, "10.0.0.1"), seen(&snapshot, "10.96.0.1")), is("-", "-"));
+    assert_eq!(snapshot.all_unusable().len(), 0);
+}
+
+#[test]
+fn what_cannot_be_taken_takes_no_address_that_was_not_its_own() {
+    let mut snapshot = snapshot(&[pod("web", &["10.0.0.1"])], &[service("web", &["10.96.0.1"], &[])]);
+    let entry = wire::Workload { uid: "entry".into(), status: 9, ..pod("entry", &["10.0.0.1"]) };
+    snapshot.apply(Change::address("entry", &workload_body(entry)).0);
+    let wide = wire::NetworkAddress { length: Some(8), ..network_address("10.0.0.0") };
+    let wide = wire::Service { addresses: vec![wide], visibility: 7, ..service("wide", &[], &[]) };
+    snapshot.apply(Change::address("shop/wide", &service_body(wide)).0);
+    let private = wire::Service { namespace: "far".into(), visibility: 1, ..service("web", &["192.0.2.1"], &[(0, 0)]) };
+    snapshot.apply(Change::address("far/web", &service_body(private)).0);
+    let host = wire::Workload { network_mode: 1, status: 9, ..pod("host", &["192.0.2.2"]) };
+    snapshot.apply(Change::address("Kubernetes//Pod/shop/host", &workload_body(host)).0);
+    assert_eq!(seen(&snapshot, "10.96.0.1"), "shop/web");
+    assert_eq!(seen(&snapshot, "10.7.7.7"), "!shop/wide");
+    assert_eq!(seen(&snapshot, "192.0.2.1"), "-", "not seen from here");
+    assert_eq!(seen(&snapshot, "192.0.2.2"), "-", "the node's address");
+    snapshot.remove_address("shop/wide");
+    assert_eq!(seen(&snapshot, "10.0.0.1"), "Kubernetes//Pod/shop/web");
+    snapshot.remove_address("Kubernetes//Pod/shop/web");
+    assert_eq!(seen(&snapshot, "10.0.0.1"), "!entry");
 }

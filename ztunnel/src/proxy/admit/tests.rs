@@ -2,6 +2,7 @@ use super::*;
 use crate::proxy::local::fixture::{at, id, ip, local, mesh, pod};
 use mesh_proto::security::{self, string_match::MatchType};
 use mesh_proto::workload as wire;
+use prost::Message as _;
 
 const POD: &str = "10.0.0.2";
 const CLIENT: &str = "10.0.0.1";
@@ -109,6 +110,20 @@ fn a_pod_that_discovery_does_not_know_takes_nothing() {
     assert_eq!(told(plain(&Snapshot::new(), "web", "10.0.0.2:80")), unknown);
     // The address belonged to `web`; discovery has not brought the pod that has it now, nor its policies.
     assert_eq!(told(plain(&shop(None), "newcomer", "10.0.0.2:80")), unknown);
+}
+
+#[test]
+fn a_pod_whose_resource_cannot_be_taken_takes_nothing() {
+    let mut snapshot = shop(None);
+    assert!(plain(&snapshot, "web", "10.0.0.2:80").is_ok());
+    let bad = wire::Workload { status: 9, ..pod("web", &[POD]) };
+    let body = wire::Address { r#type: Some(wire::address::Type::Workload(bad)) }.encode_to_vec();
+    snapshot.apply(mesh_model::Change::address("Kubernetes//Pod/shop/web", &body).0);
+    let invalid = (503, "invalid_destination".to_owned(), None);
+    assert_eq!(told(tunnel_from(&snapshot, "client", "10.0.0.2:80")), invalid);
+    assert_eq!(told(plain(&snapshot, "web", "10.0.0.2:80")), invalid);
+    let text = plain(&snapshot, "web", "10.0.0.2:80").unwrap_err().to_string();
+    assert!(text.contains("Kubernetes//Pod/shop/web") && text.contains("status"), "{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@ use crate::proxy::local::fixture::{
     at, id, in_service, ip, local, mesh, network_address, pod, service, waypoint, wire_ports,
 };
 use mesh_proto::workload as wire;
+use prost::Message as _;
 
 const CLIENT: &str = "10.0.0.1";
 
@@ -13,7 +14,13 @@ fn from_client(snapshot: &Snapshot, dst: &str) -> Result<Plan, Refusal> {
 
 fn from_pod(snapshot: &Snapshot, name: &str, address: &str, dst: &str) -> Result<Plan, Refusal> {
     let (identity, addresses) = (id("shop", name), [ip(address)]);
-    plan(snapshot, &local(name, &identity, &addresses), OriginalDst(at(dst)), &mut fastrand::Rng::with_seed(7))
+    let source = local(name, &identity, &addresses);
+    plan(snapshot, &source, OriginalDst(at(dst)), &is_local, &mut fastrand::Rng::with_seed(7))
+}
+
+/// A pod of this node that discovery has not brought.
+fn is_local(address: IpAddr) -> bool {
+    address == ip("10.0.0.50")
 }
 
 /// A plan in one line, to compare tables with.
@@ -222,7 +229,7 @@ fn several_waypoints_share_by_weight() {
     for _ in 0..1000 {
         let source = local("client", &identity, &addresses);
         let Plan::Tunnel { next_hop, .. } =
-            plan(&snapshot, &source, OriginalDst(at("10.96.0.1:80")), &mut random).unwrap()
+            plan(&snapshot, &source, OriginalDst(at("10.96.0.1:80")), &is_local, &mut random).unwrap()
         else {
             panic!("not a tunnel")
         };
@@ -254,6 +261,47 @@ fn passthrough_goes_where_it_was_addressed() {
 }
 
 #[test]
+fn what_cannot_be_taken_is_refused() {
+    let mut snapshot = shop();
+    let mut tell = |name: &str, one: wire::address::Type| {
+        let body = wire::Address { r#type: Some(one) }.encode_to_vec();
+        snapshot.apply(mesh_model::Change::address(name, &body).0);
+    };
+    // As they were, with a waypoint that cannot be read.
+    let waypoint = Some(wire::GatewayAddress::default());
+    let old = wire::Workload { tunnel_protocol: 0, waypoint: waypoint.clone(), ..pod("old", &["10.0.0.3"]) };
+    tell("Kubernetes//Pod/shop/old", wire::address::Type::Workload(old));
+    let web = wire::Service { waypoint, ..service("web", "10.96.0.1", &[(80, 8080)]) };
+    tell("shop/web.shop.svc.cluster.local", wire::address::Type::Service(web));
+    let passthrough =
+        wire::LoadBalancing { mode: wire::load_balancing::Mode::Passthrough.into(), ..Default::default() };
+    let left_alone = wire::Service { load_balancing: Some(passthrough), ..service("alone", "10.0.0.3", &[(80, 0)]) };
+    let cases = [
+        ("10.0.0.3:80", "invalid_destination - -"),
+        ("10.96.0.1:80", "invalid_destination - -"),
+        // Its last endpoint is the workload that cannot be taken.
+        ("10.96.0.2:80", "no_ready_endpoint - old"),
+    ];
+    for (dst, expected) in cases {
+        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    }
+    let text = from_client(&snapshot, "10.0.0.3:80").unwrap_err().to_string();
+    assert!(text.contains("Kubernetes//Pod/shop/old") && text.contains("waypoint"), "{text}");
+    snapshot.upsert_service((&left_alone).try_into().unwrap());
+    assert_eq!(line(from_client(&snapshot, "10.0.0.3:80")), "invalid_destination - alone");
+}
+
+#[test]
+fn a_pod_of_this_node_that_discovery_has_not_brought_is_not_passed_through_to() {
+    let mut snapshot = shop();
+    assert_eq!(line(from_client(&snapshot, "10.0.0.50:80")), "not_discovered - -");
+    assert_eq!(line(from_client(&snapshot, "[::ffff:10.0.0.50]:80")), "not_discovered - -");
+    assert_eq!(line(from_client(&snapshot, "10.0.0.51:80")), "PassThrough 10.0.0.51:80 - -");
+    snapshot.upsert_workload((&pod("late", &["10.0.0.50"])).try_into().unwrap());
+    assert_eq!(line(from_client(&snapshot, "10.0.0.50:80")), "Direct 10.0.0.50:15008 10.0.0.50:80 [shop/late] late -");
+}
+
+#[test]
 fn a_private_service_is_seen_in_its_namespace_only() {
     let private = wire::Service {
         visibility: wire::service::Visibility::Namespace.into(),
@@ -263,7 +311,8 @@ fn a_private_service_is_seen_in_its_namespace_only() {
     let snapshot = mesh(&[in_service(pod("web", &["10.0.0.2"]), "web", &[])], &[private]);
     let (identity, addresses) = (id("elsewhere", "client"), [ip(CLIENT)]);
     let stranger = LocalPod { namespace: "elsewhere", ..local("client", &identity, &addresses) };
-    let planned = plan(&snapshot, &stranger, OriginalDst(at("10.96.0.1:80")), &mut fastrand::Rng::with_seed(1));
+    let random = &mut fastrand::Rng::with_seed(1);
+    let planned = plan(&snapshot, &stranger, OriginalDst(at("10.96.0.1:80")), &is_local, random);
     assert_eq!(line(planned), "PassThrough 10.96.0.1:80 - -");
     assert!(line(from_client(&snapshot, "10.96.0.1:80")).starts_with("Direct 10.0.0.2:15008"));
 }
