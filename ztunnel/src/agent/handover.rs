@@ -154,12 +154,10 @@ async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<
         return Err(HandoverError::Slow("acknowledge"));
     }
     match notice {
-        Notice::Added(pod, listeners) => {
-            let message = node::PodAdded {
-                pod: Some(pod.info.to_wire()),
-                listeners: ListenerSet::KINDS.map(Into::into).to_vec(),
-            };
-            unacked.push_back((pod.info.uid.clone(), None));
+        Notice::Added(info, listeners) => {
+            let message =
+                node::PodAdded { pod: Some(info.to_wire()), listeners: ListenerSet::KINDS.map(Into::into).to_vec() };
+            unacked.push_back((info.uid, None));
             send(socket, agent_message::Kind::PodAdded(message), &listeners.descriptors()).await
         }
         Notice::Removed(uid, removed) => {

@@ -8,11 +8,13 @@ use std::time::Duration;
 use mesh_proto::node;
 use tokio::sync::{mpsc, oneshot};
 
-use super::capture::{NodeCapture, PodCapture, folder_name};
-use super::netns::Netns;
+use super::adopt::{self, Adoption, Stranded};
+use super::capture::NodeCapture;
+use super::netns::{self, Netns, inode_at};
 use super::pod::{EnrolError, Pod, PodInfo, Sandbox};
+use super::pod_network;
 use super::sockets::ListenerSet;
-use super::state::{Saved, State, StateError};
+use super::state::{State, StateError};
 
 /// How long a proxy may take to close the sockets of a pod that is gone.
 const ACK_PATIENCE: Duration = Duration::from_secs(2);
@@ -37,7 +39,7 @@ type Shared = Arc<Mutex<HashMap<String, Arc<Pod>>>>;
 #[derive(Debug)]
 pub enum Notice {
     /// A pod, with listeners that the proxy gets duplicates of.
-    Added(Arc<Pod>, Arc<ListenerSet>),
+    Added(PodInfo, Arc<ListenerSet>),
     /// A pod is gone; the sender fires when the proxy has closed its sockets.
     Removed(String, oneshot::Sender<()>),
     /// Everything known at connect time has been told.
@@ -82,7 +84,8 @@ impl Manager {
     /// When the state cannot be read.
     pub fn start(node: Arc<NodeCapture>, state: State) -> Result<Self, StateError> {
         let pods = Shared::default();
-        let stranded = adopt(&node, &state, &pods)?;
+        let (adopted, stranded) = adopt::all(&node, &state)?;
+        *pods.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         let (commands, queue) = mpsc::channel(QUEUE);
         let task = Task { node, state, pods: Arc::clone(&pods), stranded, proxies: HashMap::new() };
         tokio::spawn(task.run(queue));
@@ -151,71 +154,6 @@ impl Manager {
     }
 }
 
-/// Takes over the pods of an earlier agent. Those that cannot be served are returned, with the reason; their capture
-/// stays.
-fn adopt(node: &NodeCapture, state: &State, pods: &Shared) -> Result<BTreeMap<String, Stranded>, StateError> {
-    let mut stranded = BTreeMap::new();
-    let mut known = Vec::new();
-    for saved in state.load()? {
-        let saved = match saved {
-            Ok(saved) => saved,
-            Err(error) => {
-                tracing::error!(%error, "cannot read the state of a pod; its capture stays as it is");
-                continue;
-            }
-        };
-        let uid = saved.pod.uid.clone();
-        known.push(folder_name(&uid));
-        let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
-            if node.adopt_pod(&uid).is_some_and(|capture| capture.is_dead().is_ok_and(|dead| !dead)) {
-                stranded.insert(uid, Stranded { saved, reason: String::from("its network namespace was not found") });
-            } else {
-                tracing::info!(pod = uid, "gone while no agent ran");
-                bury(node, state, &saved);
-            }
-            continue;
-        };
-        match Pod::adopt(node, &saved, netns) {
-            Ok(pod) => {
-                tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "adopted");
-                pods.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::new(pod));
-            }
-            Err(error) => {
-                tracing::error!(pod = uid, %error, "cannot adopt; its capture stays as it is");
-                stranded.insert(uid, Stranded { saved, reason: error.to_string() });
-            }
-        }
-    }
-    for folder in node.pinned().unwrap_or_default() {
-        if !known.contains(&folder) {
-            let capture = PodCapture::named(node, &folder);
-            match capture.is_dead() {
-                Ok(false) => tracing::warn!(folder, "pinned for a pod that this agent knows nothing of; left in force"),
-                Ok(true) | Err(_) => {
-                    let _ = capture.unpin();
-                }
-            }
-        }
-    }
-    Ok(stranded)
-}
-
-/// Removes what is left of a pod whose namespace is gone.
-fn bury(node: &NodeCapture, state: &State, saved: &Saved) {
-    let uid = &saved.pod.uid;
-    let steps =
-        [node.release(saved.netns_cookie).map_err(EnrolError::from), node.unpin_pod(uid).map_err(EnrolError::from)];
-    for error in steps.into_iter().chain([state.remove(uid).map_err(EnrolError::from)]).filter_map(Result::err) {
-        tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
-    }
-}
-
-/// A pod that is captured but cannot be served.
-struct Stranded {
-    saved: Saved,
-    reason: String,
-}
-
 struct Task {
     node: Arc<NodeCapture>,
     state: State,
@@ -256,26 +194,26 @@ impl Task {
 
     async fn enrol(&mut self, info: PodInfo, netns: OwnedFd, mut sandbox: Sandbox) -> Result<(), ManagerError> {
         let uid = info.uid.clone();
-        let (netns, inode) = blocking(move || {
-            let copy = netns.try_clone().map_err(super::netns::NetnsError::Enter)?;
-            Ok::<_, EnrolError>((netns, Netns::new(copy)?.inode()))
-        })
-        .await?;
-        if let Some(pod) = self.get(&uid) {
-            let node = Arc::clone(&self.node);
-            let same = pod.info == info && pod.netns().inode() == inode;
-            if same && blocking(move || pod.verify(&node)).await.is_ok() {
-                return Ok(());
-            }
-            self.withdraw(&uid).await?;
-        }
-        if let Some(other) = self.all().into_iter().find(|pod| pod.netns().inode() == inode) {
-            return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
-        }
-        self.stranded.remove(&uid);
+        let netns = blocking(move || Ok(Netns::new(netns)?)).await?;
+        let inode = netns.inode();
         // A path that means something else here (another mount namespace) would make the pod look gone.
         if inode_at(&sandbox.path) != Some(inode) {
             sandbox.path.clear();
+        }
+        let in_it = |pod: &Arc<Pod>| pod.netns().inode() == inode;
+        if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
+            return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
+        }
+        self.retry_stranded(&uid, &info, &netns).await?;
+        if let Some(pod) = self.get(&uid) {
+            if in_it(&pod) && pod.info == info {
+                return self.enrol_again(pod, sandbox).await;
+            }
+            if in_it(&pod) && pod.listeners().is_none() {
+                // Withdrawn, it could not be enrolled again: the proxy has the ports.
+                return Err(EnrolError::NoListeners.into());
+            }
+            self.withdraw(&uid).await?;
         }
         let (node, state) = (Arc::clone(&self.node), self.state.clone());
         let enrolled = blocking(move || Pod::enrol(&node, &state, info, netns, sandbox)).await;
@@ -292,9 +230,50 @@ impl Task {
         Ok(())
     }
 
+    /// A pod that is enrolled was announced once more. Whatever is missing, its capture is never given up here.
+    async fn enrol_again(&self, pod: Arc<Pod>, sandbox: Sandbox) -> Result<(), ManagerError> {
+        let (node, state, mending) = (Arc::clone(&self.node), self.state.clone(), Arc::clone(&pod));
+        let had_listeners = pod.listeners().is_some();
+        let done = blocking(move || {
+            mending.announced(&state, sandbox)?;
+            mending.mend(&node)
+        })
+        .await;
+        if !had_listeners {
+            self.announce(&pod);
+        }
+        if let Err(error) = &done {
+            tracing::warn!(pod = pod.info.uid, %error, "announced again; not wholly in force");
+        }
+        Ok(done?)
+    }
+
+    /// A stranded pod was announced again: the same one is adopted, in the namespace that was given; one that is
+    /// another by now is withdrawn.
+    async fn retry_stranded(&mut self, uid: &str, info: &PodInfo, netns: &Netns) -> Result<(), ManagerError> {
+        let Some(Stranded { saved, listeners, .. }) = self.stranded.get(uid) else { return Ok(()) };
+        if saved.netns_cookie != netns.cookie() || saved.pod != *info {
+            return self.withdraw(uid).await;
+        }
+        let (node, saved, listeners) = (Arc::clone(&self.node), saved.clone(), listeners.clone());
+        let netns = netns.try_clone().map_err(EnrolError::from)?;
+        let pod = blocking(move || Pod::adopt(&node, &saved, netns, listeners)).await?;
+        self.adopted(pod);
+        Ok(())
+    }
+
+    /// A pod is stranded no more.
+    fn adopted(&mut self, pod: Pod) {
+        tracing::info!(pod = pod.info.uid, "adopted after all");
+        self.stranded.remove(&pod.info.uid);
+        let pod = Arc::new(pod);
+        self.lock().insert(pod.info.uid.clone(), Arc::clone(&pod));
+        self.announce(&pod);
+    }
+
     /// Withdraws a pod unless it is enrolled in another sandbox than this one by now.
     async fn withdraw_from(&mut self, uid: &str, sandbox: &str) -> Result<(), ManagerError> {
-        let enrolled = self.get(uid).map(|pod| pod.sandbox.id.clone());
+        let enrolled = self.get(uid).map(|pod| pod.sandbox().id);
         let enrolled = enrolled.or_else(|| self.stranded.get(uid).map(|stranded| stranded.saved.sandbox.clone()));
         match enrolled {
             Some(enrolled) if !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox => {
@@ -306,13 +285,8 @@ impl Task {
     }
 
     async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
-        if let Some(Stranded { saved, .. }) = self.stranded.remove(uid) {
-            let (node, state) = (Arc::clone(&self.node), self.state.clone());
-            blocking(move || {
-                bury(&node, &state, &saved);
-                Ok::<_, EnrolError>(())
-            })
-            .await?;
+        if let Some(stranded) = self.stranded.remove(uid) {
+            return self.withdraw_stranded(uid, stranded).await;
         }
         let Some(pod) = self.lock().remove(uid) else { return Ok(()) };
         let (node, releasing) = (Arc::clone(&self.node), Arc::clone(&pod));
@@ -322,6 +296,47 @@ impl Task {
         let restored = blocking(move || pod.restore(&state)).await;
         tracing::info!(pod = uid, "withdrawn");
         Ok(released.and(restored)?)
+    }
+
+    /// As any pod, if its namespace is to be found by now; without it there are no rules to remove. When something
+    /// fails it stays stranded.
+    async fn withdraw_stranded(&mut self, uid: &str, mut stranded: Stranded) -> Result<(), ManagerError> {
+        let (node, saved) = (Arc::clone(&self.node), stranded.saved.clone());
+        let released = blocking(move || {
+            // Held, so that it stays to be restored when the proxy closes its sockets.
+            let netns = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
+            node.release(saved.netns_cookie)?;
+            node.unpin_pod(&saved.pod.uid)?;
+            Ok(netns)
+        })
+        .await;
+        let netns = match released {
+            Ok(netns) => netns,
+            Err(error) => {
+                stranded.reason = error.to_string();
+                self.stranded.insert(uid.to_owned(), stranded);
+                return Err(error.into());
+            }
+        };
+        stranded.listeners = None;
+        self.tell_removed(uid).await;
+        let (state, saved) = (self.state.clone(), stranded.saved.clone());
+        let restored = blocking(move || {
+            if let Some(netns) = netns {
+                pod_network::restore(&netns, saved.before)?;
+            } else {
+                tracing::warn!(pod = saved.pod.uid, "withdrawn without its network namespace, which was not found");
+            }
+            Ok(state.remove(&saved.pod.uid)?)
+        })
+        .await;
+        if let Err(error) = restored {
+            stranded.reason = error.to_string();
+            self.stranded.insert(uid.to_owned(), stranded);
+            return Err(error.into());
+        }
+        tracing::info!(pod = uid, "withdrawn");
+        Ok(())
     }
 
     /// Waits until every proxy has closed the pod's sockets; one that does not in time is cut off.
@@ -353,12 +368,12 @@ impl Task {
             pods.into_iter()
                 .map(|pod| {
                     let reason = pod.verify(&node).err().map(|error| error.to_string()).unwrap_or_default();
-                    Listed { info: pod.info.clone(), reason, sandbox: pod.sandbox.id.clone() }
+                    Listed { info: pod.info.clone(), reason, sandbox: pod.sandbox().id }
                 })
                 .collect::<Vec<_>>()
         });
         let mut listed = checked.await.unwrap_or_default();
-        listed.extend(self.stranded.values().map(|Stranded { saved, reason }| Listed {
+        listed.extend(self.stranded.values().map(|Stranded { saved, reason, .. }| Listed {
             info: saved.pod.clone(),
             reason: reason.clone(),
             sandbox: saved.sandbox.clone(),
@@ -368,19 +383,24 @@ impl Task {
 
     async fn join(&mut self, id: u64, kept: HashMap<String, ListenerSet>) -> mpsc::Receiver<Notice> {
         for (uid, listeners) in kept {
-            if let Some(pod) = self.get(&uid)
-                && pod.take_listeners(listeners)
-            {
-                tracing::info!(pod = uid, "listeners returned by the proxy");
-                // Other proxies, if any, had to do without.
-                self.announce(&pod);
+            if let Some(pod) = self.get(&uid) {
+                if pod.take_listeners(listeners) {
+                    tracing::info!(pod = uid, "listeners returned by the proxy");
+                    // Other proxies, if any, had to do without.
+                    self.announce(&pod);
+                }
+            } else if let Some(stranded) = self.stranded.get_mut(&uid) {
+                stranded.take_listeners(listeners);
             }
         }
         let (notices, receiver) = mpsc::channel(NOTICES);
-        for pod in self.all() {
-            if let Some(listeners) = pod.listeners() {
+        let pods = self.all().into_iter().map(|pod| (pod.info.clone(), pod.listeners()));
+        // A proxy that kept a stranded pod goes on serving it; left out here, it would be dropped.
+        let stranded = self.stranded.values().map(|stranded| (stranded.saved.pod.clone(), stranded.listeners.clone()));
+        for (info, listeners) in pods.chain(stranded) {
+            if let Some(listeners) = listeners {
                 // The channel holds more than all pods.
-                let _ = notices.try_send(Notice::Added(pod, listeners));
+                let _ = notices.try_send(Notice::Added(info, listeners));
             }
         }
         let _ = notices.try_send(Notice::SnapshotSent);
@@ -388,12 +408,11 @@ impl Task {
         receiver
     }
 
-    /// Withdraws pods whose namespace is gone, and opens listeners that nobody returned.
+    /// Withdraws pods whose namespace is gone, opens listeners that nobody returned, and tries stranded pods again.
     async fn look_after(&mut self) {
         for pod in self.all() {
-            let path = &pod.sandbox.path;
-            if !path.as_os_str().is_empty() && inode_at(path) != Some(pod.netns().inode()) {
-                let uid = pod.info.uid.clone();
+            if is_gone(&pod).await {
+                let (uid, path) = (pod.info.uid.clone(), pod.sandbox().path);
                 tracing::warn!(pod = uid, path = %path.display(), "its network namespace is gone and nobody withdrew it");
                 drop(pod);
                 if let Err(error) = self.withdraw(&uid).await {
@@ -410,13 +429,38 @@ impl Task {
                 }
             }
         }
+        for uid in self.stranded.keys().cloned().collect::<Vec<_>>() {
+            self.look_after_stranded(&uid).await;
+        }
+    }
+
+    async fn look_after_stranded(&mut self, uid: &str) {
+        let Some(Stranded { saved, listeners, .. }) = self.stranded.get(uid) else { return };
+        let (node, saved, listeners) = (Arc::clone(&self.node), saved.clone(), listeners.clone());
+        match blocking(move || Ok(adopt::one(&node, &saved, listeners))).await {
+            Ok(Adoption::Adopted(pod)) => self.adopted(*pod),
+            Ok(Adoption::Gone) => {
+                if let Err(error) = self.withdraw(uid).await {
+                    tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
+                }
+            }
+            Ok(Adoption::Failed(reason)) => {
+                if let Some(stranded) = self.stranded.get_mut(uid)
+                    && stranded.reason != reason
+                {
+                    tracing::warn!(pod = uid, reason, "cannot adopt yet; its capture stays as it is");
+                    stranded.reason = reason;
+                }
+            }
+            Err(error) => tracing::warn!(pod = uid, %error, "cannot adopt yet"),
+        }
     }
 
     fn announce(&self, pod: &Arc<Pod>) {
         let Some(listeners) = pod.listeners() else { return };
         for notices in self.proxies.values() {
             // A full or closed channel: the connection is about to end, and the next one gets a snapshot.
-            let _ = notices.try_send(Notice::Added(Arc::clone(pod), Arc::clone(&listeners)));
+            let _ = notices.try_send(Notice::Added(pod.info.clone(), Arc::clone(&listeners)));
         }
     }
 
@@ -439,10 +483,13 @@ impl From<Listed> for node::PodState {
     }
 }
 
-/// The inode of what lies at a path, if anything does.
-fn inode_at(path: &std::path::Path) -> Option<u64> {
-    use std::os::unix::fs::MetadataExt as _;
-    std::fs::metadata(path).ok().map(|found| found.ino())
+/// Whether a pod's namespace, which had a path, is at none now and without processes: whoever made it removed it.
+async fn is_gone(pod: &Arc<Pod>) -> bool {
+    let (path, inode) = (pod.sandbox().path, pod.netns().inode());
+    if path.as_os_str().is_empty() || inode_at(&path) == Some(inode) {
+        return false;
+    }
+    blocking(move || Ok(netns::is_gone(&path, inode))).await.unwrap_or(false)
 }
 
 /// Runs system calls that block shortly, away from the runtime's threads.

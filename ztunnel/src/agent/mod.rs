@@ -6,6 +6,7 @@
 //! learns of it and gets its sockets on `proxy/agent.sock` ([`handover`]). All that matters lies in the kernel: an
 //! agent that dies changes nothing, the next one adopts what it finds ([`state`]).
 
+mod adopt;
 pub mod announce;
 pub mod capture;
 pub mod config;

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
@@ -63,13 +63,7 @@ impl Netns {
             (namespace.cookie == cookie).then_some(namespace)
         };
         let by_path = || if path.as_os_str().is_empty() { None } else { open(path) };
-        let by_process = || {
-            fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
-                entry.file_name().to_str()?.parse::<u32>().ok()?;
-                let path = entry.path().join("ns/net");
-                (fs::metadata(&path).ok()?.ino() == inode).then(|| open(&path))?
-            })
-        };
+        let by_process = || processes().ok()?.filter(|path| inode_at(path) == Some(inode)).find_map(|path| open(&path));
         by_path().or_else(by_process)
     }
 
@@ -85,6 +79,15 @@ impl Netns {
         self.inode
     }
 
+    /// The same namespace once more.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn try_clone(&self) -> Result<Self, NetnsError> {
+        let fd = self.fd.try_clone().map_err(NetnsError::Enter)?;
+        Ok(Self { fd, cookie: self.cookie, inode: self.inode })
+    }
+
     /// Runs a closure inside, on a thread that ends with it. Blocks; not for a runtime's thread.
     ///
     /// # Errors
@@ -98,6 +101,31 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The inode of what lies at a path, if anything does.
+#[must_use]
+pub fn inode_at(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// Whether a namespace has left its path and no process is in it. What cannot be found out counts as no. Blocks
+/// shortly.
+#[must_use]
+pub fn is_gone(path: &Path, inode: u64) -> bool {
+    let left = match fs::metadata(path) {
+        Ok(found) => found.ino() != inode,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    left && processes().is_ok_and(|mut all| !all.any(|path| inode_at(&path) == Some(inode)))
+}
+
+/// The path of each process's network namespace.
+fn processes() -> io::Result<impl Iterator<Item = PathBuf>> {
+    Ok(fs::read_dir("/proc")?.filter_map(Result::ok).filter_map(|entry| {
+        entry.file_name().to_str()?.parse::<u32>().ok()?;
+        Some(entry.path().join("ns/net"))
+    }))
 }
 
 /// The inode number of a namespace's descriptor.

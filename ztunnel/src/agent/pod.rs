@@ -1,7 +1,7 @@
 //! One pod: what is known of it, validated, and its enrolment in the kernel from the first step to the last.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +9,7 @@ use mesh_proto::node;
 use ztunnel_ebpf::{POD_ADDRESSES, PodEntry};
 
 use super::capture::{CaptureError, NodeCapture, PodCapture};
-use super::netns::{Netns, NetnsError};
+use super::netns::{Netns, NetnsError, inode_at};
 use super::pod_network::{self, Before, PodNetworkError};
 use super::sockets::{ListenerSet, SocketError};
 use super::state::{Saved, State, StateError};
@@ -165,7 +165,7 @@ pub enum EnrolError {
     #[error(transparent)]
     State(#[from] StateError),
     /// The proxy was to return its listeners, and they are not there yet.
-    #[error("the proxy that holds its listeners has not returned them")]
+    #[error("the proxy that holds its listeners has not returned them; capture stays in force, try again later")]
     NoListeners,
 }
 
@@ -175,12 +175,11 @@ pub enum EnrolError {
 pub struct Pod {
     /// As announced.
     pub info: PodInfo,
-    /// Where it runs.
-    pub sandbox: Sandbox,
     netns: Netns,
     entry: PodEntry,
     before: Before,
     capture: PodCapture,
+    sandbox: Mutex<Sandbox>,
     listeners: Mutex<Option<Arc<ListenerSet>>>,
 }
 
@@ -196,12 +195,11 @@ impl Pod {
         node: &NodeCapture,
         state: &State,
         info: PodInfo,
-        netns: OwnedFd,
+        netns: Netns,
         sandbox: Sandbox,
     ) -> Result<Self, EnrolError> {
         let entry = info.entry().ok_or(InvalidPod::Addresses)?;
         let primary = info.v4().next().ok_or(InvalidPod::Addresses)?;
-        let netns = Netns::new(netns)?;
         let before = pod_network::prepare(&netns, primary)?;
         let steps = || {
             let listeners = ListenerSet::open(&netns)?;
@@ -217,8 +215,8 @@ impl Pod {
                 return Err(error);
             }
         };
-        let pod =
-            Self { info, sandbox, netns, entry, before, capture, listeners: Mutex::new(Some(Arc::new(listeners))) };
+        let listeners = Mutex::new(Some(Arc::new(listeners)));
+        let pod = Self { info, netns, entry, before, capture, sandbox: Mutex::new(sandbox), listeners };
         if let Err(error) = pod.verify(node) {
             undo(node, state, &pod.info.uid, &pod.netns, before);
             return Err(error);
@@ -227,27 +225,41 @@ impl Pod {
     }
 
     /// Takes over a pod that an earlier agent enrolled. What is missing in the kernel is mended. Its listeners may be
-    /// held by the proxy alone: then it has none until they are returned.
+    /// held by the proxy alone: then it has none until they are returned, if they are not among the arguments.
+    ///
+    /// Blocks; not for a runtime's thread.
     ///
     /// # Errors
     /// When it cannot be brought back in force; what is there of it stays.
-    pub fn adopt(node: &NodeCapture, saved: &Saved, netns: Netns) -> Result<Self, EnrolError> {
+    pub fn adopt(
+        node: &NodeCapture,
+        saved: &Saved,
+        netns: Netns,
+        returned: Option<Arc<ListenerSet>>,
+    ) -> Result<Self, EnrolError> {
         let info = saved.pod.clone();
         let entry = info.entry().ok_or(InvalidPod::Addresses)?;
         let primary = info.v4().next().ok_or(InvalidPod::Addresses)?;
-        pod_network::prepare(&netns, primary)?;
-        let capture = match node.adopt_pod(&info.uid) {
-            Some(capture) if capture.verify(netns.as_fd(), entry).is_ok() => Some(capture),
-            _ => None,
+        pod_network::mend(&netns, primary)?;
+        let capture = match node.adopt_pod(&info.uid).map(|capture| (capture.verify(netns.as_fd(), entry), capture)) {
+            Some((Ok(()), capture)) => Some(capture),
+            Some((Err(error), _)) if !error.is_absence() => return Err(error.into()),
+            Some((Err(_), _)) | None => None,
         };
-        let listeners = match ListenerSet::open(&netns) {
-            Ok(listeners) => Some(listeners),
-            Err(SocketError::PortInUse(_)) if capture.is_some() => None,
-            Err(error) => return Err(error.into()),
+        let (listeners, opened) = match returned {
+            Some(listeners) => (Some(listeners), false),
+            None => match ListenerSet::open(&netns) {
+                Ok(listeners) => (Some(Arc::new(listeners)), true),
+                Err(SocketError::PortInUse(_)) => (None, false),
+                Err(error) => return Err(error.into()),
+            },
         };
         let capture = match (capture, &listeners) {
             (Some(capture), Some(listeners)) => {
-                capture.replace_listeners(listeners.borrow())?;
+                // Those that were returned are in the map.
+                if opened {
+                    capture.replace_listeners(listeners.borrow())?;
+                }
                 capture
             }
             (Some(capture), None) => capture,
@@ -255,15 +267,61 @@ impl Pod {
             (None, None) => return Err(EnrolError::NoListeners),
         };
         node.enrol(netns.cookie(), entry)?;
-        Ok(Self {
-            info,
-            sandbox: Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() },
-            netns,
-            entry,
-            before: saved.before,
-            capture,
-            listeners: Mutex::new(listeners.map(Arc::new)),
-        })
+        let mut sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
+        // A path that this agent cannot see, or that is another's by now, says nothing about the pod's end.
+        if inode_at(&sandbox.path) != Some(netns.inode()) {
+            sandbox.path.clear();
+        }
+        let (sandbox, listeners) = (Mutex::new(sandbox), Mutex::new(listeners));
+        Ok(Self { info, netns, entry, before: saved.before, capture, sandbox, listeners })
+    }
+
+    /// Sets what is missing of it in the kernel and opens listeners if nobody has any. What is in force stays so, also
+    /// when it fails. Blocks shortly.
+    ///
+    /// # Errors
+    /// When it is not wholly in force; [`EnrolError::NoListeners`]: it will be when the proxy returns them.
+    pub fn mend(&self, node: &NodeCapture) -> Result<(), EnrolError> {
+        if self.verify(node).is_ok() {
+            return Ok(());
+        }
+        let primary = self.info.v4().next().ok_or(InvalidPod::Addresses)?;
+        pod_network::mend(&self.netns, primary)?;
+        match (self.capture.verify(self.netns.as_fd(), self.entry), self.listeners()) {
+            (Ok(()), _) => {}
+            (Err(error), Some(listeners)) if error.is_absence() => {
+                node.attach_pod(&self.info.uid, self.netns.as_fd(), self.entry, listeners.borrow())?;
+            }
+            (Err(error), _) => return Err(error.into()),
+        }
+        node.enrol(self.netns.cookie(), self.entry)?;
+        match self.open_listeners() {
+            Err(EnrolError::Socket(SocketError::PortInUse(_))) => return Err(EnrolError::NoListeners),
+            opened => opened?,
+        }
+        self.verify(node)
+    }
+
+    /// Takes note of where it was announced to be now. What is not given stays as it was.
+    ///
+    /// # Errors
+    /// When the state cannot be written.
+    pub fn announced(&self, state: &State, sandbox: Sandbox) -> Result<(), EnrolError> {
+        let known = self.sandbox();
+        let id = if sandbox.id.is_empty() { known.id.clone() } else { sandbox.id };
+        let path = if sandbox.path.as_os_str().is_empty() { known.path.clone() } else { sandbox.path };
+        let now = Sandbox { id, path };
+        if now != known {
+            state.save(&Saved::new(&self.info, &self.netns, &now, self.before))?;
+            *self.sandbox.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        }
+        Ok(())
+    }
+
+    /// Where it runs.
+    #[must_use]
+    pub fn sandbox(&self) -> Sandbox {
+        self.sandbox.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Asks the kernel whether everything is in force. Blocks shortly.
@@ -315,12 +373,8 @@ impl Pod {
 
     /// Takes listeners that a proxy returned, if they are of this pod and it has none.
     pub fn take_listeners(&self, listeners: ListenerSet) -> bool {
-        let ours = listeners
-            .descriptors()
-            .iter()
-            .all(|socket| super::capture::netns_cookie(*socket).is_ok_and(|cookie| cookie == self.netns.cookie()));
         let mut slot = self.lock();
-        let taken = ours && slot.is_none();
+        let taken = slot.is_none() && listeners.are_in(self.netns.cookie());
         if taken {
             *slot = Some(Arc::new(listeners));
         }

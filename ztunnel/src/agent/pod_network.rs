@@ -74,7 +74,25 @@ pub struct Before {
 /// When the kernel refuses; what was done is taken back.
 pub fn prepare(netns: &Netns, address: Ipv4Addr) -> Result<Before, PodNetworkError> {
     let before = netns.run(read_before)??;
-    let done = netns.run(|| {
+    match mend(netns, address) {
+        Ok(()) => Ok(before),
+        Err(error) => {
+            // The cause of the failure is worth more than that of the cleaning.
+            let _ = restore(netns, before);
+            Err(error)
+        }
+    }
+}
+
+/// Sets what is missing of it in a namespace that was prepared before, where connections may be captured: what is there
+/// stays, whatever fails.
+///
+/// Blocks; not for a runtime's thread.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn mend(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
+    netns.run(|| {
         write_sysctl(ACCEPT_SYSCTL, true)?;
         write_sysctl(REFLECT_SYSCTL, true)?;
         netlink(async |handle| {
@@ -86,15 +104,7 @@ pub fn prepare(netns: &Netns, address: Ipv4Addr) -> Result<Before, PodNetworkErr
             }
             Ok(())
         })
-    });
-    match done.map_err(PodNetworkError::from).flatten() {
-        Ok(()) => Ok(before),
-        Err(error) => {
-            // The cause of the failure is worth more than that of the cleaning.
-            let _ = restore(netns, before);
-            Err(error)
-        }
-    }
+    })?
 }
 
 /// Reads back what [`prepare`] set.

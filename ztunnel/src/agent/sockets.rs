@@ -10,7 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use ztunnel_ebpf::{MARK_DELIVERY, PORT_INBOUND_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
 
-use super::capture::Listeners;
+use super::capture::{Listeners, netns_cookie};
 use super::netns::{Netns, NetnsError};
 
 /// Connections that wait for the proxy, per listener; the kernel cuts it to `net.core.somaxconn`.
@@ -83,6 +83,12 @@ impl ListenerSet {
             *slot = Some(socket);
         }
         Some(Self { outbound: outbound?, inbound_plaintext: inbound_plaintext?, inbound_hbone: inbound_hbone? })
+    }
+
+    /// Whether all were made in the network namespace with this cookie.
+    #[must_use]
+    pub fn are_in(&self, cookie: u64) -> bool {
+        self.descriptors().into_iter().all(|socket| netns_cookie(socket).is_ok_and(|found| found == cookie))
     }
 
     /// Borrowed, for the socket map.

@@ -81,6 +81,23 @@ pub enum CaptureError {
     NotInForce(String),
 }
 
+impl CaptureError {
+    /// Whether the kernel answered, and what was asked for is not there.
+    #[must_use]
+    pub fn is_absence(&self) -> bool {
+        match self {
+            Self::NotInForce(_) => true,
+            Self::Path { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Load(_)
+            | Self::Program { .. }
+            | Self::Missing(_)
+            | Self::Map { .. }
+            | Self::Link(_)
+            | Self::Pin { .. } => false,
+        }
+    }
+}
+
 /// Capture on this node: the connect hooks and the map of enrolled pods. Dropping it changes nothing in the kernel.
 pub struct NodeCapture {
     root: PathBuf,

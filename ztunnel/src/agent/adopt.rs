@@ -1,0 +1,150 @@
+//! Taking over what an earlier agent left: the kernel's state is the truth, the pods' files say what it means.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use super::capture::{NodeCapture, PodCapture, folder_name};
+use super::netns::Netns;
+use super::pod::{EnrolError, Pod};
+use super::sockets::ListenerSet;
+use super::state::{Saved, State, StateError};
+
+/// A pod that is captured but cannot be served. It is tried again, and its capture stays until somebody withdraws it.
+pub struct Stranded {
+    /// What its file says.
+    pub saved: Saved,
+    /// Why.
+    pub reason: String,
+    /// What a proxy kept of it: that proxy goes on serving it.
+    pub listeners: Option<Arc<ListenerSet>>,
+}
+
+impl Stranded {
+    /// Takes listeners that a proxy returned, if they are of this pod and it has none.
+    pub fn take_listeners(&mut self, listeners: ListenerSet) {
+        if self.listeners.is_none() && listeners.are_in(self.saved.netns_cookie) {
+            self.listeners = Some(Arc::new(listeners));
+        }
+    }
+}
+
+/// What became of one pod.
+pub enum Adoption {
+    /// It is served from now on.
+    Adopted(Box<Pod>),
+    /// Its namespace is gone.
+    Gone,
+    /// It is captured and cannot be served; the reason.
+    Failed(String),
+}
+
+/// Pods by UID: those that are adopted, and those that are not.
+type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>);
+
+/// Takes over the pods of an earlier agent. Those that cannot be served are stranded; their capture stays. What is left
+/// of others is removed.
+///
+/// # Errors
+/// When the folder of the pods' files cannot be read.
+pub fn all(node: &NodeCapture, state: &State) -> Result<Adopted, StateError> {
+    let (mut pods, mut stranded) = (HashMap::new(), BTreeMap::new());
+    let (mut folders, mut cookies) = (BTreeSet::new(), BTreeSet::new());
+    // Whether every pod that may be captured is known.
+    let mut complete = true;
+    for saved in state.load()? {
+        let saved = match saved {
+            Ok(saved) => saved,
+            Err(error) => {
+                tracing::error!(%error, "cannot read the state of a pod; its capture stays as it is");
+                complete = false;
+                continue;
+            }
+        };
+        let uid = saved.pod.uid.clone();
+        folders.insert(folder_name(&uid));
+        cookies.insert(saved.netns_cookie);
+        match one(node, &saved, None) {
+            Adoption::Adopted(pod) => {
+                tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "adopted");
+                pods.insert(uid, Arc::from(pod));
+            }
+            Adoption::Gone => {
+                tracing::info!(pod = uid, "gone while no agent ran");
+                bury(node, state, &saved);
+            }
+            Adoption::Failed(reason) => {
+                tracing::error!(pod = uid, reason, "cannot adopt; its capture stays as it is");
+                stranded.insert(uid, Stranded { saved, reason, listeners: None });
+            }
+        }
+    }
+    let complete = complete & sweep_pins(node, &folders);
+    if complete {
+        sweep_map(node, &cookies);
+    }
+    Ok((pods, stranded))
+}
+
+/// Takes over one pod, with the listeners that a proxy returned, if one did. Blocks shortly.
+pub fn one(node: &NodeCapture, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Adoption {
+    let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
+        let dead = node.adopt_pod(&saved.pod.uid).is_none_or(|capture| capture.is_dead().unwrap_or(false));
+        return if dead {
+            Adoption::Gone
+        } else {
+            Adoption::Failed(String::from("its network namespace was not found"))
+        };
+    };
+    match Pod::adopt(node, saved, netns, returned) {
+        Ok(pod) => Adoption::Adopted(Box::new(pod)),
+        Err(error) => Adoption::Failed(error.to_string()),
+    }
+}
+
+/// Removes the pins of namespaces that are gone. Returns whether no other is pinned than those that are known.
+fn sweep_pins(node: &NodeCapture, known: &BTreeSet<String>) -> bool {
+    let Ok(pinned) = node.pinned() else { return false };
+    let mut complete = true;
+    for folder in pinned.into_iter().filter(|folder| !known.contains(folder)) {
+        let capture = PodCapture::named(node, &folder);
+        match capture.is_dead() {
+            Ok(false) => {
+                tracing::warn!(folder, "pinned for a pod that this agent knows nothing of; left in force");
+                complete = false;
+            }
+            Err(error) if !error.is_absence() => {
+                tracing::warn!(folder, %error, "cannot ask what is pinned here; left as it is");
+                complete = false;
+            }
+            // An earlier agent was ended before it attached anything.
+            Ok(true) | Err(_) => {
+                let _ = capture.unpin();
+            }
+        }
+    }
+    complete
+}
+
+/// Removes namespaces from the map of pods that belong to none: cookies are not used twice, but the map has an end.
+fn sweep_map(node: &NodeCapture, known: &BTreeSet<u64>) {
+    let stale = node.cookies().unwrap_or_default().into_iter().filter(|cookie| !known.contains(cookie));
+    for cookie in stale {
+        match node.release(cookie) {
+            Ok(()) => tracing::info!(cookie, "removed a namespace of no known pod from the map of pods"),
+            Err(error) => tracing::warn!(cookie, %error, "cannot remove a namespace from the map of pods"),
+        }
+    }
+}
+
+/// Removes what is left of a pod whose namespace is gone.
+fn bury(node: &NodeCapture, state: &State, saved: &Saved) {
+    let uid = &saved.pod.uid;
+    let steps = [
+        node.release(saved.netns_cookie).map_err(EnrolError::from),
+        node.unpin_pod(uid).map_err(EnrolError::from),
+        state.remove(uid).map_err(EnrolError::from),
+    ];
+    for error in steps.into_iter().filter_map(Result::err) {
+        tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
+    }
+}
