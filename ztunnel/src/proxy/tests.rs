@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 use mesh_proto::security;
 use mesh_proto::workload as wire;
 use mesh_runtime::drain::Drained;
-use mesh_xds::AUTHORIZATION_TYPE;
+use mesh_xds::client::Sink as _;
+use mesh_xds::{AUTHORIZATION_TYPE, Update, WORKLOAD_TYPE};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use super::live::CloseReason;
+use super::live::CloseReason;
 use super::local::fixture;
 use super::pods::{Host, Pod, Pods, Port};
+use super::record::{Direction, Facts};
 use super::sockets::NodeCap;
 use super::testing::{LocalSockets, Mesh, Proxy, resource, soon, until};
 use super::worker::{Accepted, Workers};
@@ -44,6 +48,15 @@ impl Pair {
     }
 
     async fn with(mesh: Mesh, change: impl Fn(&mut wire::Workload), client_sockets: LocalSockets, max: usize) -> Self {
+        Self::with_sockets(mesh, change, [client_sockets, LocalSockets::default()], max).await
+    }
+
+    async fn with_sockets(
+        mesh: Mesh,
+        change: impl Fn(&mut wire::Workload),
+        [client_sockets, server_sockets]: [LocalSockets; 2],
+        max: usize,
+    ) -> Self {
         let app = free_port(&mesh).await;
         let ports = [(u32::from(PORT), u32::from(app))];
         let mut server = fixture::in_service(mesh.workload("server", SERVER), "api", &ports);
@@ -54,7 +67,7 @@ impl Pair {
         change(&mut server);
         near.learn(&[client, server], &[service]);
         let client = near.pod_with("client", mesh.ip(CLIENT), client_sockets, max);
-        let server = far.pod("server", mesh.ip(SERVER));
+        let server = far.pod_with("server", mesh.ip(SERVER), server_sockets, 100_000);
         near.serve(&client, Port::Outbound, mesh.addr(VIP, PORT)).await;
         far.serve(&server, Port::Hbone, mesh.addr(SERVER, 15008)).await;
         Self { mesh, near, far, client, server, app }
@@ -115,7 +128,7 @@ async fn bytes_and_ends_pass_both_ways_and_the_client_is_seen() {
     let listener = pair.listen().await;
     let (mut client, mut server, seen) = pair.carried(&listener).await;
     assert_eq!(seen.ip(), pair.mesh.ip(CLIENT), "the application sees the real client");
-    assert!((10_000..32_768).contains(&seen.port()), "{seen}");
+    assert!((1024..10_000).contains(&seen.port()), "{seen}");
 
     server.write_all(b"welcome").await.unwrap();
     let mut greeting = [0; 7];
@@ -219,6 +232,107 @@ async fn a_policy_that_comes_later_closes_what_it_denies_and_nothing_else() {
     assert_eq!(pair.far.metric("istio_tcp_connections_failed_total", &[]), 0, "it had been carried");
 }
 
+#[tokio::test]
+async fn what_is_closed_before_its_answer_is_answered_with_the_reason() {
+    for (reason, label) in [(CloseReason::Denied(None), "denied_by_peer"), (CloseReason::Drained, "refused_by_peer")] {
+        let sockets = [LocalSockets::default(), LocalSockets { stuck: true, ..LocalSockets::default() }];
+        let pair = Pair::with_sockets(Mesh::new(), |_| {}, sockets, 100_000).await;
+        let client = pair.connect().await;
+        until(|| pair.server.live.count() == 1).await;
+        pair.server.live.close_all(&reason);
+        assert_reset(client).await;
+        let label = format!("reason=\"{label}\"");
+        until(|| pair.near.metric("culvert_connection_failures_total", &[&label]) == 1).await;
+    }
+}
+
+#[tokio::test]
+async fn peers_that_say_nothing_keep_nobody_out() {
+    let pair = Pair::new().await;
+    let listener = pair.listen().await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(soon(TcpStream::connect(pair.mesh.addr(SERVER, 15008))).await.unwrap());
+    }
+    let begun = Instant::now();
+    let _carried = pair.carried(&listener).await;
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    until(|| pair.far.metric("culvert_connection_failures_total", &["reason=\"silent\""]) == 200).await;
+    for mut silent in silent {
+        assert!(matches!(soon(silent.read(&mut [0])).await, Ok(0) | Err(_)), "it is closed");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_is_away_for_a_moment_closes_nothing() {
+    let mesh = Mesh::new();
+    let proxy = mesh.proxy();
+    let pod = proxy.pod("server", mesh.ip(SERVER));
+    let bound = wire::Workload { authorization_policies: vec!["shop/p".into()], ..mesh.workload("server", SERVER) };
+    let policy = security::Authorization {
+        name: "p".into(),
+        namespace: "shop".into(),
+        scope: security::Scope::WorkloadSelector.into(),
+        rules: vec![security::Rule::default()],
+        ..Default::default()
+    };
+    let add = || proxy.update(AUTHORIZATION_TYPE, vec![resource("shop/p", &policy)]);
+    let remove = || {
+        let update = Update { type_url: AUTHORIZATION_TYPE.into(), set: Vec::new(), removed: vec!["shop/p".into()] };
+        assert_eq!(proxy.discovery.lock().unwrap().apply(update), []);
+    };
+    add();
+    proxy.learn(std::slice::from_ref(&bound), &[]);
+    let facts = Facts::new(Direction::Inbound, mesh.addr(CLIENT, 40000), mesh.addr(SERVER, 80));
+    let live = pod.live.open(facts).unwrap();
+    tokio::spawn(guard::run(Arc::clone(&proxy.shared), register(&pod)));
+    let closed = async |seconds| tokio::time::timeout(Duration::from_secs(seconds), live.told_to_close()).await;
+    tokio::task::yield_now().await;
+
+    // The policy goes first, then the pod does not name it any more.
+    remove();
+    assert!(closed(3).await.is_err());
+    proxy.learn(&[mesh.workload("server", SERVER)], &[]);
+    assert!(closed(20).await.is_err());
+    // The pod names it first, then it comes.
+    proxy.learn(std::slice::from_ref(&bound), &[]);
+    assert!(closed(4).await.is_err());
+    add();
+    assert!(closed(20).await.is_err());
+    // It stays away.
+    remove();
+    assert!(closed(4).await.is_err(), "each absence has its own time");
+    assert_eq!(closed(3).await, Ok(CloseReason::Denied(Some("shop/p".into()))));
+}
+
+#[tokio::test]
+async fn a_pod_of_this_node_that_discovery_has_not_brought_is_waited_for() {
+    let pair = Pair::new().await;
+    let listener = pair.listen().await;
+    let ports = [(u32::from(PORT), u32::from(pair.app))];
+    let service = pair.mesh.service("api", VIP, &ports);
+    let removed = vec![format!("{}/{}", service.namespace, service.hostname)];
+    let update = Update { type_url: WORKLOAD_TYPE.into(), set: Vec::new(), removed };
+    assert_eq!(pair.near.discovery.lock().unwrap().apply(update), []);
+    let listed = pair.near.shared.addresses.list(&[pair.mesh.ip(VIP)]);
+    // Nobody tells of it: it is not passed through to.
+    let refused = Instant::now();
+    assert_reset(pair.connect().await).await;
+    assert!(refused.elapsed() >= Duration::from_millis(900), "{:?}", refused.elapsed());
+    // Told of while the connection waits.
+    let mut client = pair.connect().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let server = fixture::in_service(pair.mesh.workload("server", SERVER), "api", &ports);
+    pair.near.learn(&[server], &[service]);
+    let (mut server, _) = soon(listener.accept()).await.unwrap();
+    server.write_all(b"late").await.unwrap();
+    let mut read = [0; 4];
+    soon(client.read_exact(&mut read)).await.unwrap();
+    assert_eq!(&read, b"late");
+    drop(listed);
+    assert!(!pair.near.shared.addresses.contains(pair.mesh.ip(VIP)));
+}
+
 /// The register of a proxy that serves this pod.
 fn register(pod: &Arc<Pod>) -> Arc<Pods> {
     let (notices, _orders) = tokio::sync::mpsc::unbounded_channel();
@@ -258,7 +372,7 @@ async fn without_a_certificate_nothing_leaves() {
 
 #[tokio::test]
 async fn an_empty_stock_and_a_full_pod_have_reasons_of_their_own() {
-    let pair = Pair::with(Mesh::new(), |_| {}, LocalSockets { empty: true }, 100_000).await;
+    let pair = Pair::with(Mesh::new(), |_| {}, LocalSockets { empty: true, ..LocalSockets::default() }, 100_000).await;
     assert_reset(pair.connect().await).await;
     assert_eq!(pair.near.metric("culvert_connection_failures_total", &["reason=\"no_socket\""]), 1);
 
@@ -453,9 +567,13 @@ async fn a_proxy_that_drains_holds_no_listener_of_a_pod_that_comes() {
     drop(proxy.drain);
     let drain = tokio::spawn(mesh.trigger().drain(Duration::from_secs(30)));
     assert_eq!(soon(drain).await.unwrap(), Drained::Complete);
-    until(|| std::net::TcpStream::connect(served).is_err()).await;
+    let refuses = |to: SocketAddr| {
+        let connected = std::net::TcpStream::connect_timeout(&to, Duration::from_secs(1));
+        connected.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+    };
+    until(|| refuses(served)).await;
     let _after = workers.start(&pod, vec![(Port::Outbound, after.into())]).unwrap();
-    until(|| std::net::TcpStream::connect(free).is_err()).await;
+    until(|| refuses(free)).await;
     workers.stop();
 }
 
