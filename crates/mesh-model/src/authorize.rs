@@ -109,13 +109,19 @@ impl Snapshot {
         let mut matched_allow = None;
         let mut missed_allows = 0;
         let mut first_missed = None;
+        let mut not_received = None;
         for named in self.policies_of(facts.destination) {
             let policy = match named {
                 Ok(policy) => policy,
-                Err(key) => return denied(DenyReason::NotReceived { policy: Arc::clone(key) }, noted),
+                Err(key) => {
+                    // A policy that is here and denies is the better reason.
+                    not_received.get_or_insert(key);
+                    continue;
+                }
             };
             let key = || Arc::clone(policy.key());
             match policy.judge(facts) {
+                Verdict::Invalid if policy.dry_run => {}
                 Verdict::Invalid => return denied(DenyReason::Invalid { policy: key() }, noted),
                 Verdict::Rules { action, matched } if policy.dry_run => {
                     noted.push(Noted { policy: key(), action, matched });
@@ -132,6 +138,9 @@ impl Snapshot {
                     missed_allows += 1;
                 }
             }
+        }
+        if let Some(key) = not_received {
+            return denied(DenyReason::NotReceived { policy: Arc::clone(key) }, noted);
         }
         match (matched_allow, first_missed) {
             (None, Some(policy)) => denied(DenyReason::NoAllowMatched { policy, count: missed_allows }, noted),

@@ -87,7 +87,7 @@ impl Authorization {
         }
     }
 
-    /// Whether it could not be understood, and so denies.
+    /// Whether it could not be understood, and so denies unless it is in dry run.
     pub fn is_invalid(&self) -> bool {
         self.body == Body::Invalid
     }

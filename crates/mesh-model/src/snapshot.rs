@@ -79,8 +79,9 @@ impl Change {
     /// Reads the body of an `istio.security.Authorization` that discovery calls `name`, `<namespace>/<name>`.
     ///
     /// There is always a change to apply: a policy that cannot be understood becomes one that denies where it
-    /// applies, and the reason is given beside it. A dry-run policy denies nothing even then: it is left out. Where
-    /// not even the scope can be read, the policy denies in the namespace that its name says.
+    /// applies, and the reason is given beside it. A dry-run policy denies nothing even then; it is there for the
+    /// workloads that name it, and says nothing. Where not even the scope can be read, the policy denies in the
+    /// namespace that its name says.
     pub fn authorization(name: &str, body: &[u8]) -> (Self, Option<InvalidChange>) {
         let wire = match security::Authorization::decode(body) {
             Ok(wire) => wire,
@@ -88,7 +89,12 @@ impl Change {
         };
         match Authorization::try_from(&wire) {
             Ok(policy) => (Self::Authorization(Box::new(policy)), None),
-            Err(error) if wire.dry_run => (Self::RemoveAuthorization(name.to_owned()), Some(error.into())),
+            Err(error) if wire.dry_run => {
+                let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+                let mut silent = Authorization::invalid(namespace, name, Scope::WorkloadSelector);
+                silent.dry_run = true;
+                (Self::Authorization(Box::new(silent)), Some(error.into()))
+            }
             Err(error) => {
                 // A scope of the future may be wider than any of today's.
                 let scope = Scope::try_from(wire.scope).unwrap_or(Scope::Global);

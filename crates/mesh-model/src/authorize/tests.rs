@@ -157,10 +157,22 @@ fn bodies_that_cannot_be_taken_deny_where_they_apply() {
     assert!(decision.is_ok() && error.is_some(), "denies in its own namespace only");
     let (decision, error) = applied("shop/p", &port(65616, |p| p.dry_run = true));
     assert!(decision.is_ok() && error.is_some(), "is not enforced anyway");
+    let mut snapshot = Snapshot::new();
+    snapshot.apply(Change::authorization("shop/p", &port(65616, |p| p.dry_run = true)).0);
+    assert!(decide_in(&snapshot, &["shop/p"]).is_ok(), "nor for a workload that names it");
     let (decision, error) = applied("shop/p", b"\xff\xff\xff");
     assert!(decision.is_err() && error.is_some());
     let (decision, error) = applied("nonsense", b"\xff\xff\xff");
     assert!(decision.is_err() && error.is_some());
+}
+
+#[test]
+fn a_policy_that_denies_is_told_before_one_that_is_not_here() {
+    let policies = [wire::Authorization { scope: 2, ..policy("z", Deny, on_port(80)) }];
+    let denied = decide(&policies, &["shop/absent", "shop/z"]).unwrap_err();
+    assert_eq!(denied.reason, DenyReason::DenyMatched { policy: "shop/z".into() });
+    let denied = decide(&policies, &["shop/absent"]).unwrap_err();
+    assert_eq!(denied.reason, DenyReason::NotReceived { policy: "shop/absent".into() });
 }
 
 #[test]
