@@ -163,6 +163,7 @@ async fn a_client_that_comes_back_gets_only_the_difference() {
     set(&catalog, &many);
     let mut options = server::Options::default();
     options.limits.max_response = 4096;
+    options.limits.max_first_response = 4096;
     let first = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
     let mut node = node(first.address, Mode::Wildcard, TOKEN);
     assert!(tokio::time::timeout(BOUND, node.handle.synced()).await.unwrap());

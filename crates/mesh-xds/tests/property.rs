@@ -72,21 +72,24 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..80)
 }
 
-/// What the client's side accepted, by type and name.
+/// What the client's side accepted, by type and name, and what it refused last.
 #[derive(Default)]
-struct Store(BTreeMap<(String, String), Resource>);
+struct Store(BTreeMap<(String, String), Resource>, BTreeSet<(String, String)>);
 
 impl Sink for Store {
     fn apply(&mut self, update: Update) -> Vec<Rejection> {
         let key = |name: &str| (update.type_url.to_string(), name.to_owned());
         for name in &update.removed {
             self.0.remove(&key(name));
+            self.1.remove(&key(name));
         }
         let mut rejections = Vec::new();
         for resource in &update.set {
             if resource.body.starts_with(b"bad") {
                 rejections.push(Rejection { name: resource.name.to_string(), reason: "bad".into() });
+                self.1.insert(key(&resource.name));
             } else {
+                self.1.remove(&key(&resource.name));
                 self.0.insert(key(&resource.name), resource.clone());
             }
         }
@@ -109,7 +112,7 @@ struct World {
 
 impl World {
     fn new(mode: Mode, max_response: usize, max_names: usize, unversioned: bool) -> Self {
-        let limits = Arc::new(Limits { max_response, ..Limits::default() });
+        let limits = Arc::new(Limits { max_response, max_first_response: max_response, ..Limits::default() });
         let types = [(AUTHORIZATION_TYPE.into(), Mode::Wildcard), (WORKLOAD_TYPE.into(), mode)];
         let mut client = client::Machine::new(Node { id: "n".into(), ..Node::default() }, types, max_names);
         client.connected();
@@ -251,6 +254,11 @@ impl World {
                 let now = catalog.lookup(type_url, name).into_iter().find(|resource| *resource.name == **name);
                 let now = now.unwrap_or_else(|| panic!("{name} is gone, but the client has it"));
                 assert!(now.body.starts_with(b"bad") || now == has, "{name}: {has:?}, now {now:?}");
+            }
+            // What was refused last is so still.
+            for (_, name) in self.store.1.iter().filter(|(kind, _)| kind == type_url) {
+                let now = catalog.resources(type_url).find(|resource| *resource.name == **name);
+                assert!(now.is_some_and(|now| now.body.starts_with(b"bad")), "{name} was refused, and is {now:?}");
             }
             // What the client shows as refused is what it has refused.
             let (_, status) = self.client.status().find(|(known, _)| ***known == *type_url).unwrap();

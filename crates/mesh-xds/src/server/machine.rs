@@ -38,6 +38,10 @@ pub struct Limits {
     pub max_known: usize,
     /// Encoded resources in one response, in bytes; one resource may be larger.
     pub max_response: usize,
+    /// The same for a response of the first state, in full if it fits: a client that does not know how a response says that
+    /// more follow takes the first one for all that there is. With what surrounds the resources it must stay below what
+    /// clients take: our own 64 MiB.
+    pub max_first_response: usize,
     /// Types in the order in which they are sent; others come after them.
     pub order: Vec<Arc<str>>,
 }
@@ -49,6 +53,7 @@ impl Default for Limits {
             max_names: 131_072,
             max_known: 2_000_000,
             max_response: 1 << 20,
+            max_first_response: 48 << 20,
             order: vec![AUTHORIZATION_TYPE.into(), WORKLOAD_TYPE.into()],
         }
     }
@@ -163,7 +168,9 @@ impl Machine {
                 return Ok(None);
             }
             let nonce = (self.nonces + 1).to_string();
-            let Some(chunk) = subscription.chunk(kind, self.limits.max_response, &nonce) else { continue };
+            let limits = &self.limits;
+            let max = if subscription.is_syncing() { limits.max_first_response } else { limits.max_response };
+            let Some(chunk) = subscription.chunk(kind, max, &nonce) else { continue };
             self.nonces += 1;
             let more = if chunk.more { MORE } else { "" };
             return Ok(Some(DeltaDiscoveryResponse {

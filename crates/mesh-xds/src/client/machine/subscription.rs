@@ -22,7 +22,7 @@ pub(super) struct Subscription {
     known: HashMap<Arc<str>, Known>,
     /// How many known resources have a name, asked for or not: they may lose it after it was asked for.
     holders: HashMap<Arc<str>, usize>,
-    /// Names that were asked for, of resources whose last content was refused.
+    /// Resources whose last content was refused, and those of their names that were asked for.
     refused: HashMap<Arc<str>, Vec<Arc<str>>>,
     /// What was asked for, by the name it was asked by.
     wanted: HashMap<Arc<str>, Wanted>,
@@ -61,7 +61,8 @@ impl Subscription {
         }
     }
 
-    /// Subscribes, and says what is known, so that only differences and removals come back.
+    /// Subscribes, and says what is known, so that only differences and removals come back. What was refused last is known
+    /// in no version: the sink may have put something in its place, and must hear of it whatever became of it.
     pub(super) fn first_request(&self) -> DeltaDiscoveryRequest {
         let mut request = DeltaDiscoveryRequest {
             type_url: self.type_url.to_string(),
@@ -69,6 +70,7 @@ impl Subscription {
                 .known
                 .iter()
                 .map(|(name, known)| (name.to_string(), known.version.to_string()))
+                .chain(self.refused.keys().map(|name| (name.to_string(), String::new())))
                 .collect(),
             ..DeltaDiscoveryRequest::default()
         };
@@ -244,14 +246,14 @@ impl Subscription {
         }
     }
 
-    /// What was accepted before stays known, under its old version: so it is sent again after a reconnect.
+    /// What was accepted before stays known.
     fn reject(&mut self, name: Arc<str>, aliases: &[Arc<str>], resolved: &mut Resolved) {
         self.no_longer_refused(&name, resolved);
         let names = self.wanted_of(&name, aliases);
         for name in &names {
             self.answer(name, Answer::Rejected, resolved);
         }
-        if !names.is_empty() {
+        if !name.is_empty() {
             self.refused.insert(name, names);
         }
     }

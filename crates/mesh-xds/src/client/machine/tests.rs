@@ -118,12 +118,15 @@ fn a_nack_names_what_was_refused_and_keeps_the_rest() {
     assert_eq!(status.rejected.keys().collect::<Vec<_>>(), ["a", "empty", "foreign"]);
     assert_eq!((status.nacks, status.resources), (3, 2));
 
-    // The refused version is not known: it is the last good one that is named.
+    // What was refused is named without a version, so that it or its removal is told again.
     machine.disconnected();
     machine.connected();
-    assert_eq!(initial(&requests(&mut machine)[0]), [("a", "1"), ("b", "2")]);
-    machine.received(response("1", vec![resource("a", &[], "3", "good")], &[]), NOW, &mut store);
+    assert_eq!(initial(&requests(&mut machine)[0]), [("a", ""), ("b", "2"), ("empty", ""), ("foreign", "")]);
+    machine.received(response("1", vec![resource("a", &[], "3", "good")], &["empty", "foreign"]), NOW, &mut store);
     assert!(machine.status().next().unwrap().1.rejected.is_empty());
+    machine.disconnected();
+    machine.connected();
+    assert_eq!(initial(&requests(&mut machine)[0]), [("a", "3"), ("b", "2")]);
 }
 
 #[test]

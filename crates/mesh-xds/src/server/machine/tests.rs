@@ -160,7 +160,7 @@ fn an_empty_version_is_sent_again_and_its_removal_is_told() {
 
 #[test]
 fn a_large_state_comes_in_parts() {
-    let mut peer = Peer::with(Limits { max_response: 300, ..Limits::default() });
+    let mut peer = Peer::with(Limits { max_response: 300, max_first_response: 300, ..Limits::default() });
     let all: Vec<Resource> = (0..20).map(|n| thing(&format!("thing-{n:02}"), &[], "1")).collect();
     peer.set(&all);
     // Those in the middle are known: the walk must not fall back behind them.
@@ -193,6 +193,20 @@ fn a_large_state_comes_in_parts() {
     assert_eq!(said.iter().filter(|name| *name == "thing-00").count(), 2);
     assert_eq!(said.iter().filter(|name| *name == "thing-03").count(), 1);
     assert_eq!(peer.next(), None);
+}
+
+#[test]
+fn the_first_state_is_whole_and_changes_come_in_parts() {
+    let mut peer = Peer::with(Limits { max_response: 300, ..Limits::default() });
+    let all = |body: &str| (0..20).map(|n| thing(&format!("thing-{n:02}"), &[], body)).collect::<Vec<Resource>>();
+    peer.set(&all("1"));
+    peer.send(subscribe(&[])).unwrap();
+    let first = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap();
+    assert!(first.resources.len() == 20 && !first.system_version_info.ends_with(MORE));
+    peer.send(ack(&first.nonce)).unwrap();
+    peer.set(&all("2"));
+    let next = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap();
+    assert!(next.resources.len() < 20 && next.system_version_info.ends_with(MORE));
 }
 
 #[test]
@@ -305,7 +319,7 @@ fn a_nack_in_other_words_is_remembered_whole() {
 
 #[test]
 fn policies_go_before_the_workloads_that_they_apply_to() {
-    let mut peer = Peer::with(Limits { max_response: 1, ..Limits::default() });
+    let mut peer = Peer::with(Limits { max_response: 1, max_first_response: 1, ..Limits::default() });
     peer.set(&[thing("workload", &[], "1")]);
     peer.catalog.update(AUTHORIZATION_TYPE, [thing("p1", &[], "1"), thing("p2", &[], "1")], NOTHING);
     // Asked for in the other order.
