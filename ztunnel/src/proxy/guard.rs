@@ -1,10 +1,15 @@
 //! Authorization holds for the life of a connection: when policies change, every live inbound connection is judged again
 //! by the rules that let it in, and closed with its reason if it would not be let in now.
+//!
+//! A policy that its pod names and that is not there denies new connections at once, but live ones only when it stays away:
+//! a policy and the pods that name it are different resources, and come and go one after the other.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_model::Snapshot;
+use mesh_model::{Denied, DenyReason, Snapshot};
+use tokio::time::Instant;
 
 use super::admit::{Connect, Connection, Denial, DenialReason, admit, admit_plaintext};
 use super::live::CloseReason;
@@ -15,11 +20,29 @@ use super::worker::Shared;
 /// Shortest time between two judgements, so that a burst of changes costs one.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a policy may be away before that closes live connections.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Policies that are away, each with the uid of a pod that names it and has live connections, and since when.
+type Absences = HashMap<(Arc<str>, Arc<str>), Instant>;
+
 /// Judges for ever.
 pub async fn run(shared: Arc<Shared>, pods: Arc<Pods>) {
     let mut rules = shared.state.rules();
-    while rules.changed().await.is_ok() {
-        judge_all(&shared, &pods);
+    let mut absences = Absences::new();
+    loop {
+        let first = absences.values().min().copied();
+        let over = async {
+            match first {
+                Some(since) => tokio::time::sleep_until(since + GRACE).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = rules.changed() => if changed.is_err() { return },
+            () = over => {}
+        }
+        absences = judge_all(&shared, &pods, &absences);
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -28,27 +51,42 @@ pub async fn run(shared: Arc<Shared>, pods: Arc<Pods>) {
 /// not found it in the list.
 pub fn catch_up(shared: &Shared, pod: &Pod, connection: &super::live::Connection<Facts>, seen: u64) {
     if shared.state.rules_version() != seen
-        && let Some(reason) = judge(shared, &shared.state.snapshot(), pod, &connection.facts)
+        && let Some(denied) = judge(shared, &shared.state.snapshot(), pod, &connection.facts)
     {
-        connection.close(reason);
+        connection.close(close_reason(&denied));
     }
 }
 
-/// Closes every live connection that policy does not allow any more.
-fn judge_all(shared: &Shared, pods: &Pods) {
+/// Closes every live connection that policy does not allow any more. Returns what is away and was away for less than
+/// [`GRACE`], of which `before` holds what was away the last time.
+fn judge_all(shared: &Shared, pods: &Pods, before: &Absences) -> Absences {
     let snapshot = shared.state.snapshot();
+    let now = Instant::now();
+    let mut absences = Absences::new();
     for pod in pods.pods() {
         for connection in pod.live.connections() {
-            if let Some(reason) = judge(shared, &snapshot, &pod, &connection.facts) {
-                connection.close(reason);
+            let Some(denied) = judge(shared, &snapshot, &pod, &connection.facts) else { continue };
+            if let DenyReason::NotReceived { policy } = &denied.reason {
+                let key = (Arc::clone(&pod.uid), Arc::clone(policy));
+                let since = before.get(&key).copied().unwrap_or(now);
+                if now.duration_since(since) < GRACE {
+                    absences.insert(key, since);
+                    continue;
+                }
             }
+            connection.close(close_reason(&denied));
         }
     }
+    absences
 }
 
-/// Why a connection must be closed. What else may have changed about it since, such as that discovery does not know its
+fn close_reason(denied: &Denied) -> CloseReason {
+    CloseReason::Denied(Some(Arc::clone(denied.policy())))
+}
+
+/// Why a connection would not be let in any more. What else may have changed about it since, such as that discovery does not know its
 /// pod any more, is no reason.
-fn judge(shared: &Shared, snapshot: &Snapshot, pod: &Pod, facts: &Facts) -> Option<CloseReason> {
+fn judge(shared: &Shared, snapshot: &Snapshot, pod: &Pod, facts: &Facts) -> Option<Denied> {
     if facts.direction == Direction::Outbound {
         return None;
     }
@@ -59,9 +97,7 @@ fn judge(shared: &Shared, snapshot: &Snapshot, pod: &Pod, facts: &Facts) -> Opti
         (None, _) | (_, None) => admit_plaintext(snapshot, &local, connection),
     };
     match admission {
-        Err(Denial { why: DenialReason::Policy(denied), .. }) => {
-            Some(CloseReason::Denied(Some(Arc::clone(denied.policy()))))
-        }
+        Err(Denial { why: DenialReason::Policy(denied), .. }) => Some(denied),
         Ok(_) | Err(_) => None,
     }
 }
