@@ -14,7 +14,8 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     prerequisites::check()?;
     let programs = build::programs(root, Profile::Dev)?;
     let mut command = cargo();
-    command.args(["test", "--workspace", "--locked"]).args(args);
+    // A failure does not hide the next one.
+    command.args(["test", "--workspace", "--locked", "--no-fail-fast"]).args(args);
     // The end-to-end tests start the programs that were just built.
     command.env("CULVERT_BIN_DIR", programs).current_dir(root);
     call(&mut command)

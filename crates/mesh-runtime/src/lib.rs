@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod drain;
 pub mod http;
+pub mod limits;
 pub mod log;
 pub mod metrics;
 pub mod ready;

@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -47,11 +47,19 @@ impl Sink {
 
     /// Waits until the lines queued before are written, at most `timeout`.
     pub(super) fn flush(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         let (done, written) = sync_channel(1);
-        // With a full queue the writer is stuck anyway.
-        if self.queue.try_send(Message::Flush(done)).is_ok() {
-            let _ = written.recv_timeout(timeout);
+        let mut message = Message::Flush(done);
+        // A full queue has room again as soon as the writer has rested, unless its reader is stuck.
+        while let Err(TrySendError::Full(back)) = self.queue.try_send(message) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            message = back;
+            std::thread::sleep(REST);
         }
+        // Late or never: then what is left is lost, which nobody can be told.
+        let _ = written.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }
 
@@ -173,6 +181,8 @@ mod tests {
             assert!(std::time::Instant::now() < deadline, "the loss was never told");
             std::thread::sleep(Duration::from_millis(1));
         }
+        // What is still queued must be out first, or there may be no room.
+        sink.flush(Duration::from_secs(10));
         sink.line().write_all(b"\nend").unwrap();
         sink.flush(Duration::from_secs(10));
         assert!(text().ends_with("\nend"));
