@@ -75,6 +75,9 @@ pub enum ConnectionError {
     /// The pod has too many tunnels.
     #[error("peers have as many tunnels to the pod as they may")]
     TooManyTunnels,
+    /// The peer connected and did not begin a TLS handshake.
+    #[error("the peer did not begin a TLS handshake in time")]
+    Silent,
     /// The pod went away.
     #[error("the pod is gone")]
     PodGone,
@@ -105,7 +108,7 @@ impl ConnectionError {
             Self::PolicyChanged(_) => ResponseFlags::Deny,
             Self::Certificate(_) => ResponseFlags::IdentityError,
             Self::ConnectTimeout(to) if to.port() == HBONE_PORT => ResponseFlags::NetworkPolicy,
-            Self::Tls(_) => ResponseFlags::TlsFailure,
+            Self::Tls(_) | Self::Silent => ResponseFlags::TlsFailure,
             Self::Http2(_) => ResponseFlags::H2HandshakeFailure,
             Self::Dial(error) => error.flags(),
             // What the far side's policy refused.
@@ -149,6 +152,7 @@ impl ConnectionError {
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
             Self::TooManyTunnels => "too_many_tunnels",
+            Self::Silent => "silent",
             Self::PolicyChanged(_) => "policy_changed",
             Self::Drained => "drained",
             Self::Dropped => "cut_off",
@@ -175,6 +179,7 @@ impl ConnectionError {
             | Self::Copy(_)
             | Self::TooManyConnections
             | Self::TooManyTunnels
+            | Self::Silent
             | Self::PodGone
             | Self::Drained
             | Self::Dropped => 503,
@@ -197,7 +202,8 @@ impl ConnectionError {
             | Self::NoTunnel
             | Self::Open { .. }
             | Self::TooManyConnections
-            | Self::TooManyTunnels => true,
+            | Self::TooManyTunnels
+            | Self::Silent => true,
             Self::GaveUp(_)
             | Self::Copy(_)
             | Self::PodGone

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use mesh_hbone::copy::splice;
 use mesh_hbone::headers::FORWARDED;
@@ -12,6 +13,8 @@ use mesh_hbone::{Headers, StreamError, server};
 use mesh_identity::handshake;
 use mesh_model::{Service, Snapshot, SpiffeId, Workload};
 use mesh_runtime::drain::Watcher;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use super::admit::{Admission, Connect, Connection, admit};
 use super::dial::{self, Unanswered};
@@ -21,6 +24,9 @@ use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
 use super::tunnels::{Negotiated, TunnelFacts};
 use super::worker::{Accepted, Permits, Worker};
+
+/// Longest that a peer may take to begin the TLS handshake.
+const FIRST_BYTES: Duration = Duration::from_secs(2);
 
 /// One tunnel that a peer has opened to a pod.
 struct Tunnel {
@@ -38,12 +44,11 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
     let serving = async {
         let Accepted { stream, peer } = accepted;
         let Ok(local) = stream.local_addr() else { return };
-        let Permits { handshake, tunnel } = permits;
+        let Permits { waiting, handshakes, tunnel } = permits;
         let accepted = match &tunnel {
-            Some(_) => authenticate(&worker, &pod, stream, peer).await,
+            Some(_) => authenticate(&worker, &pod, stream, peer, (waiting, handshakes)).await,
             None => Err(ConnectionError::TooManyTunnels),
         };
-        drop(handshake);
         let (tls, identity) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -79,7 +84,17 @@ async fn authenticate(
     pod: &Pod,
     stream: tokio::net::TcpStream,
     peer: SocketAddr,
+    (waiting, handshakes): (Option<OwnedSemaphorePermit>, Arc<Semaphore>),
 ) -> Result<(tokio_rustls::server::TlsStream<super::tunnels::Metered>, SpiffeId), ConnectionError> {
+    // A handshake is not begun for somebody who says nothing: handshakes are few, and all peers of the pod share them.
+    match timeout(FIRST_BYTES, stream.peek(&mut [0])).await {
+        // What has failed meanwhile fails again when it is read.
+        Ok(_) => {}
+        Err(_) => return Err(ConnectionError::Silent),
+    }
+    // Never closed; without a permit nothing would be bounded.
+    let _handshake = handshakes.acquire_owned().await.map_err(|_| ConnectionError::Dropped)?;
+    drop(waiting);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;
     let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream);
@@ -114,11 +129,7 @@ impl Tunnel {
             Err(error) => return request.refuse(error.reply()),
         };
         guard::catch_up(shared, &self.pod, &record, rules);
-        let result = tokio::select! {
-            biased;
-            reason = record.told_to_close() => Err(reason.into()),
-            result = self.carry(&admission, request, &record) => result,
-        };
+        let result = self.carry(&admission, request, &record).await;
         record.finish(result);
     }
 
@@ -147,12 +158,13 @@ impl Tunnel {
 
     /// Connects to the application, answers, and copies until both directions have ended.
     async fn carry(&self, admission: &Admission, mut request: Request, record: &Record) -> Result<(), ConnectionError> {
-        let client = SocketAddr::new(admission.source_ip, self.connection.peer.port());
         let delivered = tokio::select! {
+            biased;
+            reason = record.told_to_close() => Err(reason.into()),
             // Boxed: what is needed only until the application has accepted must not be kept by the open connection.
-            delivered = Box::pin(dial::deliver(&self.pod, client, admission.target.0)) => delivered,
+            delivered = Box::pin(dial::deliver(&self.pod, admission.source_ip, admission.target.0)) => delivered,
             () = request.cancelled() => {
-                return Err(ConnectionError::GaveUp(StreamError::Reset(mesh_hbone::ResetReason::Cancel)));
+                Err(ConnectionError::GaveUp(StreamError::Reset(mesh_hbone::ResetReason::Cancel)))
             }
         };
         let app = match delivered {
@@ -163,7 +175,11 @@ impl Tunnel {
             }
         };
         let stream = request.accept(&Headers::new()).map_err(ConnectionError::GaveUp)?;
-        Ok(splice(stream, app.answered()?, &record.facts.counters).await?)
+        tokio::select! {
+            biased;
+            reason = record.told_to_close() => Err(reason.into()),
+            copied = splice(stream, app.answered()?, &record.facts.counters) => Ok(copied?),
+        }
     }
 }
 

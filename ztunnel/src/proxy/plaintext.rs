@@ -1,7 +1,6 @@
 //! What comes to a pod in plain from outside the mesh: decided by [`admit_plaintext`](super::admit::admit_plaintext), then
 //! delivered with the client's address, as if no proxy were there.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_hbone::copy::relay;
@@ -21,6 +20,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     // The accepted socket's own address is what the client connected to.
     let Ok(local) = stream.local_addr() else { return dial::reset(stream) };
     let client = Unanswered::new(stream);
+    let _taken = pod.delivery_ports.note(peer);
     let shared = &worker.shared;
     let mut facts = Facts::new(Direction::Inbound, peer, local);
     let rules = shared.state.rules_version();
@@ -33,7 +33,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let result = tokio::select! {
         biased;
         reason = record.told_to_close() => Err(reason.into()),
-        result = carry(pod, &admission, peer, client, &record) => result,
+        result = carry(pod, &admission, client, &record) => result,
     };
     record.finish(result);
 }
@@ -58,15 +58,8 @@ fn decide(worker: &Worker, pod: &Pod, facts: &mut Facts, connection: Connection)
     }
 }
 
-async fn carry(
-    pod: &Pod,
-    admission: &Admission,
-    peer: SocketAddr,
-    client: Unanswered,
-    record: &Record,
-) -> Result<(), ConnectionError> {
-    let from = SocketAddr::new(admission.source_ip, peer.port());
+async fn carry(pod: &Pod, admission: &Admission, client: Unanswered, record: &Record) -> Result<(), ConnectionError> {
     // Boxed: what is needed only until the application has accepted must not be kept by the open connection.
-    let app = Box::pin(dial::deliver(pod, from, admission.target.0)).await?;
+    let app = Box::pin(dial::deliver(pod, admission.source_ip, admission.target.0)).await?;
     Ok(relay(client.answered()?, app, &record.facts.counters).await?)
 }

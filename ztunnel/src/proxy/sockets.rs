@@ -38,7 +38,13 @@ const WARM_SWEEPS: u32 = 30;
 const ORDER_LIFE: Duration = Duration::from_secs(2);
 
 /// Silence after which a connection's peer is asked whether it is still there.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+
+/// Pause between two such questions.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Questions without an answer after which the connection has failed: a peer that died is found in two minutes.
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,7 +107,8 @@ pub fn prepare(kind: SocketKind, socket: &OwnedFd) -> io::Result<()> {
 pub fn tune(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // Tunnels have their own, faster keepalive.
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE_IDLE))
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL);
+    socket.set_tcp_keepalive(&keepalive.with_retries(KEEPALIVE_PROBES))
 }
 
 /// Gives out fresh TCP sockets that live in one pod's network namespace, and in no other.

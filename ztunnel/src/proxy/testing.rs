@@ -46,17 +46,22 @@ pub async fn until(mut so: impl FnMut() -> bool) {
     soon(wait).await;
 }
 
-/// Ordinary sockets of the test's own namespace; none when told to be empty.
+/// Ordinary sockets of the test's own namespace; none when told so.
 #[derive(Default)]
 pub struct LocalSockets {
     /// Whether there is nothing to give.
     pub empty: bool,
+    /// Whether nobody answers.
+    pub stuck: bool,
 }
 
 impl SocketSource for LocalSockets {
     fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
-        let empty = self.empty;
+        let Self { empty, stuck } = *self;
         Box::pin(async move {
+            if stuck {
+                std::future::pending::<()>().await;
+            }
             if empty {
                 return Err(TakeError::Empty);
             }

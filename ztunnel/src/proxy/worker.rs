@@ -26,8 +26,12 @@ use super::state::State;
 use super::tunnels::Tunnels;
 use super::{inbound, outbound, plaintext};
 
-/// TLS handshakes that one thread runs at a time for one pod; more wait in the kernel's accept queue.
+/// TLS handshakes that one thread runs at a time for one pod.
 const HANDSHAKES: usize = 128;
+
+/// Connections of one pod that wait for their first bytes, or for others' handshakes, in one thread; more wait in the
+/// kernel's accept queue.
+const WAITING: usize = 1024;
 
 /// Tunnels that one thread serves at a time for one pod.
 const TUNNELS: usize = 4096;
@@ -234,7 +238,7 @@ async fn run(
 /// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
 pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: TcpListener, drain: Watcher) {
     let _token = pod.live.token();
-    let (handshakes, tunnels) = (Arc::new(Semaphore::new(HANDSHAKES)), Arc::new(Semaphore::new(TUNNELS)));
+    let [waiting, handshakes, tunnels] = [WAITING, HANDSHAKES, TUNNELS].map(|limit| Arc::new(Semaphore::new(limit)));
     let ended = async {
         tokio::select! {
             () = pod.live.closed() => {}
@@ -252,7 +256,7 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
         let next = async {
             // The permit first: a connection over the limit stays in the kernel's queue.
             let permit = match port {
-                Port::Hbone => Arc::clone(&handshakes).acquire_owned().await.ok(),
+                Port::Hbone => Arc::clone(&waiting).acquire_owned().await.ok(),
                 Port::Outbound | Port::Plaintext => None,
             };
             (permit, listener.accept().await)
@@ -270,7 +274,11 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
                 continue;
             }
         };
-        let permits = Permits { handshake: permit, tunnel: Arc::clone(&tunnels).try_acquire_owned().ok() };
+        let permits = Permits {
+            waiting: permit,
+            handshakes: Arc::clone(&handshakes),
+            tunnel: Arc::clone(&tunnels).try_acquire_owned().ok(),
+        };
         let (worker, pod, drain) = (Arc::clone(&worker), Arc::clone(&pod), drain.clone());
         spawn(worker, pod, port, Accepted { stream, peer }, permits, drain);
     }
@@ -286,8 +294,10 @@ pub struct Accepted {
 
 /// What counts a tunnel.
 pub struct Permits {
-    /// To be dropped after the handshake.
-    pub handshake: Option<OwnedSemaphorePermit>,
+    /// To be dropped when the handshake begins.
+    pub waiting: Option<OwnedSemaphorePermit>,
+    /// To be taken for the handshake.
+    pub handshakes: Arc<Semaphore>,
     /// None: the pod has too many.
     pub tunnel: Option<OwnedSemaphorePermit>,
 }

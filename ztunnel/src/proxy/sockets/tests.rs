@@ -135,3 +135,16 @@ fn kinds_survive_the_wire() {
     assert_eq!(SocketKind::from_wire(0), None);
     assert_eq!(SocketKind::from_wire(99), None);
 }
+
+#[test]
+fn dead_peers_are_looked_for() {
+    for kind in SocketKind::ALL {
+        let socket = OwnedFd::from(socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap());
+        prepare(kind, &socket).unwrap();
+        let socket = SockRef::from(&socket);
+        assert!(socket.keepalive().unwrap());
+        let bound = socket.tcp_keepalive_time().unwrap()
+            + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
+        assert_eq!(bound, Duration::from_secs(120), "{kind:?}");
+    }
+}
