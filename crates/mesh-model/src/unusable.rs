@@ -74,7 +74,7 @@ impl Unusable {
         match (&mut self.place, before) {
             (None, before) => self.place = Some(before),
             (Some(Place::Workload { addresses, .. }), Place::Workload { addresses: before, .. }) => {
-                add(addresses, before)
+                add(addresses, before);
             }
             (Some(Place::Service { vips, .. }), Place::Service { vips: before, .. }) => add(vips, before),
             (Some(Place::Workload { .. }), Place::Service { .. })
@@ -86,7 +86,7 @@ impl Unusable {
         self.place.as_ref()
     }
 
-    fn workload_rank(&self) -> (bool, bool, &str) {
+    fn workload_rank(&self) -> WorkloadRank<'_> {
         let hbone = matches!(&self.place, Some(Place::Workload { hbone: true, .. }));
         workload_rank(&self.name, hbone)
     }
@@ -122,9 +122,12 @@ impl From<&Service> for Place {
     }
 }
 
+/// Whether it is no pod, whether it is not in the mesh, uid.
+pub(crate) type WorkloadRank<'a> = (bool, bool, &'a str);
+
 /// Which of several workloads of one address is meant: the least. Pods are told by the platform, other objects by
 /// people; what is in the mesh says more than what is not.
-pub(crate) fn workload_rank(uid: &str, hbone: bool) -> (bool, bool, &str) {
+pub(crate) fn workload_rank(uid: &str, hbone: bool) -> WorkloadRank<'_> {
     (!uid.contains("//Pod/"), !hbone, uid)
 }
 
@@ -185,7 +188,7 @@ impl UnusableSet {
     }
 
     /// The workload of that address, with its rank.
-    pub(crate) fn workload(&self, network: &str, ip: IpAddr) -> Option<((bool, bool, &str), &Arc<Unusable>)> {
+    pub(crate) fn workload(&self, network: &str, ip: IpAddr) -> Option<(WorkloadRank<'_>, &Arc<Unusable>)> {
         let here = |one: &&Arc<Unusable>| matches!(&one.place, Some(Place::Workload { network: own, .. }) if **own == *network);
         let found = self.workloads.get(&ip.to_canonical())?.iter().find(here)?;
         Some((found.workload_rank(), found))
