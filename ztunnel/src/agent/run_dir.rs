@@ -2,7 +2,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown, lchown,
+};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -85,7 +87,8 @@ impl RunDir {
     /// # Errors
     /// When the owner cannot be changed.
     pub fn give(&self, socket: &Path, uid: u32) -> Result<(), RunDirError> {
-        chown(socket, Some(uid), None).map_err(at(socket))
+        // The folder is the proxy's: what lies there now may be a link to somewhere else.
+        lchown(socket, Some(uid), None).map_err(at(socket))
     }
 }
 
@@ -98,12 +101,21 @@ fn make(path: &Path, mode: u32, owner: u32) -> Result<(), RunDirError> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(at(path)(error)),
         Ok(()) | Err(_) => {}
     }
-    let found = fs::symlink_metadata(path).map_err(at(path))?;
-    if !found.is_dir() || (found.uid() != owner && found.uid() != 0) {
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let folder = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(folder) => folder,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => {
+            return Err(RunDirError::Unsafe(path.to_owned()));
+        }
+        Err(error) => return Err(at(path)(error)),
+    };
+    // All by its descriptor: it stays the one that was looked at.
+    let found = folder.metadata().map_err(at(path))?;
+    if found.uid() != owner && found.uid() != 0 {
         return Err(RunDirError::Unsafe(path.to_owned()));
     }
-    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(at(path))?;
-    chown(path, Some(owner), None).map_err(at(path))
+    folder.set_permissions(Permissions::from_mode(mode)).map_err(at(path))?;
+    fchown(&folder, Some(owner), None).map_err(at(path))
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> RunDirError {
@@ -112,6 +124,8 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> RunDirError {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
     use super::*;
 
     #[test]
@@ -137,6 +151,24 @@ mod tests {
         assert_eq!(mode_and_owner(dir.proxy_socket().parent().unwrap()), (0o700, 1337));
         assert_eq!(mode_and_owner(&dir.state()), (0o700, 0));
         assert_eq!(mode_and_owner(&path.join("agent.lock")), (0o600, 0));
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let dir = RunDir::open(&path, 1337).unwrap();
+        let victim = folder.path().join("victim");
+        fs::create_dir(&victim).unwrap();
+        symlink(&victim, dir.proxy_socket()).unwrap();
+        dir.give(&dir.proxy_socket(), 1337).unwrap();
+        assert_eq!(fs::metadata(&victim).unwrap().uid(), 0);
+        assert_eq!(fs::symlink_metadata(dir.proxy_socket()).unwrap().uid(), 1337);
+        drop(dir);
+        fs::remove_dir_all(path.join("proxy")).unwrap();
+        symlink(&victim, path.join("proxy")).unwrap();
+        assert!(matches!(RunDir::open(&path, 1337), Err(RunDirError::Unsafe(_))));
+        assert_eq!(fs::metadata(&victim).unwrap().uid(), 0);
     }
 
     #[test]
