@@ -23,18 +23,17 @@ const MAX_PATH: usize = 4096;
 const MAX_SANDBOX: usize = 256;
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
+/// Wait after a connection that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(200);
 /// How long a connection may be silent.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Serves requests until the task is aborted.
-///
-/// # Errors
-/// When the socket itself fails.
-pub async fn serve(listener: Listener, manager: Manager) -> Result<(), seqpacket::Error> {
+pub async fn serve(listener: Listener, manager: Manager) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return Ok(()) };
-        let socket = listener.accept().await?;
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let socket = accept(&listener).await;
         let manager = manager.clone();
         tokio::spawn(async move {
             match tokio::time::timeout(IDLE * 10, connection(&socket, &manager)).await {
@@ -43,6 +42,19 @@ pub async fn serve(listener: Listener, manager: Manager) -> Result<(), seqpacket
             }
             drop(permit);
         });
+    }
+}
+
+/// The next connection. Whatever is in the way of it, such as too many open files, is waited out: pods are served on.
+pub(super) async fn accept(listener: &Listener) -> Socket {
+    loop {
+        match listener.accept().await {
+            Ok(socket) => return socket,
+            Err(error) => {
+                tracing::error!(%error, "cannot accept a connection, trying again");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
     }
 }
 

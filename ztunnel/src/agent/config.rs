@@ -22,7 +22,7 @@ pub struct Config {
     #[arg(long, env = "CULVERT_PROXY_UID", value_name = "UID", default_value_t = 1337)]
     pub proxy_uid: u32,
 
-    /// Address of the admin and metrics pages. No TCP port is opened without it.
+    /// Address of the admin and metrics pages, on the loopback device. No TCP port is opened without it.
     #[arg(long, env = "CULVERT_AGENT_ADMIN_ADDR", value_name = "ADDR")]
     pub admin_addr: Option<SocketAddr>,
 

@@ -1,7 +1,7 @@
 //! The proxy's side of the agent: says which pods there are, gives out listeners and fresh sockets, takes listeners
 //! back.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use mesh_runtime::seqpacket::{self, Listener, Socket};
 use prost::Message as _;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+use super::announce::accept;
 use super::maker::{Kind, Maker};
 use super::manager::{Manager, ManagerError, Notice};
 use super::sockets::ListenerSet;
@@ -47,20 +48,25 @@ pub enum HandoverError {
     /// The peer did not answer or read in time.
     #[error("the proxy did not {0} in time")]
     Slow(&'static str),
+    /// Sockets of a pod that is gone are still open there.
+    #[error("the proxy has not let go of pod {pod}: {error}")]
+    NotRemoved {
+        /// UID of the pod.
+        pod: String,
+        /// What the proxy said.
+        error: String,
+    },
     /// The agent stops.
     #[error(transparent)]
     Manager(#[from] ManagerError),
 }
 
 /// Serves proxies until the task is aborted.
-///
-/// # Errors
-/// When the socket itself fails.
-pub async fn serve(listener: Listener, proxy_uid: u32, manager: Manager, maker: Maker) -> Result<(), HandoverError> {
+pub async fn serve(listener: Listener, proxy_uid: u32, manager: Manager, maker: Maker) {
     let permits = Arc::new(Semaphore::new(MAX_PROXIES));
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return Ok(()) };
-        let socket = listener.accept().await?;
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let socket = accept(&listener).await;
         let (manager, maker) = (manager.clone(), maker.clone());
         tokio::spawn(async move {
             match connection(&socket, proxy_uid, &manager, &maker).await {
@@ -83,7 +89,7 @@ async fn connection(socket: &Socket, proxy_uid: u32, manager: &Manager, maker: &
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
     tracing::info!(proxy = id, pid = peer.pid, kept = kept.len(), "a proxy connected");
     let mut notices = manager.join(id, kept).await?;
-    let mut unacked = VecDeque::new();
+    let mut unacked = Unacked { proxy: id, messages: VecDeque::new(), refused: HashSet::new() };
     let result = exchange(socket, manager, maker, &mut notices, &mut unacked).await;
     // The manager may wait for an acknowledgement that will not come.
     drop((notices, unacked));
@@ -121,8 +127,14 @@ async fn greet(socket: &Socket) -> Result<HashMap<String, ListenerSet>, Handover
     Ok(kept)
 }
 
-/// Messages that wait for their acknowledgement, in order: the pod, and who wants to know that it is removed.
-type Unacked = VecDeque<(String, Option<oneshot::Sender<()>>)>;
+/// What a proxy has not answered yet.
+struct Unacked {
+    proxy: u64,
+    /// In order: the pod, and who wants to know that it is removed.
+    messages: VecDeque<(String, Option<oneshot::Sender<()>>)>,
+    /// Pods that it does not serve, as the manager was told.
+    refused: HashSet<String>,
+}
 
 /// Returns when the manager cut the proxy off.
 async fn exchange(
@@ -139,7 +151,7 @@ async fn exchange(
                 None => return Ok(()),
             },
             message = receive(socket) => match message?.0 {
-                proxy_message::Kind::Ack(ack) => acknowledge(&ack, unacked)?,
+                proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked)?,
                 proxy_message::Kind::SocketRequest(request) => answer(socket, manager, maker, request).await?,
                 proxy_message::Kind::Hello(_) | proxy_message::Kind::PodKept(_) => {
                     return Err(HandoverError::Protocol("Hello or PodKept after the beginning"));
@@ -150,37 +162,47 @@ async fn exchange(
 }
 
 async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<(), HandoverError> {
-    if unacked.len() >= MAX_UNACKED {
+    if unacked.messages.len() >= MAX_UNACKED {
         return Err(HandoverError::Slow("acknowledge"));
     }
     match notice {
         Notice::Added(info, listeners) => {
             let message =
                 node::PodAdded { pod: Some(info.to_wire()), listeners: ListenerSet::KINDS.map(Into::into).to_vec() };
-            unacked.push_back((info.uid, None));
+            unacked.messages.push_back((info.uid, None));
             send(socket, agent_message::Kind::PodAdded(message), &listeners.descriptors()).await
         }
         Notice::Removed(uid, removed) => {
-            unacked.push_back((uid.clone(), Some(removed)));
+            unacked.messages.push_back((uid.clone(), Some(removed)));
             send(socket, agent_message::Kind::PodRemoved(node::PodRemoved { pod_uid: uid }), &[]).await
         }
         Notice::SnapshotSent => send(socket, agent_message::Kind::SnapshotSent(node::SnapshotSent {}), &[]).await,
     }
 }
 
-fn acknowledge(ack: &node::Ack, unacked: &mut Unacked) -> Result<(), HandoverError> {
-    match unacked.pop_front() {
-        Some((uid, removed)) if uid == ack.pod_uid => {
-            if !ack.error.is_empty() {
-                tracing::error!(pod = uid, error = ack.error, "the proxy does not serve a pod");
-            }
-            if let Some(removed) = removed {
-                // The manager may have lost patience.
-                let _ = removed.send(());
+fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Result<(), HandoverError> {
+    let node::Ack { pod_uid, error } = ack;
+    match unacked.messages.pop_front() {
+        Some((uid, _)) if uid != pod_uid => Err(HandoverError::Protocol("an acknowledgement of something else")),
+        // Whoever waits for it learns that this connection ends.
+        Some((pod, Some(_))) if !error.is_empty() => Err(HandoverError::NotRemoved { pod, error }),
+        Some((uid, Some(removed))) => {
+            unacked.refused.remove(&uid);
+            // The manager may have lost patience.
+            let _ = removed.send(());
+            Ok(())
+        }
+        Some((uid, None)) => {
+            if !error.is_empty() {
+                tracing::error!(pod = uid, error, "the proxy does not serve a pod");
+                unacked.refused.insert(uid.clone());
+                manager.answered(unacked.proxy, uid, error);
+            } else if unacked.refused.remove(&uid) {
+                manager.answered(unacked.proxy, uid, error);
             }
             Ok(())
         }
-        Some(_) | None => Err(HandoverError::Protocol("an acknowledgement of something else")),
+        None => Err(HandoverError::Protocol("an acknowledgement of nothing")),
     }
 }
 

@@ -13,6 +13,7 @@ use super::capture::NodeCapture;
 use super::netns::{self, Netns, inode_at};
 use super::pod::{EnrolError, Pod, PodInfo, Sandbox};
 use super::pod_network;
+use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
 
@@ -74,6 +75,7 @@ enum Command {
     List { done: oneshot::Sender<Vec<Listed>> },
     Join { id: u64, kept: HashMap<String, ListenerSet>, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
     Leave { id: u64 },
+    Answered { proxy: u64, uid: String, error: String },
 }
 
 impl Manager {
@@ -87,7 +89,14 @@ impl Manager {
         let (adopted, stranded) = adopt::all(&node, &state)?;
         *pods.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         let (commands, queue) = mpsc::channel(QUEUE);
-        let task = Task { node, state, pods: Arc::clone(&pods), stranded, proxies: HashMap::new() };
+        let task = Task {
+            node,
+            state,
+            pods: Arc::clone(&pods),
+            stranded,
+            proxies: HashMap::new(),
+            refusals: Refusals::default(),
+        };
         tokio::spawn(task.run(queue));
         Ok(Self { commands, pods })
     }
@@ -135,6 +144,14 @@ impl Manager {
         let _ = self.commands.send(Command::Leave { id }).await;
     }
 
+    /// A proxy answered what it was told of a pod; an empty error says that it serves it. Does not wait: the task may be
+    /// waiting for that proxy.
+    pub fn answered(&self, proxy: u64, uid: String, error: String) {
+        if let Err(error) = self.commands.try_send(Command::Answered { proxy, uid, error }) {
+            tracing::warn!(%error, "the answer of a proxy is lost");
+        }
+    }
+
     /// An enrolled pod.
     #[must_use]
     pub fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
@@ -160,6 +177,7 @@ struct Task {
     pods: Shared,
     stranded: BTreeMap<String, Stranded>,
     proxies: HashMap<u64, mpsc::Sender<Notice>>,
+    refusals: Refusals,
 }
 
 impl Task {
@@ -184,6 +202,10 @@ impl Task {
                     }
                     Some(Command::Leave { id }) => {
                         self.proxies.remove(&id);
+                        self.refusals.forget_proxy(id);
+                    }
+                    Some(Command::Answered { proxy, uid, error }) => {
+                        self.refusals.note(proxy, uid, error, tokio::time::Instant::now());
                     }
                     None => return,
                 },
@@ -285,6 +307,7 @@ impl Task {
     }
 
     async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
+        self.refusals.forget_pod(uid);
         if let Some(stranded) = self.stranded.remove(uid) {
             return self.withdraw_stranded(uid, stranded).await;
         }
@@ -373,6 +396,11 @@ impl Task {
                 .collect::<Vec<_>>()
         });
         let mut listed = checked.await.unwrap_or_default();
+        for listed in listed.iter_mut().filter(|listed| listed.reason.is_empty()) {
+            if let Some(error) = self.refusals.reason(self.proxies.keys().copied(), &listed.info.uid) {
+                listed.reason = format!("captured, but the proxy does not serve it: {error}");
+            }
+        }
         listed.extend(self.stranded.values().map(|Stranded { saved, reason, .. }| Listed {
             info: saved.pod.clone(),
             reason: reason.clone(),
@@ -408,7 +436,8 @@ impl Task {
         receiver
     }
 
-    /// Withdraws pods whose namespace is gone, opens listeners that nobody returned, and tries stranded pods again.
+    /// Withdraws pods whose namespace is gone, opens listeners that nobody returned, tells proxies again of pods that
+    /// they refused, and tries stranded pods again.
     async fn look_after(&mut self) {
         for pod in self.all() {
             if is_gone(&pod).await {
@@ -427,6 +456,13 @@ impl Task {
                     }
                     Err(error) => tracing::warn!(pod = pod.info.uid, %error, "no listeners yet"),
                 }
+            }
+        }
+        for (proxy, uid) in self.refusals.due(tokio::time::Instant::now()) {
+            let told = self.get(&uid).and_then(|pod| Some((pod.info.clone(), pod.listeners()?)));
+            if let (Some(notices), Some((info, listeners))) = (self.proxies.get(&proxy), told) {
+                // A full or closed channel: the connection is about to end.
+                let _ = notices.try_send(Notice::Added(info, listeners));
             }
         }
         for uid in self.stranded.keys().cloned().collect::<Vec<_>>() {

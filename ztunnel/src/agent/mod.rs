@@ -18,6 +18,7 @@ pub mod netns;
 pub mod pod;
 pub mod pod_network;
 pub mod preflight;
+mod refusals;
 pub mod run_dir;
 pub mod selftest;
 pub mod sockets;
@@ -35,13 +36,12 @@ use std::sync::Arc;
 use mesh_runtime::log::{LogError, LogHandle};
 use mesh_runtime::ready::Readiness;
 use mesh_runtime::signal::Shutdown;
-use mesh_runtime::{admin, http, log, seqpacket};
+use mesh_runtime::{admin, http, limits, log, seqpacket};
 use tokio::task::JoinSet;
 
 pub use config::Config;
 
 use capture::{CaptureError, NodeCapture};
-use handover::HandoverError;
 use maker::Maker;
 use manager::Manager;
 use netns::Netns;
@@ -80,9 +80,11 @@ pub enum Error {
         #[source]
         source: seqpacket::Error,
     },
-    /// The proxies' socket failed while running.
-    #[error(transparent)]
-    Handover(#[from] HandoverError),
+    /// The admin pages can change the agent, and whoever reaches their port may.
+    #[error(
+        "--admin-addr {0} can be reached from other machines; an address of this one only, such as 127.0.0.1, is wanted"
+    )]
+    AdminNotLocal(std::net::SocketAddr),
     /// The address of the admin pages.
     #[error("cannot listen on {address} (--admin-addr): {source}")]
     Admin {
@@ -105,7 +107,14 @@ pub enum Error {
 /// # Errors
 /// When it cannot start, with everything that is missing; or when one of its sockets fails.
 pub fn run(config: &Config) -> Result<(), Error> {
+    if let Some(address) = config.admin_addr.filter(|address| !address.ip().is_loopback()) {
+        return Err(Error::AdminNotLocal(address));
+    }
     let log = log::init(&config.log_level, config.log_format.parse()?)?;
+    // Each pod takes some: a lower limit serves fewer pods, and is no reason not to start.
+    if let Err(error) = limits::raise_open_files() {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
     let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
     if config.uninstall {
         return uninstall(config, &run_dir);
@@ -134,10 +143,7 @@ async fn serve(config: &Config, run_dir: &RunDir, node: Arc<NodeCapture>, log: &
     let manager = start(run_dir, config.proxy_uid, &node, &mut tasks)?;
     if let Some(address) = config.admin_addr {
         let failed = |source| Error::Admin { address, source };
-        let mut server = http::Server::bind(address).await.map_err(failed)?;
-        if address.ip().is_loopback() {
-            server = server.local_only();
-        }
+        let server = http::Server::bind(address).await.map_err(failed)?.local_only();
         let mut router = admin::routes(log, shutdown.requester());
         readiness.mount(&mut router);
         metrics::registry(node, manager).mount(&mut router);
@@ -170,11 +176,14 @@ fn start(run_dir: &RunDir, proxy_uid: u32, node: &Arc<NodeCapture>, tasks: &mut 
     run_dir.give(&run_dir.proxy_socket(), proxy_uid)?;
     let announcers = bind(&run_dir.cni_socket())?;
     let served = manager.clone();
-    tasks.spawn(async move { Ok(handover::serve(proxies, proxy_uid, served, maker).await?) });
-    let (served, path) = (manager.clone(), run_dir.cni_socket());
     tasks.spawn(async move {
-        let result = announce::serve(announcers, served).await;
-        result.map_err(|source| Error::Socket { path: path.display().to_string(), source })
+        handover::serve(proxies, proxy_uid, served, maker).await;
+        Ok(())
+    });
+    let served = manager.clone();
+    tasks.spawn(async move {
+        announce::serve(announcers, served).await;
+        Ok(())
     });
     Ok(manager)
 }

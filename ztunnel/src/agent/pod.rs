@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use mesh_model::{InvalidSpiffeId, SpiffeId};
 use mesh_proto::node;
 use ztunnel_ebpf::{POD_ADDRESSES, PodEntry};
 
@@ -43,6 +44,9 @@ pub enum InvalidPod {
     /// A text is empty, too long or has characters that such a name cannot have.
     #[error("the pod's {0} is empty, longer than {MAX_NAME} bytes or holds unusual characters")]
     Text(&'static str),
+    /// Namespace and service account are no identity.
+    #[error(transparent)]
+    Identity(#[from] InvalidSpiffeId),
     /// An address is not 4 or 16 bytes, or no address of a pod.
     #[error("one of the pod's addresses is not a unicast IPv4 or IPv6 address")]
     Address,
@@ -73,6 +77,8 @@ impl TryFrom<Option<node::Pod>> for PodInfo {
             service_account: valid("service account", pod.service_account, in_name)?,
             addresses,
         };
+        // As the proxy will make it; the trust domain, which only the proxy knows, is not the pod's to choose.
+        SpiffeId::new("cluster.local", &info.namespace, &info.service_account)?;
         let v4 = info.v4().count();
         if v4 == 0 || v4 > POD_ADDRESSES || info.addresses.len() > MAX_ADDRESSES {
             return Err(InvalidPod::Addresses);
@@ -116,7 +122,7 @@ impl PodInfo {
 }
 
 fn in_name(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b':')
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
 }
 
 fn valid(what: &'static str, text: String, allowed: fn(u8) -> bool) -> Result<String, InvalidPod> {

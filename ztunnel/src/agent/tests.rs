@@ -1,6 +1,8 @@
 //! The agent as its two clients see it: whoever announces pods, and the proxy. Both are played by the test, on the real
 //! kernel.
 
+mod adoption;
+
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -137,7 +139,11 @@ impl Proxy {
     }
 
     fn ack(&self, uid: &str) {
-        self.say(proxy_message::Kind::Ack(node::Ack { pod_uid: uid.into(), error: String::new() }), &[]);
+        self.answer(uid, "");
+    }
+
+    fn answer(&self, uid: &str, error: &str) {
+        self.say(proxy_message::Kind::Ack(node::Ack { pod_uid: uid.into(), error: error.into() }), &[]);
     }
 
     /// The pod that is announced next, acknowledged: its three listeners.
@@ -325,73 +331,6 @@ fn unprivileged_process() {
 }
 
 #[test]
-fn restarted_agent_gets_the_listeners_back_from_a_living_proxy() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    proxy.snapshot();
-    drop(agent);
-
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured and served while no agent runs");
-
-    // The namespace has no path here: it is found by a process in it.
-    let inside = process_in(&a);
-    let agent = Agent::start(&scratch);
-    let (uid, reason) = agent.announcer().list().remove(0);
-    assert_eq!(uid, UID);
-    assert!(reason.contains("has not returned"), "{reason}");
-    let kept = listeners.iter().map(|socket| socket.try_clone().unwrap()).collect();
-    let proxy = agent.proxy(vec![(UID, kept)]);
-    proxy.added();
-    proxy.snapshot();
-    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
-    proxy.sockets(UID, SocketKind::UpstreamV4, 3).unwrap();
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
-    drop(inside);
-}
-
-#[test]
-fn restarted_agent_opens_listeners_when_the_proxy_died_too() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    drop(agent);
-    connect(&a, at(B, PORT)).expect_err("no listener: nothing passes");
-
-    let inside = process_in(&a);
-    let agent = Agent::start(&scratch);
-    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
-    drop(inside);
-}
-
-#[test]
-fn pod_whose_namespace_vanished_while_no_agent_ran_is_buried() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    drop(agent);
-    drop(a);
-    // The kernel takes namespaces down in the background.
-    let buried = eventually(|| {
-        let agent = Agent::start(&scratch);
-        let gone = agent.announcer().list().is_empty();
-        gone.then(|| (agent.node.cookies().unwrap(), agent.node.pinned().unwrap()))
-    });
-    assert_eq!(buried, Some((Vec::new(), Vec::new())));
-}
-
-#[test]
 fn proxy_that_does_not_let_go_of_a_pod_is_cut_off() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
@@ -461,211 +400,39 @@ fn port_that_an_application_holds_is_named_and_everything_taken_back() {
 }
 
 #[test]
-fn end_of_a_former_sandbox_leaves_the_present_one_enrolled() {
+fn pod_that_the_proxy_refuses_is_told_again_and_listed_with_the_reason() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
-    let (old, new) = pair();
+    let proxy = agent.proxy(Vec::new());
+    proxy.snapshot();
+    let (a, _b) = pair();
     let announcer = agent.announcer();
-    announcer.enrol_in(UID, &old, "", "old").unwrap();
-    // The pod gets another sandbox: same UID, other namespace and address.
-    announcer.enrol_in(UID, &new, "", "new").unwrap();
-    announcer.withdraw_from(UID, "old").expect("nothing to do is no error");
-    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
-    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
-    drop(agent);
-
-    // A restarted agent knows which sandbox it is.
-    let inside = process_in(&new);
-    let agent = Agent::start(&scratch);
-    let announcer = agent.announcer();
-    announcer.withdraw_from(UID, "old").unwrap();
-    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
-    announcer.withdraw_from(UID, "new").unwrap();
-    assert_eq!(agent.node.cookies().unwrap(), Vec::<u64>::new());
-    drop(inside);
+    announcer.enrol(UID, &a, "").unwrap();
+    assert!(matches!(proxy.hear().0, agent_message::Kind::PodAdded(_)));
+    proxy.answer(UID, "no room");
+    let reason = || announcer.list().remove(0).1;
+    eventually(|| reason().contains("no room").then_some(())).expect("the reason is shown");
+    proxy.added();
+    eventually(|| reason().is_empty().then_some(())).expect("served after all");
 }
 
 #[test]
-fn pod_announced_again_before_the_proxy_is_back_stays_captured() {
+fn proxy_that_could_not_let_go_of_a_pod_is_cut_off() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
     let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    proxy.snapshot();
-    drop(agent);
-
-    let inside = process_in(&a);
-    let agent = Agent::start(&scratch);
     let announcer = agent.announcer();
-    let error = announcer.enrol(UID, &a, "").unwrap_err();
-    assert!(error.contains("has not returned"), "{error}");
-    let mut elsewhere = wire(UID, A);
-    elsewhere.service_account = "other".into();
-    let request = node::EnrolPod { pod: Some(elsewhere), ..Default::default() };
-    ok(announcer.ask(pod_request::Kind::Enrol(request), &[a.netns.as_fd()])).expect_err("nor as somebody else");
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
-
-    let kept = listeners.iter().map(|socket| socket.try_clone().unwrap()).collect();
-    let proxy = agent.proxy(vec![(UID, kept)]);
+    announcer.enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
     proxy.added();
     proxy.snapshot();
-    announcer.enrol(UID, &a, "").unwrap();
-    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
-    drop(inside);
-}
-
-#[test]
-fn enrolled_pod_that_lost_something_is_mended_when_it_is_announced_again() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    let announcer = agent.announcer();
-    announcer.enrol(UID, &a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    proxy.snapshot();
-    pod_network::restore(&a.netns, pod_network::Before { fwmark_accept: false, fwmark_reflect: false }).unwrap();
-    agent.node.unpin_pod(UID).unwrap();
-    agent.node.release(a.netns.cookie()).unwrap();
-    assert_ne!(announcer.list()[0].1, "");
-    announcer.enrol(UID, &a, "").unwrap();
-    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "with the listeners that the proxy has");
-}
-
-#[test]
-fn pod_whose_path_vanished_is_kept_while_a_process_lives_in_it() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, b) = pair();
-    let (named, _other) = (process_in(&a), process_in(&a));
-    agent.announcer().enrol(UID, &a, &named.path()).unwrap();
-    drop(named);
-    // When a pod that is gone was withdrawn, every pod has been looked at.
-    let looked_after = |agent: &Agent| {
-        let dying = process_in(&b);
-        let announcer = agent.announcer();
-        announcer.enrol("uid-b", &b, &dying.path()).unwrap();
-        drop(dying);
-        eventually(|| announcer.list().iter().all(|(uid, _)| uid != "uid-b").then_some(())).expect("a gone pod goes");
-        announcer.list()
-    };
-    assert_eq!(looked_after(&agent), [(UID.into(), String::new())]);
-    drop(agent);
-    let agent = Agent::start(&scratch);
-    assert_eq!(looked_after(&agent), [(UID.into(), String::new())]);
-    assert!(agent.node.cookies().unwrap().contains(&a.netns.cookie()));
-}
-
-/// An enrolled pod whose listeners a proxy has, and an agent that was restarted and does not find its namespace.
-fn stranded(scratch: &Scratch, a: &TestPod) -> (Agent, Vec<OwnedFd>) {
-    let agent = Agent::start(scratch);
-    agent.announcer().enrol(UID, a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    proxy.snapshot();
-    drop(agent);
-    let agent = Agent::start(scratch);
-    let (uid, reason) = agent.announcer().list().remove(0);
-    assert_eq!(uid, UID);
-    assert!(reason.contains("not found"), "{reason}");
-    (agent, listeners)
-}
-
-#[test]
-fn stranded_pod_stays_with_its_proxy_and_is_adopted_when_it_can_be() {
-    let scratch = Scratch::new();
-    let (a, _b) = pair();
-    let (agent, listeners) = stranded(&scratch, &a);
-    let kept = listeners.iter().map(|socket| socket.try_clone().unwrap()).collect();
-    let proxy = agent.proxy(vec![(UID, kept)]);
-    assert_eq!(proxy.added().0, UID, "else the proxy would drop it");
-    proxy.snapshot();
-    assert_ne!(agent.announcer().list()[0].1, "");
-
-    let inside = process_in(&a);
-    let announcer = agent.announcer();
-    eventually(|| announcer.list()[0].1.is_empty().then_some(())).expect("tried again");
-    proxy.added();
-    proxy.sockets(UID, SocketKind::UpstreamV4, 1).unwrap();
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
-    drop(inside);
-}
-
-#[test]
-fn withdrawn_stranded_pod_gets_its_namespace_back_as_it_was() {
-    let scratch = Scratch::new();
-    let (a, b) = pair();
-    let application = listen(&b, PORT);
-    let before = sysctls(&a);
-    let (agent, listeners) = stranded(&scratch, &a);
-    assert_ne!(sysctls(&a), before);
-    let proxy = agent.proxy(Vec::new());
-    proxy.snapshot();
-    let inside = process_in(&a);
-    let announcer = agent.announcer();
     let withdrawing = std::thread::spawn(move || announcer.withdraw(UID));
-    let (agent_message::Kind::PodRemoved(removed), _) = proxy.hear() else { panic!("the pod is withdrawn") };
-    assert_eq!(removed.pod_uid, UID);
-    drop(listeners);
-    proxy.ack(UID);
+    assert!(matches!(proxy.hear().0, agent_message::Kind::PodRemoved(_)));
+    proxy.answer(UID, "2 connections are still open");
+    assert!(matches!(proxy.0.recv(4096), Err(mesh_runtime::seqpacket::Error::Closed)));
     withdrawing.join().unwrap().unwrap();
-    assert!(pod_network::verify(&a.netns, A).is_err());
-    assert_eq!(sysctls(&a), before);
-    assert_eq!(std::fs::read_dir(agent.run.join("pods")).unwrap().count(), 0);
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(application.accept().unwrap().1.ip(), A);
-    drop(inside);
-}
-
-#[test]
-fn stranded_pod_that_is_announced_again_is_adopted_and_remembers_what_was_before() {
-    let scratch = Scratch::new();
-    let (a, _b) = pair();
-    let before = sysctls(&a);
-    let (agent, listeners) = stranded(&scratch, &a);
-    let announcer = agent.announcer();
-    let error = announcer.enrol(UID, &a, "").unwrap_err();
-    assert!(error.contains("has not returned"), "{error}");
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
-    drop(listeners);
-    eventually(|| announcer.enrol(UID, &a, "").ok()).expect("nobody has the ports any more");
-    announcer.withdraw(UID).unwrap();
-    assert_eq!(sysctls(&a), before);
-}
-
-#[test]
-fn namespaces_of_no_pod_are_removed_from_the_map() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    let stale = 0x7777_0000_0001;
-    agent.node.enrol(stale, ztunnel_ebpf::PodEntry::new(&[A.octets()]).unwrap()).unwrap();
-    drop(agent);
-    // Not found any more, but captured: it stays in the map.
-    let agent = Agent::start(&scratch);
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
-    drop(agent);
-    // While a pod is not known for sure, nothing is removed.
-    let file = std::fs::read_dir(scratch.path("run/pods")).unwrap().next().unwrap().unwrap().path();
-    std::fs::write(file, "{").unwrap();
-    let agent = Agent::start(&scratch);
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
-}
-
-/// The sysctls that enrolling changes.
-fn sysctls(pod: &TestPod) -> [String; 2] {
-    let names = ["tcp_fwmark_accept", "fwmark_reflect"];
-    let read = |name| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap();
-    pod.netns.run(|| names.map(read)).unwrap()
+    let successor = agent.proxy(Vec::new());
+    successor.snapshot();
 }
 
 /// A process in the pod's namespace, ended when the value is dropped.

@@ -302,7 +302,11 @@ fn load(node: &Path, pod: Option<&Path>, log: bool) -> Result<Ebpf, CaptureError
             loader.map_pin_path(map, pod.join(map));
         }
     }
-    loader.load(OBJECT).map_err(|error| CaptureError::Load(Box::new(error)))
+    let loaded = loader.load(OBJECT).map_err(|error| CaptureError::Load(Box::new(error)));
+    // The loader reads the kernel's type information whether it is wanted or not: 20 MiB, free again by now.
+    drop(loader);
+    sys::return_free_memory();
+    loaded
 }
 
 fn attach(object: &mut Ebpf, name: &'static str, cgroup: &File, pin: &Path) -> Result<(), CaptureError> {

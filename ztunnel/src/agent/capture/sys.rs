@@ -157,6 +157,15 @@ pub fn watch<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
 }
 
+/// Gives memory that was freed back to the kernel; glibc alone keeps it for the next time.
+pub fn return_free_memory() {
+    // SAFETY: takes an integer, touches only the allocator's own state, and may be called at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// One bpf(2) call with a command's own attributes.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is a live #[repr(C)] value of the given size; the pointers in it point to live buffers of the

@@ -31,6 +31,9 @@ fn what_is_not_acceptable_says_why() {
     assert_eq!(refused(|pod| pod.name = "../x".into()), InvalidPod::Text("name"));
     assert_eq!(refused(|pod| pod.namespace = "a\n".into()), InvalidPod::Text("namespace"));
     assert_eq!(refused(|pod| pod.service_account.clear()), InvalidPod::Text("service account"));
+    assert_eq!(refused(|pod| pod.service_account = "a:b".into()), InvalidPod::Text("service account"));
+    assert_eq!(refused(|pod| pod.namespace = "a:b".into()), InvalidPod::Text("namespace"));
+    assert!(matches!(refused(|pod| pod.namespace = "..".into()), InvalidPod::Identity(_)));
     assert_eq!(refused(|pod| pod.addresses.clear()), InvalidPod::Addresses);
     assert_eq!(refused(|pod| drop(pod.addresses.remove(0))), InvalidPod::Addresses);
     assert_eq!(refused(|pod| pod.addresses = vec![vec![10, 0, 0, 1]; 5]), InvalidPod::Addresses);
