@@ -194,7 +194,7 @@ impl Handover {
                 let ended = self.pods.remove(&pod_uid).map(|removal| exchange.end(removal));
                 exchange.acks.push_back(Box::pin(async move {
                     let error = match ended {
-                        Some(ended) => ended.await.map_or_else(|error| error.to_string(), |()| String::new()),
+                        Some(ended) => ended.await,
                         None => String::new(),
                     };
                     node::Ack { pod_uid, error }
@@ -234,18 +234,17 @@ impl Handover {
 }
 
 impl Exchange<'_> {
-    /// Ends what lives in a pod, whatever becomes of this exchange.
-    fn end(&self, removal: Removal) -> impl Future<Output = Result<(), String>> + Send + 'static {
+    /// Ends what lives in a pod, whatever becomes of this exchange. Resolves to what is wrong, for the acknowledgement.
+    fn end(&self, removal: Removal) -> impl Future<Output = String> + Send + 'static {
         let failed = self.failed.clone();
         let ended = tokio::spawn(async move {
-            removal.ended().await.map_err(|still_alive| {
-                let error = still_alive.to_string();
-                // Nothing may come after this: the agent must have the reason before the process ends.
-                let _ = failed.send(still_alive);
-                error
-            })
+            let Err(still_alive) = removal.ended().await else { return String::new() };
+            let error = still_alive.to_string();
+            // Nothing may come after this: the agent must have the reason before the process ends.
+            let _ = failed.send(still_alive);
+            error
         });
-        async { ended.await.unwrap_or_else(|error| Err(error.to_string())) }
+        async { ended.await.unwrap_or_else(|error| error.to_string()) }
     }
 }
 

@@ -220,7 +220,7 @@ async fn a_removal_holds_up_no_order_and_is_acknowledged_in_its_turn() {
     while ordered <= 4 {
         match socket.next().await.0 {
             proxy_message::Kind::SocketRequest(request) if request.pod_uid == "stays" => {
-                ordered += request.count as usize
+                ordered += request.count as usize;
             }
             proxy_message::Kind::SocketRequest(_) => {}
             other => panic!("the removal has not ended, and nothing that came later may be acknowledged: {other:?}"),
