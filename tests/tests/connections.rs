@@ -155,6 +155,22 @@ fn plaintext_from_outside_shows_the_real_client() -> Result<(), Error> {
     Ok(())
 }
 
+/// The proxy delivers with the client's address and a port of its own choice, which must not be one that the client has.
+#[test]
+fn a_client_with_a_wide_range_of_ports_meets_no_delivery() -> Result<(), Error> {
+    let cluster = Cluster::builder().start()?;
+    let server = echo(&cluster, "server", 2).enrolled(true).start()?;
+    let client = cluster.pod("client").node(1).enrolled(false).start()?;
+    client.network().sysctl("net/ipv4/ip_local_port_range", "10000 32767")?;
+    let to = server.at(7000).to_string();
+    for _ in 0..3 {
+        let args = ["parallel", "--to", &to, "--connections", "800", "--timeout", "900"];
+        let done = json(&client, Duration::from_secs(60), &args);
+        assert_eq!(done["succeeded"], 800, "{done}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_pod_reaches_itself_by_address_and_by_service() -> Result<(), Error> {
     let cluster = Cluster::builder().start()?;
