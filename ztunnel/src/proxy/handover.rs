@@ -1,6 +1,6 @@
 //! The conversation with the agent of this node: pods and their sockets come in, acknowledgements and orders for more
 //! sockets go out. While the agent is away everything goes on; when it is back, both compare what they know. It has a
-//! thread of its own: a connection that waits for a socket waits 100 ms at most, whatever else the process does.
+//! thread of its own: a connection that waits for a socket waits a second at most, whatever else the process does.
 
 use std::collections::HashSet;
 use std::convert::Infallible;

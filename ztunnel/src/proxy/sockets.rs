@@ -19,8 +19,9 @@ use tokio::time::Instant;
 #[cfg(test)]
 mod tests;
 
-/// Longest time that a connection waits for a socket when the stock is empty.
-pub const STOCK_WAIT: Duration = Duration::from_millis(100);
+/// Longest time that a connection waits for a socket when the stock is empty. A tenth of it is plenty for the agent's
+/// answer, but not for its turn on a machine whose cores are all taken.
+pub const STOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// Most sockets of one kind that lie in stock for one pod.
 const SHELF_CAP: usize = 64;
@@ -77,7 +78,7 @@ impl SocketKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TakeError {
     /// The stock is empty and the agent did not refill it in [`STOCK_WAIT`].
-    #[error("no socket in the pod's namespace is in stock and the agent gave none within 100 ms; see the agent's log")]
+    #[error("no socket in the pod's namespace is in stock and the agent gave none within a second; see the agent's log")]
     Empty,
     /// The pod is gone.
     #[error("the pod is gone")]
