@@ -6,7 +6,6 @@ mod adoption;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -301,8 +300,6 @@ fn delivery_socket_works_without_privilege() {
         .env("CULVERT_TEST_SOCKET_ON_STDIN", "1")
         .stdin(Stdio::from(socket))
         .stdout(Stdio::null())
-        .uid(65534)
-        .gid(65534)
         .spawn()
         .unwrap();
     let (mut stream, peer) = application.accept().unwrap();
@@ -317,6 +314,11 @@ fn unprivileged_process() {
     if std::env::var_os("CULVERT_TEST_SOCKET_ON_STDIN").is_none() {
         return;
     }
+    // Here and not by the parent: the checkout may lie where nobody else can read the program.
+    nix::unistd::setgroups(&[]).unwrap();
+    let (nobody, nogroup) = (nix::unistd::Uid::from_raw(65534), nix::unistd::Gid::from_raw(65534));
+    nix::unistd::setresgid(nogroup, nogroup, nogroup).unwrap();
+    nix::unistd::setresuid(nobody, nobody, nobody).unwrap();
     let own = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     own.set_ip_transparent_v4(true).expect_err("a socket of its own cannot be transparent");
     let stdin = std::io::stdin();

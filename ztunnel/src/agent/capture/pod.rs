@@ -173,6 +173,12 @@ fn fill(sockets: &mut SockMap<MapData>, listeners: Listeners<'_>) -> Result<(), 
 }
 
 fn remove(folder: &Path) -> Result<(), CaptureError> {
+    let link = folder.join("link");
+    match sys::open_pin(&link) {
+        Ok(pinned) => sys::detach(pinned.as_fd()).map_err(at(&link))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(at(&link)(error)),
+    }
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(folder)(error)),
         _ => Ok(()),

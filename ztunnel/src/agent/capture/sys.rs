@@ -21,6 +21,7 @@ pub const ATTACH_SK_LOOKUP: u32 = 36;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// What a link in the kernel is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,20 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let fd = bpf(BPF_OBJ_GET, &mut attr)?;
     // SAFETY: the kernel returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes a link's program off its hook, now. Without this it stays there for a moment after its pin is gone: the kernel puts
+/// off what an unlinked pin leaves to do.
+///
+/// # Errors
+/// As `bpf(BPF_LINK_DETACH)`, Linux 5.9.
+pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+    }
+    let mut attr = Attr { fd: u32::try_from(link.as_raw_fd()).map_err(io::Error::other)? };
+    bpf(BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
 /// Asks the kernel about a link on a cgroup or a network namespace.
