@@ -1,6 +1,5 @@
 //! The proxy put together: what is bound, what is started, in what order it ends.
 
-use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -159,16 +158,6 @@ fn certificates(config: &Config) -> Result<Store, Error> {
 
 async fn bind(flag: &'static str, address: SocketAddr) -> Result<Server, Error> {
     Server::bind(address).await.map_err(|source| Error::Bind { flag, address, source })
-}
-
-/// Raises the limit of open files to what is allowed: every connection has two.
-///
-/// # Errors
-/// When the kernel refuses.
-pub fn raise_file_limit() -> io::Result<()> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
 /// Says at start what else would be noticed only by a connection that fails.

@@ -83,8 +83,8 @@ pub enum Error {
 pub fn run(config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
-    // A lower limit carries fewer connections, and is no reason not to start.
-    let file_limit = app::raise_file_limit();
+    // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
+    let file_limit = mesh_runtime::limits::raise_open_files();
     jail::enter(config.uid)?;
     let unreadable = app::check_files(&config);
     if !unreadable.is_empty() {

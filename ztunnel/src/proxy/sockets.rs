@@ -78,7 +78,9 @@ impl SocketKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TakeError {
     /// The stock is empty and the agent did not refill it in [`STOCK_WAIT`].
-    #[error("no socket in the pod's namespace is in stock and the agent gave none within a second; see the agent's log")]
+    #[error(
+        "no socket in the pod's namespace is in stock and the agent gave none within a second; see the agent's log"
+    )]
     Empty,
     /// The pod is gone.
     #[error("the pod is gone")]
