@@ -224,6 +224,7 @@ async fn answer(
         kind: request.kind,
         count: u32::try_from(sockets.len()).unwrap_or(0),
         error,
+        address: request.address,
     };
     let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(|socket| socket.as_fd()).collect();
     send(socket, agent_message::Kind::Sockets(message), &sockets).await

@@ -59,7 +59,15 @@ impl TryFrom<i32> for Kind {
         match SocketKind::try_from(wire) {
             Ok(SocketKind::UpstreamV4) => Ok(Self::Upstream),
             Ok(SocketKind::DeliveryV4) => Ok(Self::Delivery),
-            Ok(SocketKind::Unspecified) | Err(_) => Err(MakeError::Kind),
+            Ok(
+                SocketKind::UpstreamV6
+                | SocketKind::DeliveryV6
+                | SocketKind::DnsUpstreamV4
+                | SocketKind::DnsUpstreamV6
+                | SocketKind::DnsReply
+                | SocketKind::Unspecified,
+            )
+            | Err(_) => Err(MakeError::Kind),
         }
     }
 }

@@ -74,7 +74,7 @@ impl ListenerSet {
                 Listener::Outbound => (&mut outbound, PORT_OUTBOUND),
                 Listener::InboundPlaintext => (&mut inbound_plaintext, PORT_INBOUND_PLAINTEXT),
                 Listener::InboundHbone => (&mut inbound_hbone, PORT_INBOUND_HBONE),
-                Listener::Unspecified => continue,
+                Listener::DnsUdp | Listener::DnsTcp | Listener::Unspecified => continue,
             };
             let found = SockRef::from(&socket).local_addr().ok()?.as_socket()?.port();
             if found != port {

@@ -160,7 +160,7 @@ impl Proxy {
     }
 
     fn sockets(&self, uid: &str, kind: SocketKind, count: u32) -> Result<Vec<OwnedFd>, String> {
-        let request = node::SocketRequest { pod_uid: uid.into(), kind: kind.into(), count };
+        let request = node::SocketRequest { pod_uid: uid.into(), kind: kind.into(), count, address: Vec::new() };
         self.say(proxy_message::Kind::SocketRequest(request), &[]);
         let (agent_message::Kind::Sockets(answer), fds) = self.hear() else { panic!("sockets come") };
         assert_eq!((answer.kind(), answer.count as usize), (kind, fds.len()));

@@ -226,7 +226,8 @@ impl Handover {
         let Some(stock) = self.pods.stock(&notice.pod_uid) else { return Ok(()) };
         while let Some(count) = stock.next_order(notice.kind) {
             let pod_uid = notice.pod_uid.as_ref().to_owned();
-            let request = node::SocketRequest { pod_uid, kind: notice.kind.to_wire() as i32, count };
+            let request =
+                node::SocketRequest { pod_uid, kind: notice.kind.to_wire() as i32, count, address: Vec::new() };
             send(socket, proxy_message::Kind::SocketRequest(request), &[]).await?;
         }
         Ok(())

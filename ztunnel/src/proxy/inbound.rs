@@ -42,8 +42,7 @@ struct Tunnel {
 pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permits: Permits, drain: Watcher) {
     let _token = pod.live.token();
     let serving = async {
-        let Accepted { stream, peer } = accepted;
-        let Ok(local) = stream.local_addr() else { return };
+        let Accepted { stream, peer, local } = accepted;
         let Permits { waiting, handshakes, tunnel } = permits;
         let accepted = match &tunnel {
             Some(_) => authenticate(&worker, &pod, stream, peer, (waiting, handshakes)).await,

@@ -29,9 +29,8 @@ const TUNNELS: usize = 3;
 
 /// Carries one connection, from its acceptance to its record.
 pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
-    let Accepted { stream, peer: client } = accepted;
     // The accepted socket's own address is what the application connected to.
-    let Ok(original) = stream.local_addr() else { return dial::reset(stream) };
+    let Accepted { stream, peer: client, local: original } = accepted;
     // Until it is carried, whatever happens the application must see a reset, never an orderly end.
     let app = Unanswered::new(stream);
     let metrics = &worker.shared.metrics;

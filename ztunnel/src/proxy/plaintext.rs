@@ -16,9 +16,8 @@ use super::worker::{Accepted, Worker};
 
 /// Carries one connection, from its acceptance to its record.
 pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
-    let Accepted { stream, peer } = accepted;
+    let Accepted { stream, peer, local } = accepted;
     // The accepted socket's own address is what the client connected to.
-    let Ok(local) = stream.local_addr() else { return dial::reset(stream) };
     let client = Unanswered::new(stream);
     let _taken = pod.delivery_ports.note(peer);
     let shared = &worker.shared;

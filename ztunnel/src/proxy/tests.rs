@@ -341,8 +341,9 @@ async fn what_the_mesh_does_not_know_passes_through_in_plain() {
     drop(listener);
     super::testing::soon(async {
         let (worker, client) = (Arc::clone(&pair.near.worker), Arc::clone(&pair.client));
-        let carrying =
-            tokio::spawn(async move { super::outbound::serve(&worker, &client, Accepted { stream, peer }).await });
+        let carrying = tokio::spawn(async move {
+            super::outbound::serve(&worker, &client, Accepted::new(stream, peer).unwrap()).await
+        });
         let (mut upstream, from) = stranger.accept().await.unwrap();
         assert_eq!(from.ip(), pair.mesh.ip(CLIENT), "from the pod's own address");
         upstream.write_all(b"plain").await.unwrap();
@@ -392,7 +393,8 @@ async fn plaintext_from_outside_is_delivered_with_the_clients_address_or_refused
             pair.far.update(AUTHORIZATION_TYPE, vec![resource("shop/strict", &policy)]);
         }
         let (worker, server) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server));
-        let carrying = tokio::spawn(async move { plaintext::serve(&worker, &server, Accepted { stream, peer }).await });
+        let carrying =
+            tokio::spawn(async move { plaintext::serve(&worker, &server, Accepted::new(stream, peer).unwrap()).await });
         if denied {
             assert_reset(outside).await;
         } else {
@@ -435,7 +437,7 @@ async fn a_connection_costs_little_memory() {
     for serve in ["outbound", "plaintext"] {
         let (_client, accepted) = tokio::join!(TcpStream::connect(at), listener.accept());
         let (stream, peer) = accepted.unwrap();
-        let accepted = Accepted { stream, peer };
+        let accepted = Accepted::new(stream, peer).unwrap();
         let size = match serve {
             "outbound" => size_of_val(&super::outbound::serve(&pair.near.worker, &pair.client, accepted)),
             _ => size_of_val(&plaintext::serve(&pair.near.worker, &pair.client, accepted)),

@@ -280,7 +280,15 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
             tunnel: Arc::clone(&tunnels).try_acquire_owned().ok(),
         };
         let (worker, pod, drain) = (Arc::clone(&worker), Arc::clone(&pod), drain.clone());
-        spawn(worker, pod, port, Accepted { stream, peer }, permits, drain);
+        let accepted = match Accepted::new(stream, peer) {
+            Ok(accepted) => accepted,
+            // It has ended already.
+            Err(error) => {
+                tracing::debug!(%error, ?pod, ?port, "an accepted connection has no address");
+                continue;
+            }
+        };
+        spawn(worker, pod, port, accepted, permits, drain);
     }
 }
 
@@ -290,6 +298,24 @@ pub struct Accepted {
     pub stream: TcpStream,
     /// Its far end.
     pub peer: SocketAddr,
+    /// Its near end: what the far end connected to.
+    pub local: SocketAddr,
+}
+
+impl Accepted {
+    /// Listening sockets take both families; what came as IPv4 is IPv4 from here on.
+    ///
+    /// # Errors
+    /// When the socket does not tell its address any more.
+    pub fn new(stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
+        let local = canonical(stream.local_addr()?);
+        Ok(Self { stream, peer: canonical(peer), local })
+    }
+}
+
+/// An IPv4-mapped IPv6 address as the IPv4 address that it means.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// What counts a tunnel.

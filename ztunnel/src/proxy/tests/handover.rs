@@ -147,8 +147,13 @@ async fn a_pod_is_served_stocked_and_removed() {
 
     let request = socket.request().await;
     assert_eq!(request.pod_uid, "uid-1");
-    let answer =
-        node::Sockets { pod_uid: "uid-1".into(), kind: request.kind, count: request.count, error: String::new() };
+    let answer = node::Sockets {
+        pod_uid: "uid-1".into(),
+        kind: request.kind,
+        count: request.count,
+        error: String::new(),
+        address: Vec::new(),
+    };
     socket.send(agent_message::Kind::Sockets(answer), &sockets(request.count as usize)).await;
     let kind = SocketKind::from_wire(request.kind).unwrap();
     let stock = agent.pods.stock("uid-1").unwrap();
