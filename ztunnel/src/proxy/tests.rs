@@ -342,7 +342,7 @@ async fn what_the_mesh_does_not_know_passes_through_in_plain() {
     super::testing::soon(async {
         let (worker, client) = (Arc::clone(&pair.near.worker), Arc::clone(&pair.client));
         let carrying = tokio::spawn(async move {
-            super::outbound::serve(&worker, &client, Accepted::new(stream, peer).unwrap()).await
+            super::outbound::serve(&worker, &client, Accepted::new(stream, peer).unwrap()).await;
         });
         let (mut upstream, from) = stranger.accept().await.unwrap();
         assert_eq!(from.ip(), pair.mesh.ip(CLIENT), "from the pod's own address");
