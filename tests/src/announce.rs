@@ -1,6 +1,7 @@
 //! What the container runtime's CNI plugin says to the agent: pods come and go.
 
 use std::io::{IoSlice, IoSliceMut};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +20,13 @@ use crate::netns::NetNs;
 
 /// Longest answer of the agent.
 const ANSWER: usize = 1 << 20;
+
+fn octets(address: &IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
 
 /// The agent of one node, as the container runtime reaches it.
 #[derive(Debug, Clone)]
@@ -48,7 +56,7 @@ impl Agent {
             name: pod.name.clone(),
             namespace: pod.namespace.clone(),
             service_account: pod.service_account.clone(),
-            addresses: vec![pod.ip.octets().to_vec()],
+            addresses: pod.ips.iter().map(octets).collect(),
         };
         let netns_path = network.path().display().to_string();
         let enrol = EnrolPod { pod: Some(described), netns_path, container_id: String::new() };

@@ -5,7 +5,7 @@ mod deploy;
 mod settle;
 mod shared;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,12 +17,14 @@ pub(crate) use shared::Shared;
 use crate::announce::Agent;
 use crate::capture::{Recorder, Report};
 use crate::control::ControlPlane;
+use crate::families::Families;
 use crate::forward::Forward;
 use crate::kube::Directory;
 use crate::mounts::MountNs;
 use crate::netns::NetNs;
 use crate::node::Node;
 use crate::pod::{Pod, PodBuilder};
+use crate::resolver::Resolver;
 use crate::{Error, cleanup};
 
 /// A running cluster. Dropping it ends every process and removes everything that was made; when a test panics, the
@@ -40,6 +42,8 @@ pub struct Host {
     pub name: String,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, in a cluster with IPv6.
+    pub address_v6: Option<Ipv6Addr>,
     /// Its network namespace.
     pub network: Arc<NetNs>,
 }
@@ -170,6 +174,16 @@ impl Cluster {
     pub fn forward(&self, port: u16, target: SocketAddr) -> Result<Forward, Error> {
         let gateway = self.shared.gateway()?;
         Forward::start(SocketAddr::from(([127, 0, 0, 1], port)), Arc::clone(&gateway.network), target)
+    }
+
+    /// The cluster's DNS: what it was asked, and what it knows beside the services.
+    pub fn resolver(&self) -> &Resolver {
+        &self.shared.resolver
+    }
+
+    /// The address families of the cluster.
+    pub fn families(&self) -> Families {
+        self.shared.families
     }
 
     /// The capture.

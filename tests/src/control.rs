@@ -1,6 +1,6 @@
 //! culvertd in the cluster: a host attached to the fabric.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -26,6 +26,7 @@ pub struct ControlPlane {
     /// Its process.
     pub component: Component,
     host: Host,
+    address: IpAddr,
     state: PathBuf,
     program: PathBuf,
 }
@@ -35,14 +36,19 @@ impl ControlPlane {
         let state = shared.folder.join("culvertd");
         std::fs::create_dir_all(&state).during(|| format!("making {}", state.display()))?;
         let program = shared.program("culvertd")?;
-        let address = host.address.to_string();
+        let address = match host.address_v6 {
+            Some(v6) if !shared.families.v4() => IpAddr::from(v6),
+            _ => host.address.into(),
+        };
+        let any = if shared.families.v6() { "[::]" } else { "0.0.0.0" };
         let mut spec = Spec::new("culvertd", &program, shared.log("culvertd"))
             .args(["--source-dir".into(), shared.directory.folder().as_os_str().to_owned()])
             .args(["--state-dir".into(), state.as_os_str().to_owned()])
-            .args(["--xds-addr", "0.0.0.0:15012", "--metrics-addr", "127.0.0.1:15014", "--ready-addr", "0.0.0.0:15021"])
+            .args(["--xds-addr", &format!("{any}:15012"), "--ready-addr", &format!("{any}:15021")])
+            .args(["--metrics-addr", "127.0.0.1:15014"])
             .args(["--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
             .args(["--system-namespace", SYSTEM_NAMESPACE]);
-        for san in [address.as_str(), "culvertd.culvert-system.svc", "localhost", "127.0.0.1"] {
+        for san in [address.to_string().as_str(), "culvertd.culvert-system.svc", "localhost", "127.0.0.1"] {
             spec = spec.args(["--xds-san", san]);
         }
         spec = spec.args(extra.iter().cloned());
@@ -54,17 +60,17 @@ impl ControlPlane {
             let at = SocketAddr::from(([127, 0, 0, 1], 15021));
             Ok(root.exists() && http::get(&network, at, "/healthz/ready").is_ok_and(|a| a.status == 200))
         });
-        Ok(Self { component, host, state, program })
+        Ok(Self { component, host, address, state, program })
     }
 
     /// Its address on the fabric.
-    pub fn address(&self) -> Ipv4Addr {
-        self.host.address
+    pub fn address(&self) -> IpAddr {
+        self.address
     }
 
     /// Where discovery and the CA listen.
     pub fn xds(&self) -> SocketAddr {
-        (self.host.address, XDS_PORT).into()
+        (self.address, XDS_PORT).into()
     }
 
     /// Its network namespace.

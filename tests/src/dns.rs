@@ -1,9 +1,14 @@
-//! DNS messages (RFC 1035), as much as address look-ups need: one question, A records.
+//! DNS messages (RFC 1035), as much as address look-ups need: one question, A and AAAA records.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// Longest UDP message (section 2.3.4).
 pub const MAX: usize = 512;
+
+/// Record type of an IPv4 address.
+pub const A: u16 = 1;
+/// Record type of an IPv6 address (RFC 3596).
+pub const AAAA: u16 = 28;
 
 /// Response codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +28,7 @@ pub struct Question {
     pub id: u16,
     /// Name without the last dot, in lower case.
     pub name: String,
-    /// Record type; 1 is A.
+    /// Record type.
     pub kind: u16,
 }
 
@@ -34,12 +39,14 @@ pub struct Answer {
     pub id: u16,
     /// How it went.
     pub code: Code,
+    /// Not all fitted (TC).
+    pub truncated: bool,
     /// Addresses.
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
 }
 
-/// A question for the addresses of `name`. None if it is no domain name.
-pub fn ask(id: u16, name: &str) -> Option<Vec<u8>> {
+/// A question for records of `name`. None if it is no domain name.
+pub fn ask(id: u16, name: &str, kind: u16) -> Option<Vec<u8>> {
     let mut message = Vec::with_capacity(64);
     message.extend(id.to_be_bytes());
     // Recursion desired; one question.
@@ -49,7 +56,9 @@ pub fn ask(id: u16, name: &str) -> Option<Vec<u8>> {
         message.push(length);
         message.extend(label.as_bytes());
     }
-    message.extend([0, 0, 1, 0, 1]);
+    message.push(0);
+    message.extend(kind.to_be_bytes());
+    message.extend([0, 1]);
     (message.len() <= MAX).then_some(message)
 }
 
@@ -64,9 +73,18 @@ pub fn read_question(message: &[u8]) -> Option<Question> {
     Some(Question { id, name, kind: u16_at(message, end)? })
 }
 
-/// Answers a question; addresses are for type A only.
-pub fn answer(question: &Question, code: Code, addresses: &[Ipv4Addr]) -> Vec<u8> {
-    let mut message = ask(question.id, &question.name).unwrap_or_default();
+/// Answers a question with those of the addresses that are of its type, as far as a UDP message holds them.
+pub fn answer(question: &Question, code: Code, addresses: &[IpAddr]) -> Vec<u8> {
+    answer_within(question, code, addresses, MAX)
+}
+
+/// As [`answer`], with as many addresses as a message over TCP holds.
+pub fn answer_tcp(question: &Question, code: Code, addresses: &[IpAddr]) -> Vec<u8> {
+    answer_within(question, code, addresses, usize::from(u16::MAX))
+}
+
+fn answer_within(question: &Question, code: Code, addresses: &[IpAddr], limit: usize) -> Vec<u8> {
+    let mut message = ask(question.id, &question.name, question.kind).unwrap_or_default();
     if message.len() < 12 {
         return Vec::new();
     }
@@ -78,15 +96,26 @@ pub fn answer(question: &Question, code: Code, addresses: &[Ipv4Addr]) -> Vec<u8
             Code::FormErr => 1,
             Code::NxDomain => 3,
         };
-    let end = message.len();
-    message[end - 4..end - 2].copy_from_slice(&question.kind.to_be_bytes());
-    let fitting = if question.kind == 1 { addresses.len().min((MAX - end) / 16) } else { 0 };
-    message[7] = u8::try_from(fitting).unwrap_or(0);
-    for address in &addresses[..fitting] {
-        // The name of the question, A, IN, 1 s, 4 bytes.
-        message.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
-        message.extend(address.octets());
+    let mut count = 0_u16;
+    for address in addresses {
+        let bytes = match (address, question.kind) {
+            (IpAddr::V4(address), A) => address.octets().to_vec(),
+            (IpAddr::V6(address), AAAA) => address.octets().to_vec(),
+            _ => continue,
+        };
+        if message.len() + 12 + bytes.len() > limit {
+            // TC.
+            message[2] |= 2;
+            break;
+        }
+        // The name of the question, its type, IN, 1 s, the length.
+        message.extend([0xc0, 12]);
+        message.extend(question.kind.to_be_bytes());
+        message.extend([0, 1, 0, 0, 0, 1, 0, u8::try_from(bytes.len()).unwrap_or(0)]);
+        message.extend(bytes);
+        count += 1;
     }
+    message[6..8].copy_from_slice(&count.to_be_bytes());
     message
 }
 
@@ -107,12 +136,14 @@ pub fn read_answer(message: &[u8]) -> Option<Answer> {
         let (_, end) = read_name(message, at)?;
         let length = usize::from(u16_at(message, end + 8)?);
         let data = message.get(end + 10..end + 10 + length)?;
-        if u16_at(message, end)? == 1 {
-            addresses.push(Ipv4Addr::from(<[u8; 4]>::try_from(data).ok()?));
+        match u16_at(message, end)? {
+            A => addresses.push(Ipv4Addr::from(<[u8; 4]>::try_from(data).ok()?).into()),
+            AAAA => addresses.push(IpAddr::from(<[u8; 16]>::try_from(data).ok()?)),
+            _ => {}
         }
         at = end + 10 + length;
     }
-    Some(Answer { id: u16_at(message, 0)?, code, addresses })
+    Some(Answer { id: u16_at(message, 0)?, code, truncated: message.get(2)? & 2 != 0, addresses })
 }
 
 /// The name at `at` and where it ends. Pointers (section 4.1.4) must lead backwards, so there is no loop.
@@ -157,23 +188,32 @@ mod tests {
 
     #[test]
     fn question_and_answer() {
-        let sent = ask(7, "Reviews.default.").expect("a name");
+        let sent = ask(7, "Reviews.default.", A).expect("a name");
         let question = read_question(&sent).expect("a question");
         assert_eq!(question, Question { id: 7, name: "reviews.default".to_owned(), kind: 1 });
-        let addresses = [Ipv4Addr::new(10, 96, 0, 20), Ipv4Addr::new(10, 96, 0, 21)];
-        let got = read_answer(&answer(&question, Code::NoError, &addresses));
-        assert_eq!(got, Some(Answer { id: 7, code: Code::NoError, addresses: addresses.to_vec() }));
+        let v4: [IpAddr; 2] = [[10, 96, 0, 20].into(), [10, 96, 0, 21].into()];
+        let v6: IpAddr = [0xfd96, 0, 0, 0, 0, 0, 0, 20].into();
+        let all = [v4[0], v6, v4[1]];
+        let got = read_answer(&answer(&question, Code::NoError, &all));
+        let expected = Answer { id: 7, code: Code::NoError, truncated: false, addresses: v4.to_vec() };
+        assert_eq!(got, Some(expected.clone()));
+        let question6 = Question { kind: AAAA, ..question.clone() };
+        let got = read_answer(&answer(&question6, Code::NoError, &all));
+        assert_eq!(got, Some(Answer { addresses: vec![v6], ..expected }));
         let got = read_answer(&answer(&question, Code::NxDomain, &[])).expect("an answer");
         assert_eq!((got.code, got.addresses.len()), (Code::NxDomain, 0));
-        let many = answer(&question, Code::NoError, &[Ipv4Addr::LOCALHOST; 100]);
-        assert!(many.len() <= MAX && read_answer(&many).is_some_and(|a| a.addresses.len() > 20));
+        let many = [Ipv4Addr::LOCALHOST.into(); 100];
+        let cut = answer(&question, Code::NoError, &many);
+        assert!(cut.len() <= MAX && read_answer(&cut).is_some_and(|a| a.addresses.len() > 20 && a.truncated));
+        let whole = read_answer(&answer_tcp(&question, Code::NoError, &many)).expect("an answer");
+        assert!(whole.addresses.len() == 100 && !whole.truncated);
     }
 
     #[test]
     fn hostile_messages() {
-        assert_eq!(ask(1, &"a".repeat(64)), None);
-        assert_eq!(ask(1, "a..b"), None);
-        let whole = ask(1, "a.b").expect("a name");
+        assert_eq!(ask(1, &"a".repeat(64), A), None);
+        assert_eq!(ask(1, "a..b", A), None);
+        let whole = ask(1, "a.b", A).expect("a name");
         for length in 0..whole.len() - 2 {
             assert_eq!(read_question(&whole[..length]), None, "{length}");
         }

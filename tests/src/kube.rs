@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::error::Context;
+use crate::families::{Families, service_addresses};
 
 /// Label that enrols a namespace or a pod.
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
@@ -37,9 +38,9 @@ pub struct PodRecord {
     /// Name of its node.
     pub node: String,
     /// Address of its node.
-    pub host_ip: Ipv4Addr,
-    /// Its address.
-    pub ip: Ipv4Addr,
+    pub host_ip: IpAddr,
+    /// Its addresses, the first being `status.podIP`.
+    pub ips: Vec<IpAddr>,
     /// Container ports as (name, port).
     pub ports: Vec<(String, u16)>,
     /// Ready condition.
@@ -62,6 +63,7 @@ impl PodRecord {
         }
         let ports: Vec<Value> = self.ports.iter().map(|(n, p)| json!({"name": n, "containerPort": p})).collect();
         let ready = if self.ready { "True" } else { "False" };
+        let ips: Vec<Value> = self.ips.iter().map(|ip| json!({"ip": ip})).collect();
         json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
             "spec": {
@@ -69,10 +71,15 @@ impl PodRecord {
                 "containers": [{"name": "app", "image": "culvert-app", "ports": ports}],
             },
             "status": {
-                "phase": "Running", "hostIP": self.host_ip, "podIP": self.ip, "podIPs": [{"ip": self.ip}],
+                "phase": "Running", "hostIP": self.host_ip, "podIP": self.ip(), "podIPs": ips,
                 "conditions": [{"type": "Ready", "status": ready}],
             },
         })
+    }
+
+    /// Its first address.
+    pub fn ip(&self) -> IpAddr {
+        self.ips.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
     }
 
     /// True if the kernel captures its traffic, as the kubelet's node agent confirmed.
@@ -85,6 +92,7 @@ impl PodRecord {
 #[derive(Debug)]
 pub struct Directory {
     folder: PathBuf,
+    families: Families,
     state: RwLock<State>,
 }
 
@@ -92,18 +100,19 @@ pub struct Directory {
 struct State {
     files: BTreeMap<String, Vec<Value>>,
     pods: BTreeMap<(String, String), PodRecord>,
-    cluster_ips: BTreeMap<(String, String), Ipv4Addr>,
+    /// Numbers of the services that were given ClusterIPs.
+    cluster_ips: BTreeMap<(String, String), u16>,
 }
 
 impl Directory {
-    /// Makes the folder.
+    /// Makes the folder. Services that name no families have `families`.
     ///
     /// # Errors
     /// It cannot be made.
-    pub fn create(folder: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn create(folder: impl Into<PathBuf>, families: Families) -> Result<Self, Error> {
         let folder = folder.into();
         fs::create_dir_all(&folder).during(|| format!("making {}", folder.display()))?;
-        Ok(Self { folder, state: RwLock::default() })
+        Ok(Self { folder, families, state: RwLock::default() })
     }
 
     /// Where it is.
@@ -120,7 +129,7 @@ impl Directory {
         let mut objects = parse(name, yaml)?;
         let mut state = self.write();
         for object in &mut objects {
-            state.default_object(object);
+            state.default_object(object, self.families);
         }
         self.put(name, &objects)?;
         state.files.insert(name.to_owned(), objects.clone());
@@ -202,10 +211,15 @@ impl Directory {
         self.read().files.values().flatten().filter(|o| kind(o) == of).cloned().collect()
     }
 
-    /// The ClusterIP of a service; None if there is no such service or it is headless.
-    pub fn cluster_ip(&self, namespace: &str, service: &str) -> Option<Ipv4Addr> {
+    /// The first ClusterIP of a service; None if there is no such service or it is headless.
+    pub fn cluster_ip(&self, namespace: &str, service: &str) -> Option<IpAddr> {
+        self.cluster_ips(namespace, service).first().copied()
+    }
+
+    /// The ClusterIPs of a service; none if there is no such service or it is headless.
+    pub fn cluster_ips(&self, namespace: &str, service: &str) -> Vec<IpAddr> {
         let state = self.read();
-        state.service(namespace, service)?["spec"]["clusterIP"].as_str()?.parse().ok()
+        state.service(namespace, service).map(virtual_addresses).unwrap_or_default()
     }
 
     /// Ready pods that a service selects, by name.
@@ -226,9 +240,9 @@ impl Directory {
 
     /// Answers a name asked by the pod (or other host) at `client`: see the crate's page on services. None if there
     /// is no such service.
-    pub fn resolve(&self, client: Ipv4Addr, asked: &str) -> Option<Vec<Ipv4Addr>> {
+    pub fn resolve(&self, client: IpAddr, asked: &str) -> Option<Vec<IpAddr>> {
         let state = self.read();
-        let client = state.pods.values().find(|p| p.ip == client);
+        let client = state.pods.values().find(|p| p.ips.contains(&client));
         let mut labels = asked.trim_end_matches('.').split('.');
         let service = labels.next()?;
         let namespace = labels.next().or_else(|| client.map(|c| c.namespace.as_str()))?;
@@ -237,11 +251,11 @@ impl Directory {
             return None;
         }
         let found = state.service(namespace, service)?;
-        let virtual_ip = found["spec"]["clusterIP"].as_str().and_then(|ip| ip.parse().ok());
-        match virtual_ip.filter(|_| client.is_some_and(PodRecord::captured)) {
-            Some(ip) => Some(vec![ip]),
-            None => Some(state.selected(namespace, found).into_iter().map(|p| p.ip).collect()),
+        let virtual_ips = virtual_addresses(found);
+        if !virtual_ips.is_empty() && client.is_some_and(PodRecord::captured) {
+            return Some(virtual_ips);
         }
+        Some(state.selected(namespace, found).into_iter().flat_map(|p| p.ips).collect())
     }
 
     fn put(&self, name: &str, objects: &[Value]) -> Result<(), Error> {
@@ -274,7 +288,7 @@ impl Directory {
 
 impl State {
     /// What the API server fills in.
-    fn default_object(&mut self, object: &mut Value) {
+    fn default_object(&mut self, object: &mut Value, families: Families) {
         let namespaced = kind(object) != "Namespace";
         if namespaced && object["metadata"]["namespace"].is_null() {
             object["metadata"]["namespace"] = json!("default");
@@ -283,11 +297,20 @@ impl State {
             return;
         }
         let next = 20 + u16::try_from(self.cluster_ips.len()).unwrap_or(u16::MAX);
-        let [high, low] = next.to_be_bytes();
         let key = (namespace_of(object).to_owned(), name(object).to_owned());
-        let ip = *self.cluster_ips.entry(key).or_insert(Ipv4Addr::new(10, 96, high, low));
-        object["spec"]["clusterIP"] = json!(ip);
-        object["spec"]["clusterIPs"] = json!([ip]);
+        let (v4, v6) = service_addresses(*self.cluster_ips.entry(key).or_insert(next));
+        let asked: Vec<&str> =
+            object["spec"]["ipFamilies"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let families = match asked.as_slice() {
+            [] => families,
+            ["IPv4"] => Families::V4,
+            ["IPv6"] => Families::V6,
+            _ => Families::Dual,
+        };
+        let ips = families.pick(v4, v6);
+        object["spec"]["clusterIP"] = json!(ips.first());
+        object["spec"]["clusterIPs"] = json!(ips);
+        object["spec"]["ipFamilies"] = json!(families.names());
     }
 
     fn service(&self, namespace: &str, service: &str) -> Option<&Value> {
@@ -328,6 +351,12 @@ pub(crate) fn name(object: &Value) -> &str {
 
 pub(crate) fn namespace_of(object: &Value) -> &str {
     object["metadata"]["namespace"].as_str().unwrap_or("default")
+}
+
+fn virtual_addresses(service: &Value) -> Vec<IpAddr> {
+    let (first, all) = (&service["spec"]["clusterIP"], &service["spec"]["clusterIPs"]);
+    let texts = all.as_array().map_or_else(|| std::slice::from_ref(first), Vec::as_slice);
+    texts.iter().filter_map(Value::as_str).filter_map(|ip| ip.parse().ok()).collect()
 }
 
 fn pod_file(namespace: &str, name: &str) -> String {

@@ -21,7 +21,8 @@
 //! # Addresses
 //! Fixed, since every cluster lives in namespaces of its own: the fabric's end of node k is `172.31.k.1`, the node is
 //! `172.31.k.2`, its pods `10.244.k.10` and up; hosts attached to the fabric (culvertd, the gateway) are
-//! `172.31.100.2` and up; ClusterIPs `10.96.0.0/16`; the resolver `10.96.0.10:53`.
+//! `172.31.100.2` and up; ClusterIPs `10.96.0.0/16`; the resolver `10.96.0.10:53`. With IPv6
+//! ([`cluster::Builder::families`]) the same in `fd31:0:0:k::`, `fd10:244:0:k::`, `fd96::` and `fd96::a`.
 //!
 //! # Services
 //! No kernel rule translates ClusterIPs: the mesh does. The resolver answers a service's name with its ClusterIP for
@@ -40,6 +41,7 @@ pub mod control;
 pub mod demo;
 pub mod dns;
 mod error;
+pub mod families;
 pub mod forward;
 pub mod http;
 pub mod interop;

@@ -1,11 +1,11 @@
 //! Links, addresses and routes inside the cluster's namespaces, by route netlink.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::{StreamExt, pin_mut};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
-use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use crate::Error;
@@ -43,13 +43,13 @@ pub async fn up(handle: &Handle, name: &str) -> Result<(), Error> {
     handle.link().set(change).execute().await.map_err(Error::netlink(format!("setting the link {name} up")))
 }
 
-/// Adds an IPv4 address to a link.
+/// Adds an address to a link.
 ///
 /// # Errors
 /// No such link, or the address is there already.
-pub async fn address(handle: &Handle, name: &str, address: Ipv4Addr, prefix: u8) -> Result<(), Error> {
+pub async fn address(handle: &Handle, name: &str, address: IpAddr, prefix: u8) -> Result<(), Error> {
     let link = index(handle, name).await?;
-    let added = handle.address().add(link, address.into(), prefix).execute().await;
+    let added = handle.address().add(link, address, prefix).execute().await;
     added.map_err(Error::netlink(format!("adding {address}/{prefix} to {name}")))
 }
 
@@ -59,30 +59,67 @@ pub enum Via<'a> {
     /// A neighbour on this link.
     Link(&'a str),
     /// A gateway reachable through this link.
-    Gateway(Ipv4Addr, &'a str),
+    Gateway(IpAddr, &'a str),
 }
 
 /// Adds a route to `to/prefix`, with `source` as the preferred source address.
 ///
 /// # Errors
 /// The kernel's refusal.
-pub async fn route(
-    handle: &Handle,
-    to: Ipv4Addr,
-    prefix: u8,
-    via: Via<'_>,
-    source: Option<Ipv4Addr>,
-) -> Result<(), Error> {
-    let mut message = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, prefix);
-    message = match via {
-        Via::Link(link) => message.output_interface(index(handle, link).await?).scope(RouteScope::Link),
-        Via::Gateway(gateway, link) => message.output_interface(index(handle, link).await?).gateway(gateway),
+pub async fn route(handle: &Handle, to: IpAddr, prefix: u8, via: Via<'_>, source: Option<IpAddr>) -> Result<(), Error> {
+    let link = match via {
+        Via::Link(link) | Via::Gateway(_, link) => index(handle, link).await?,
     };
-    if let Some(source) = source {
-        message = message.pref_source(source);
-    }
-    let added = handle.route().add(message.build()).execute().await;
+    let message = message(to, prefix, via, source, link);
+    let message = message.ok_or_else(|| Error::Absent(format!("a route to {to}/{prefix} mixes the families")))?;
+    let added = handle.route().add(message).execute().await;
     added.map_err(Error::netlink(format!("adding a route to {to}/{prefix}")))
+}
+
+/// Removes every route to `to/prefix` through the link from the main table.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn remove_route(handle: &Handle, to: IpAddr, prefix: u8, link: &str) -> Result<(), Error> {
+    let at = index(handle, link).await?;
+    let message = message(to, prefix, Via::Link(link), None, at);
+    let mut message = message.ok_or_else(|| Error::Absent(format!("no route to {to}/{prefix}")))?;
+    // Any scope, whatever it was made with.
+    message.header.scope = RouteScope::NoWhere;
+    let removed = handle.route().del(message).execute().await;
+    removed.map_err(Error::netlink(format!("removing the route to {to}/{prefix}")))
+}
+
+/// The route as netlink wants it; None if its addresses are not all of one family.
+fn message(to: IpAddr, prefix: u8, via: Via<'_>, source: Option<IpAddr>, link: u32) -> Option<RouteMessage> {
+    match to {
+        IpAddr::V4(to) => {
+            let mut message = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, prefix);
+            message = match via {
+                Via::Link(_) => message.output_interface(link).scope(RouteScope::Link),
+                Via::Gateway(IpAddr::V4(gateway), _) => message.output_interface(link).gateway(gateway),
+                Via::Gateway(IpAddr::V6(_), _) => return None,
+            };
+            match source {
+                Some(IpAddr::V4(source)) => Some(message.pref_source(source).build()),
+                Some(IpAddr::V6(_)) => None,
+                None => Some(message.build()),
+            }
+        }
+        IpAddr::V6(to) => {
+            let mut message = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, prefix);
+            message = match via {
+                Via::Link(_) => message.output_interface(link),
+                Via::Gateway(IpAddr::V6(gateway), _) => message.output_interface(link).gateway(gateway),
+                Via::Gateway(IpAddr::V4(_), _) => return None,
+            };
+            match source {
+                Some(IpAddr::V6(source)) => Some(message.pref_source(source).build()),
+                Some(IpAddr::V4(_)) => None,
+                None => Some(message.build()),
+            }
+        }
+    }
 }
 
 /// Names of all links.

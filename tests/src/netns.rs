@@ -12,6 +12,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::Error;
 use crate::error::Context;
+use crate::families::Families;
 
 /// One network namespace.
 #[derive(Debug)]
@@ -21,19 +22,34 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    /// Makes an empty namespace; `label` is for messages only. Loopback is up, IPv6 is off (the cluster is IPv4).
+    /// Makes an empty namespace; `label` is for messages only. Loopback is up, IPv6 is off.
     ///
     /// # Errors
     /// The kernel refuses (no CAP_SYS_ADMIN, no memory).
     pub fn create(label: impl Into<String>) -> Result<Self, Error> {
+        Self::create_for(Families::V4, label)
+    }
+
+    /// As [`NetNs::create`], with IPv6 if `families` has it: addresses are usable at once (no duplicate detection).
+    ///
+    /// # Errors
+    /// As [`NetNs::create`].
+    pub fn create_for(families: Families, label: impl Into<String>) -> Result<Self, Error> {
         let label = label.into();
         let made = on_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET).during(|| format!("making network namespace {label}"))?;
             File::open("/proc/thread-self/ns/net").during(|| format!("opening network namespace {label}"))
         })??;
         let namespace = Self { fd: made.into(), label };
-        // A kernel without IPv6 has no such setting.
-        let _ = namespace.sysctl("net/ipv6/conf/all/disable_ipv6", "1");
+        if families.v6() {
+            for (name, value) in [("all/disable_ipv6", "0"), ("default/disable_ipv6", "0"), ("default/accept_dad", "0")]
+            {
+                namespace.sysctl(&format!("net/ipv6/conf/{name}"), value)?;
+            }
+        } else {
+            // A kernel without IPv6 has no such setting.
+            let _ = namespace.sysctl("net/ipv6/conf/all/disable_ipv6", "1");
+        }
         namespace.netlink(|handle| async move { crate::links::up(&handle, "lo").await })?;
         Ok(namespace)
     }

@@ -1,6 +1,6 @@
 //! One node: a network namespace joined to the fabric, its agent and its proxy.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -8,12 +8,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::cgroup::Cgroup;
 use crate::cluster::Shared;
 use crate::component::Component;
+use crate::families::{self, Families, POD_GATEWAY, POD_GATEWAY_V6};
 use crate::links::{self, Via};
 use crate::netns::NetNs;
 use crate::{Error, http};
-
-/// The pods' gateway, the same in every pod: an address of the node that answers on each pod's link.
-pub const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 /// A node of the cluster.
 #[derive(Debug)]
@@ -24,6 +22,9 @@ pub struct Node {
     pub name: String,
     /// Its address on the fabric.
     pub address: Ipv4Addr,
+    /// Its IPv6 address there, in a cluster with IPv6.
+    pub address_v6: Option<Ipv6Addr>,
+    pub(crate) families: Families,
     pub(crate) network: Arc<NetNs>,
     pub(crate) group: Cgroup,
     pub(crate) folder: PathBuf,
@@ -40,7 +41,7 @@ pub struct NodeMesh {
     /// `ztunnel proxy`, in the network namespace of its own pod.
     pub proxy: Component,
     /// Address of the proxy's own pod.
-    pub proxy_address: Ipv4Addr,
+    pub proxy_address: IpAddr,
     /// Name of the proxy's own pod, in the namespace `culvert-system`.
     pub proxy_pod: String,
     pub(crate) proxy_network: Arc<NetNs>,
@@ -134,15 +135,32 @@ impl Node {
         Ok(&self.mesh()?.proxy_network)
     }
 
-    /// First and last address for pods.
-    pub(crate) fn take_address(&self) -> Result<Ipv4Addr, Error> {
-        let taken = self.next_address.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1));
-        let last = taken.map_err(|_full| Error::Absent(format!("{} has no pod address left", self.name)))?;
-        Ok(Ipv4Addr::new(10, 244, self.octet(), last))
+    /// What `status.hostIP` says: the address of the cluster's first family.
+    pub fn host_ip(&self) -> IpAddr {
+        match self.address_v6 {
+            Some(v6) if !self.families.v4() => v6.into(),
+            _ => self.address.into(),
+        }
     }
 
-    /// Makes a pod's link: `eth0` in `pod`, its other end here, captured from before it is up.
-    pub(crate) fn attach(&self, shared: &Shared, pod: &NetNs, pod_name: &str, address: Ipv4Addr) -> Result<(), Error> {
+    /// Addresses for a new pod, one per family.
+    pub(crate) fn take_addresses(&self, families: Families) -> Result<Vec<IpAddr>, Error> {
+        let taken = self.next_address.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1));
+        let last = taken.map_err(|_full| Error::Absent(format!("{} has no pod address left", self.name)))?;
+        let (v4, v6) = families::pod_addresses(self.octet(), last);
+        Ok(families.pick(v4, v6))
+    }
+
+    /// Makes a pod's link: `eth0` in `pod`, its other end here, captured from before it is up. The pod has a default
+    /// route of each family of `routed` that it has an address of. Gives the name of the end here.
+    pub(crate) fn attach(
+        &self,
+        shared: &Shared,
+        pod: &NetNs,
+        pod_name: &str,
+        addresses: &[IpAddr],
+        routed: Families,
+    ) -> Result<String, Error> {
         let link = format!("pod{}", self.next_link.fetch_add(1, Ordering::Relaxed));
         self.network.netlink(|handle| {
             let link = link.clone();
@@ -151,21 +169,47 @@ impl Node {
         shared.record(
             &self.network,
             &link,
-            crate::capture::LinkKind::Pod { name: pod_name.to_owned(), node: self.index, address },
+            crate::capture::LinkKind::Pod {
+                name: pod_name.to_owned(),
+                node: self.index,
+                addresses: addresses.to_vec(),
+            },
         )?;
         pod.netlink(|handle| async move {
-            links::address(&handle, "eth0", address, 32).await?;
+            for address in addresses {
+                links::address(&handle, "eth0", *address, width(address)).await?;
+            }
             links::up(&handle, "eth0").await
         })?;
-        let own = self.address;
-        self.network.netlink(|handle| async move {
-            links::up(&handle, &link).await?;
-            links::route(&handle, address, 32, Via::Link(&link), Some(own)).await
+        let (v6, ends) = (self.families.v6(), [Some(IpAddr::from(self.address)), self.address_v6.map(IpAddr::from)]);
+        self.network.netlink(|handle| {
+            let link = link.clone();
+            async move {
+                links::up(&handle, &link).await?;
+                if v6 {
+                    links::address(&handle, &link, POD_GATEWAY_V6.into(), 64).await?;
+                }
+                for address in addresses {
+                    let own = ends.into_iter().flatten().find(|end| end.is_ipv4() == address.is_ipv4());
+                    links::route(&handle, *address, width(address), Via::Link(&link), own).await?;
+                }
+                Ok(())
+            }
         })?;
+        let (has_v4, has_v6) = (addresses.iter().any(IpAddr::is_ipv4), addresses.iter().any(IpAddr::is_ipv6));
         pod.netlink(|handle| async move {
-            links::route(&handle, POD_GATEWAY, 32, Via::Link("eth0"), None).await?;
-            links::route(&handle, Ipv4Addr::UNSPECIFIED, 0, Via::Gateway(POD_GATEWAY, "eth0"), None).await
-        })
+            if has_v4 && routed.v4() {
+                links::route(&handle, POD_GATEWAY.into(), 32, Via::Link("eth0"), None).await?;
+                let via = Via::Gateway(POD_GATEWAY.into(), "eth0");
+                links::route(&handle, Ipv4Addr::UNSPECIFIED.into(), 0, via, None).await?;
+            }
+            if has_v6 && routed.v6() {
+                let via = Via::Gateway(POD_GATEWAY_V6.into(), "eth0");
+                links::route(&handle, Ipv6Addr::UNSPECIFIED.into(), 0, via, None).await?;
+            }
+            Ok(())
+        })?;
+        Ok(link)
     }
 
     pub(crate) fn octet(&self) -> u8 {
@@ -177,4 +221,9 @@ impl Node {
     pub(crate) fn ready_at() -> SocketAddr {
         SocketAddrV4::new(Ipv4Addr::LOCALHOST, 15021).into()
     }
+}
+
+/// The prefix length of a single address.
+pub(crate) fn width(address: &IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }

@@ -3,7 +3,7 @@
 mod builder;
 
 use std::ffi::OsString;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -58,6 +58,7 @@ pub struct Pod {
     node: usize,
     record: Mutex<PodRecord>,
     network: Arc<NetNs>,
+    host_link: String,
     application: Component,
     runs: AtomicU32,
 }
@@ -83,12 +84,26 @@ impl Pod {
         self.record().uid
     }
 
-    /// Address.
-    pub fn ip(&self) -> Ipv4Addr {
-        self.record().ip
+    /// First address.
+    pub fn ip(&self) -> IpAddr {
+        self.record().ip()
     }
 
-    /// A port of it.
+    /// All addresses.
+    pub fn ips(&self) -> Vec<IpAddr> {
+        self.record().ips
+    }
+
+    /// A port of its IPv6 address.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn at_v6(&self, port: u16) -> Result<SocketAddr, Error> {
+        let found = self.ips().into_iter().find(IpAddr::is_ipv6);
+        found.map(|ip| (ip, port).into()).ok_or_else(|| Error::Absent(format!("{} has no IPv6 address", self.name())))
+    }
+
+    /// A port of its first address.
     pub fn at(&self, port: u16) -> SocketAddr {
         (self.ip(), port).into()
     }
@@ -112,6 +127,11 @@ impl Pod {
     /// Its network namespace.
     pub fn network(&self) -> &NetNs {
         &self.network
+    }
+
+    /// Name of the node's end of its link.
+    pub fn host_link(&self) -> &str {
+        &self.host_link
     }
 
     /// Its control group.

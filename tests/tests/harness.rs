@@ -3,7 +3,6 @@
 #![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ fn pods_reach_each_other_on_one_node_and_across_and_see_true_addresses() -> Resu
         let report: Report = client.run_json(["connect", "--to", &server.at(7000).to_string(), "--read-line"])?;
         assert!(report.ok, "{report:?}");
         assert_eq!(report.peer, Some(server.at(7000)));
-        assert_eq!(report.local.map(|l| l.ip()), Some(IpAddr::from(client.ip())));
+        assert_eq!(report.local.map(|l| l.ip()), Some(client.ip()));
         let banner: Value = serde_json::from_str(&report.received).expect("a banner");
         assert_eq!(banner["peer"].as_str(), report.local.map(|l| l.to_string()).as_deref(), "what the server saw");
         assert_eq!(banner["local"], server.at(7000).to_string());
@@ -125,10 +124,10 @@ fn a_capture_finds_the_marker_on_every_link_it_passes_and_nowhere_else() -> Resu
     // Out and back on: client's link, both nodes' links to the fabric, server's link.
     assert_eq!(report.marked(marker).count(), 8, "{:#?}", report.marked(marker).collect::<Vec<_>>());
     assert_eq!(report.marked("never-sent").count(), 0);
-    let ends = [IpAddr::from(client.ip()), IpAddr::from(server.ip())];
+    let ends = [client.ip(), server.ip()];
     assert!(report.marked(marker).all(|(_, f)| ends.contains(&f.source.ip()) && ends.contains(&f.destination.ip())));
     assert!(report.marked(marker).all(|(_, f)| !f.is_tls() && f.connections == 1 && f.first.starts_with(b"a marker")));
-    let quiet = [IpAddr::from(other.ip())];
+    let quiet = [other.ip()];
     let seen = report.between(&quiet, &ends).count();
     assert_eq!(seen, 4, "the conversation on one node passes two links, twice");
     assert!(report.fabric().all(|(_, f)| f.source.ip() != quiet[0]), "and never the fabric");

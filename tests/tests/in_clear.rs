@@ -66,7 +66,7 @@ fn nothing_between_enrolled_pods_is_seen_in_clear() -> Result<(), Error> {
     assert!(links_of_control >= 2, "the capture sees what is in clear, on both pods' links");
     assert!(report.marked(OPEN_MARKER).any(|(l, _)| matches!(l.kind, LinkKind::Node { .. })), "and between the nodes");
 
-    let meshed: Vec<IpAddr> = [&server, &client, &neighbour].map(|p| p.ip().into()).to_vec();
+    let meshed: Vec<IpAddr> = [&server, &client, &neighbour].map(|p| p.ip()).to_vec();
     let mut tunnels = 0;
     for (link, flow) in report.between(&meshed, &meshed) {
         assert_eq!(flow.protocol, 6, "{link:?}");

@@ -212,7 +212,7 @@ fn a_bare_discovery_client_is_served_by_culvertd() -> Result<(), Error> {
     let control = cluster.control()?;
     let (xds, root) = (control.xds(), std::fs::read_to_string(control.root_certificate()).unwrap());
     let token = control.token("default", "peer", "peer", &cluster.node(1)?.name)?;
-    let info = NodeInfo { ip: peer.ip().into(), pod: "peer".into(), namespace: "default".into(), node: "node1".into() };
+    let info = NodeInfo { ip: peer.ip(), pod: "peer".into(), namespace: "default".into(), node: "node1".into() };
     let has_web = |c: &Collected| c.resources.contains_key("default/web.default.svc.cluster.local");
 
     inside(peer.network(), async || {

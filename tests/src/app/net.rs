@@ -1,7 +1,7 @@
 //! Names, connections and output, as all applications use them.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -76,13 +76,15 @@ pub async fn resolve_one(target: &str) -> io::Result<SocketAddr> {
     addresses.get(turn % addresses.len().max(1)).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-async fn look_up(name: &str) -> io::Result<Vec<Ipv4Addr>> {
+/// Addresses of a name: those of the resolver's own family, as a pod of that family would use.
+async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
     let no_resolver = || io::Error::new(io::ErrorKind::NotFound, "CULVERT_RESOLVER names no resolver");
     let server: SocketAddr =
         std::env::var("CULVERT_RESOLVER").ok().and_then(|r| r.parse().ok()).ok_or_else(no_resolver)?;
     let id = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |t| (t.subsec_nanos() & 0xffff) as u16);
-    let question = dns::ask(id, name).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a name"))?;
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
+    let kind = if server.is_ipv4() { dns::A } else { dns::AAAA };
+    let question = dns::ask(id, name, kind).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a name"))?;
+    let socket = UdpSocket::bind(any_like(server)).await?;
     socket.connect(server).await?;
     let mut buffer = [0; dns::MAX];
     let start = Instant::now();
@@ -101,6 +103,11 @@ async fn look_up(name: &str) -> io::Result<Vec<Ipv4Addr>> {
         }
     }
     Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer of the resolver for {name}")))
+}
+
+/// The unspecified address of the same family.
+pub(super) fn any_like(address: SocketAddr) -> SocketAddr {
+    if address.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() }
 }
 
 /// Connects, without delay of small segments.

@@ -1,6 +1,6 @@
 //! The cluster that is measured: two nodes, and on them a plain and a meshed pair of every pod that a load needs.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -160,8 +160,8 @@ pub(super) fn until_tunnelled(client: &Pod, server: &Pod) -> Result<(), Error> {
 }
 
 /// Whether an HBONE connection to that address is open in the client's namespace.
-fn tunnelled(network: &NetNs, server: Ipv4Addr) -> Result<bool, Error> {
-    Ok(established(network, |line| line.remote == SocketAddrV4::new(server, HBONE))? > 0)
+fn tunnelled(network: &NetNs, server: IpAddr) -> Result<bool, Error> {
+    Ok(established(network, |line| SocketAddr::V4(line.remote) == (server, HBONE).into())? > 0)
 }
 
 /// How many connections of a namespace are open and meet the condition.
@@ -193,7 +193,7 @@ impl Line {
 }
 
 /// The command line of `culvert-app`.
-fn arguments(load: Load, server: Ipv4Addr, seconds: f64) -> Vec<String> {
+fn arguments(load: Load, server: IpAddr, seconds: f64) -> Vec<String> {
     let words = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
     let (to, time) = (format!("{server}:{PORT}"), seconds.to_string());
     let with = |kind: &str, clients: usize, targets: &[String]| {

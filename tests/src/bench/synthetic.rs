@@ -53,8 +53,8 @@ fn pod(number: usize) -> PodRecord {
         annotations: BTreeMap::from([(REDIRECTION.to_owned(), "enabled".to_owned())]),
         owner: Some(("ReplicaSet".to_owned(), format!("{app}-5b8d4c7f9d"))),
         node: format!("synthetic-{}", bits / PER_NODE),
-        host_ip: Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 30, 0, 0)) + bits / PER_NODE),
-        ip: Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 10)) + bits),
+        host_ip: Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 30, 0, 0)) + bits / PER_NODE).into(),
+        ips: vec![Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 10)) + bits).into()],
         ports: vec![("http".to_owned(), 8080)],
         ready: true,
     }

@@ -7,7 +7,7 @@ mod scan;
 mod socket;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,8 +37,8 @@ pub enum LinkKind {
         name: String,
         /// Index of its node.
         node: usize,
-        /// Its address.
-        address: Ipv4Addr,
+        /// Its addresses.
+        addresses: Vec<IpAddr>,
     },
     /// The node's end of its link to the fabric: everything between nodes passes here.
     Node {

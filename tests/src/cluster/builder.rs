@@ -1,6 +1,6 @@
 //! Makes a cluster, part by part.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicUsize};
@@ -15,11 +15,12 @@ use crate::cleanup::{self, ClusterId};
 use crate::component::Component;
 use crate::control::{ControlPlane, PROXY_ACCOUNT, SYSTEM_NAMESPACE};
 use crate::error::Context;
+use crate::families::{Families, POD_GATEWAY, fabric_v4, fabric_v6};
 use crate::kube::{Directory, PodRecord};
 use crate::links;
 use crate::mounts::MountNs;
 use crate::netns::NetNs;
-use crate::node::{Node, NodeMesh, POD_GATEWAY};
+use crate::node::{Node, NodeMesh, width};
 use crate::pod::new_uid;
 use crate::process::Spec;
 use crate::resolver::{self, Resolver};
@@ -48,6 +49,7 @@ pub enum Mesh {
 pub struct Builder {
     nodes: usize,
     mesh: Mesh,
+    families: Families,
     capture: bool,
     marker: String,
     more_markers: Vec<String>,
@@ -63,6 +65,7 @@ impl Builder {
         Self {
             nodes: 2,
             mesh: Mesh::Culvert,
+            families: Families::V4,
             capture: false,
             marker: "culvert-marker-in-clear".to_owned(),
             more_markers: Vec::new(),
@@ -83,6 +86,13 @@ impl Builder {
     /// What carries the traffic. Default: Culvert.
     pub fn mesh(mut self, mesh: Mesh) -> Self {
         self.mesh = mesh;
+        self
+    }
+
+    /// Address families of nodes, pods and services. Default: IPv4. Nodes and hosts have IPv4 addresses in any case, as
+    /// a machine may; in a cluster of IPv6 nothing uses them.
+    pub fn families(mut self, families: Families) -> Self {
+        self.families = families;
         self
     }
 
@@ -152,6 +162,10 @@ impl Builder {
         Ok(cluster)
     }
 
+    fn families_of_resolver(&self) -> Vec<IpAddr> {
+        self.families.pick(resolver::ADDRESS, resolver::ADDRESS_V6)
+    }
+
     /// Folders, groups, namespaces and the fabric: all but the mesh.
     fn network(&self, hierarchy: Hierarchy, id: ClusterId) -> Result<Shared, Error> {
         let folder = id.folder();
@@ -164,13 +178,14 @@ impl Builder {
             true => Some(Recorder::start(&[std::slice::from_ref(&self.marker), &self.more_markers].concat())?),
             false => None,
         };
-        let fabric = Arc::new(NetNs::create("fabric")?);
-        router(&fabric, resolver::ADDRESS)?;
-        let nodes = (1..=self.nodes).map(|index| node(index, &folder, &group, &fabric, recorder.as_ref()));
+        let fabric = Arc::new(NetNs::create_for(self.families, "fabric")?);
+        router(&fabric, self.families, &self.families_of_resolver())?;
+        let nodes =
+            (1..=self.nodes).map(|index| node(index, self.families, &folder, &group, &fabric, recorder.as_ref()));
         let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
         let mounts = MountNs::create(&nodes.iter().map(Node::bpffs).collect::<Vec<_>>())?;
-        let directory = Arc::new(Directory::create(folder.join("source"))?);
-        let resolver = Resolver::start(&fabric, resolver::ADDRESS, Arc::clone(&directory))?;
+        let directory = Arc::new(Directory::create(folder.join("source"), self.families)?);
+        let resolver = Resolver::start(&fabric, &self.families_of_resolver(), Arc::clone(&directory))?;
         Ok(Shared {
             // A process that enters other mounts loses its working folder.
             bins: std::path::absolute(self.bins.clone().map_or_else(bin_dir, Ok)?)
@@ -190,7 +205,8 @@ impl Builder {
             turn: AtomicUsize::new(0),
             next_host: AtomicU8::new(100),
             gateway: Mutex::new(None),
-            _resolver: resolver,
+            families: self.families,
+            resolver,
         })
     }
 
@@ -231,18 +247,18 @@ impl Builder {
             annotations: [].into(),
             owner: Some(("DaemonSet".to_owned(), "ztunnel".to_owned())),
             node: node.name.clone(),
-            host_ip: node.address,
-            ip: node.take_address()?,
+            host_ip: node.host_ip(),
+            ips: node.take_addresses(self.families)?,
             ports: Vec::new(),
             ready: true,
         };
-        let network = Arc::new(NetNs::create(format!("proxy of {}", node.name))?);
-        node.attach(shared, &network, &pod.name, pod.ip)?;
+        let network = Arc::new(NetNs::create_for(self.families, format!("proxy of {}", node.name))?);
+        node.attach(shared, &network, &pod.name, &pod.ips, self.families)?;
         shared.directory.put_pod(&pod)?;
         let files = ProxyFiles::create(node, control, &pod)?;
         let agent = self.agent(shared, control, node, &pod, &files)?;
         let proxy = self.proxy(shared, control, node, &pod, &files, &network)?;
-        Ok(NodeMesh { agent, proxy, proxy_address: pod.ip, proxy_pod: pod.name, proxy_network: network })
+        Ok(NodeMesh { agent, proxy, proxy_address: pod.ip(), proxy_pod: pod.name, proxy_network: network })
     }
 
     fn agent(
@@ -263,7 +279,7 @@ impl Builder {
                 .env("CULVERT_XDS_ADDRESS", format!("https://{}", control.xds()))
                 .env("CULVERT_CA_ROOTS", &files.roots)
                 .env("CULVERT_TOKEN", &files.token)
-                .env("NODE_IP", node.address.to_string()),
+                .env("NODE_IP", node.host_ip().to_string()),
             Mesh::Culvert | Mesh::Off => Spec::new(&name, shared.program("ztunnel")?, shared.log(&name))
                 .args(["agent".into(), "--run-dir".into(), run.into_os_string()])
                 .args(["--cgroup-root".into(), node.group.path().as_os_str().to_owned()])
@@ -296,7 +312,7 @@ impl Builder {
             .args(["--xds-address".to_owned(), format!("https://{}", control.xds())])
             .args(["--ca-roots".into(), files.roots.clone().into_os_string()])
             .args(["--token".into(), files.token.clone().into_os_string()])
-            .args(["--pod-name", &pod.name, "--instance-ip", &pod.ip.to_string()])
+            .args(["--pod-name", &pod.name, "--instance-ip", &pod.ip().to_string()])
             .args(["--node", &node.name, "--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
             .args([
                 "--admin-addr",
@@ -360,8 +376,8 @@ impl Drop for Unfinished {
     }
 }
 
-/// Makes a namespace forward packets, and gives its loopback an address that it answers for.
-fn router(network: &NetNs, address: Ipv4Addr) -> Result<(), Error> {
+/// Makes a namespace forward packets, and gives its loopback addresses that it answers for.
+fn router(network: &NetNs, families: Families, addresses: &[IpAddr]) -> Result<(), Error> {
     // A new namespace takes over some of the machine's settings; these must not depend on it.
     for (name, value) in [
         ("net/ipv4/ip_forward", "1"),
@@ -374,11 +390,20 @@ fn router(network: &NetNs, address: Ipv4Addr) -> Result<(), Error> {
     ] {
         network.sysctl(name, value)?;
     }
-    network.netlink(|handle| async move { links::address(&handle, "lo", address, 32).await })
+    if families.v6() {
+        network.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    }
+    network.netlink(|handle| async move {
+        for address in addresses {
+            links::address(&handle, "lo", *address, width(address)).await?;
+        }
+        Ok(())
+    })
 }
 
 fn node(
     index: usize,
+    families: Families,
     folder: &Path,
     group: &Cgroup,
     fabric: &NetNs,
@@ -386,16 +411,17 @@ fn node(
 ) -> Result<Node, Error> {
     let name = format!("node{index}");
     let octet = u8::try_from(index).map_err(|_large| Error::Absent(format!("no room for {name}")))?;
-    let network = Arc::new(NetNs::create(&name)?);
-    router(&network, POD_GATEWAY)?;
-    let pods = (Ipv4Addr::new(10, 244, octet, 0), 24);
-    join(recorder, fabric, &network, octet, LinkKind::Node { node: index }, Some(pods))?;
+    let network = Arc::new(NetNs::create_for(families, &name)?);
+    router(&network, families, &[POD_GATEWAY.into()])?;
+    join(recorder, fabric, &network, octet, LinkKind::Node { node: index }, families)?;
     let node = Node {
         index,
         group: group.child(&name)?,
         folder: folder.join(&name),
         name,
-        address: Ipv4Addr::new(172, 31, octet, 2),
+        address: fabric_v4(octet).1,
+        address_v6: families.v6().then(|| fabric_v6(octet).1),
+        families,
         network,
         next_address: AtomicU8::new(10),
         next_link: AtomicU8::new(0),

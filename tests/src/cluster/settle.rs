@@ -46,7 +46,8 @@ fn seen<'d>(dump: &'d Value, pod: &PodRecord) -> Option<&'d Value> {
 fn as_it_is(workload: &Value, pod: &PodRecord) -> bool {
     let hbone = workload["protocol"].as_str().is_some_and(|p| p.eq_ignore_ascii_case("hbone"));
     let addresses = workload["addresses"].as_array().into_iter().flatten();
-    let here = addresses.filter_map(Value::as_str).any(|a| a == pod.ip.to_string());
+    let listed: Vec<&str> = addresses.filter_map(Value::as_str).collect();
+    let here = pod.ips.iter().all(|ip| listed.contains(&ip.to_string().as_str()));
     // A pod may also say of itself that it speaks HBONE.
     let native = pod.labels.get("networking.istio.io/tunnel").is_some_and(|kind| kind == "http");
     here && hbone == (pod.captured() || native) && (!pod.ready || !pod.captured() || workload["healthy"] == true)
@@ -71,7 +72,7 @@ mod tests {
             owner: None,
             node: "node1".to_owned(),
             host_ip: [10, 0, 0, 1].into(),
-            ip: [10, 0, 0, 2].into(),
+            ips: vec![[10, 0, 0, 2].into()],
             ports: Vec::new(),
             ready: true,
         };

@@ -1,7 +1,7 @@
 //! What the parts of one cluster share.
 
 use std::ffi::OsString;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -13,6 +13,7 @@ use crate::capture::{LinkKind, Recorder};
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::cleanup::ClusterId;
 use crate::control::ControlPlane;
+use crate::families::{Families, fabric_v4, fabric_v6, pod_networks};
 use crate::kube::{Directory, PodRecord};
 use crate::links::{self, Via};
 use crate::mounts::MountNs;
@@ -35,12 +36,12 @@ pub(crate) struct Shared {
     pub recorder: Option<Recorder>,
     pub control: OnceLock<ControlPlane>,
     pub mesh: Mesh,
+    pub families: Families,
     pub marker: String,
     pub(super) turn: AtomicUsize,
     pub(super) next_host: AtomicU8,
     pub(super) gateway: Mutex<Option<Host>>,
-    // Held for its end.
-    pub(super) _resolver: Resolver,
+    pub resolver: Resolver,
 }
 
 impl Shared {
@@ -82,23 +83,31 @@ impl Shared {
     /// What every process of a pod finds in its environment.
     pub fn pod_env(&self, pod: &PodRecord) -> Vec<(OsString, OsString)> {
         let pairs = [
-            ("CULVERT_RESOLVER", format!("{}:53", resolver::ADDRESS)),
+            ("CULVERT_RESOLVER", self.resolver_for(pod).to_string()),
             ("CULVERT_MARKER", self.marker.clone()),
             ("POD_NAME", pod.name.clone()),
             ("POD_NAMESPACE", pod.namespace.clone()),
-            ("POD_IP", pod.ip.to_string()),
+            ("POD_IP", pod.ip().to_string()),
             ("NODE_NAME", pod.node.clone()),
         ];
         pairs.into_iter().map(|(n, v)| (n.into(), v.into())).collect()
+    }
+
+    /// The resolver's address that a pod is told.
+    pub fn resolver_for(&self, pod: &PodRecord) -> SocketAddr {
+        let address = if pod.ip().is_ipv6() { resolver::ADDRESS_V6.into() } else { resolver::ADDRESS.into() };
+        SocketAddr::new(address, 53)
     }
 
     /// Makes a host on the fabric: `172.31.<n>.2` behind the fabric's `172.31.<n>.1`, n from 100.
     pub fn attach_host(&self, name: &str) -> Result<Host, Error> {
         let taken = self.next_host.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1));
         let octet = taken.map_err(|_full| Error::Absent("the fabric has no place left".to_owned()))?;
-        let network = Arc::new(NetNs::create(format!("host {name}"))?);
-        join(self.recorder.as_ref(), &self.fabric, &network, octet, LinkKind::Host { name: name.to_owned() }, None)?;
-        Ok(Host { name: name.to_owned(), address: Ipv4Addr::new(172, 31, octet, 2), network })
+        let network = Arc::new(NetNs::create_for(self.families, format!("host {name}"))?);
+        let kind = LinkKind::Host { name: name.to_owned() };
+        join(self.recorder.as_ref(), &self.fabric, &network, octet, kind, self.families)?;
+        let address_v6 = self.families.v6().then(|| fabric_v6(octet).1);
+        Ok(Host { name: name.to_owned(), address: fabric_v4(octet).1, address_v6, network })
     }
 
     pub fn gateway(&self) -> Result<Host, Error> {
@@ -129,17 +138,21 @@ impl Shared {
 }
 
 /// Joins `other` to the fabric: the fabric's end is `172.31.<octet>.1`, the other's `eth0` `172.31.<octet>.2` with the
-/// default route. A node's end is captured on the node's side, before it is up; a host's on the fabric's.
+/// default route, and the same in IPv6 where the cluster has it. A node's end is captured on the node's side, before it
+/// is up; a host's on the fabric's. A node's pods are reached through it.
 pub(super) fn join(
     recorder: Option<&Recorder>,
     fabric: &NetNs,
     other: &NetNs,
     octet: u8,
     kind: LinkKind,
-    pods: Option<(Ipv4Addr, u8)>,
+    families: Families,
 ) -> Result<(), Error> {
     let link = format!("to{octet}");
-    let (near, far) = (Ipv4Addr::new(172, 31, octet, 1), Ipv4Addr::new(172, 31, octet, 2));
+    let (near, far) = fabric_v4(octet);
+    let (near_v6, far_v6) = fabric_v6(octet);
+    let with_pods = matches!(kind, LinkKind::Node { .. });
+    let (pods, pods_v6) = pod_networks(octet);
     fabric.netlink(|handle| {
         let link = link.clone();
         async move { links::veth(&handle, &link, "eth0", other).await }
@@ -150,17 +163,33 @@ pub(super) fn join(
         recorder.add(network, name, kind)?;
     }
     other.netlink(|handle| async move {
-        links::address(&handle, "eth0", far, 24).await?;
+        links::address(&handle, "eth0", far.into(), 24).await?;
+        if families.v6() {
+            links::address(&handle, "eth0", far_v6.into(), 64).await?;
+        }
         links::up(&handle, "eth0").await
     })?;
     fabric.netlink(|handle| async move {
-        links::address(&handle, &link, near, 24).await?;
-        links::up(&handle, &link).await?;
-        match pods {
-            Some((to, prefix)) => links::route(&handle, to, prefix, Via::Gateway(far, &link), None).await,
-            None => Ok(()),
+        links::address(&handle, &link, near.into(), 24).await?;
+        if families.v6() {
+            links::address(&handle, &link, near_v6.into(), 64).await?;
         }
+        links::up(&handle, &link).await?;
+        if with_pods {
+            links::route(&handle, pods.into(), 24, Via::Gateway(far.into(), &link), None).await?;
+        }
+        if with_pods && families.v6() {
+            links::route(&handle, pods_v6.into(), 64, Via::Gateway(far_v6.into(), &link), None).await?;
+        }
+        Ok(())
     })?;
-    let everywhere = Ipv4Addr::UNSPECIFIED;
-    other.netlink(|handle| async move { links::route(&handle, everywhere, 0, Via::Gateway(near, "eth0"), None).await })
+    other.netlink(|handle| async move {
+        let everywhere = Ipv4Addr::UNSPECIFIED.into();
+        links::route(&handle, everywhere, 0, Via::Gateway(near.into(), "eth0"), None).await?;
+        if families.v6() {
+            let everywhere = Ipv6Addr::UNSPECIFIED.into();
+            links::route(&handle, everywhere, 0, Via::Gateway(near_v6.into(), "eth0"), None).await?;
+        }
+        Ok(())
+    })
 }

@@ -151,8 +151,8 @@ fn carried(sample: &Sample) -> Result<f64, Error> {
 
 /// What the capture says.
 fn wire(sample: &Sample, report: &Report) -> Vec<Check> {
-    let pods: Vec<IpAddr> = sample.pods.iter().map(|pod| pod.ip().into()).collect();
-    let page = IpAddr::from(sample.page.ip());
+    let pods: Vec<IpAddr> = sample.pods.iter().map(|pod| pod.ip()).collect();
+    let page = sample.page.ip();
     let packets: u64 = report.links.iter().map(|link| link.packets).sum();
     let complete = report.complete();
     let complete = Check::new(

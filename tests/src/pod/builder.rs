@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
@@ -11,9 +11,21 @@ use super::{Pod, new_uid};
 use crate::Error;
 use crate::cluster::Cluster;
 use crate::component::Component;
+use crate::families::Families;
 use crate::kube::{DATAPLANE_MODE, PodRecord};
 use crate::netns::NetNs;
 use crate::process::Spec;
+
+/// Work on the namespace of a pod that is being made.
+struct Prepare<'c>(Box<Work<'c>>);
+
+type Work<'c> = dyn FnOnce(&NetNs) -> Result<(), Error> + Send + 'c;
+
+impl std::fmt::Debug for Prepare<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Prepare")
+    }
+}
 
 /// A pod to be started. Made by [`Cluster::pod`].
 #[derive(Debug)]
@@ -27,6 +39,9 @@ pub struct PodBuilder<'c> {
     enrolled: Option<bool>,
     announce: bool,
     settle: bool,
+    families: Option<Families>,
+    routed: Families,
+    prepare: Option<Prepare<'c>>,
     record: PodRecord,
 }
 
@@ -41,13 +56,26 @@ impl<'c> PodBuilder<'c> {
             annotations: BTreeMap::new(),
             owner: None,
             node: String::new(),
-            host_ip: Ipv4Addr::UNSPECIFIED,
-            ip: Ipv4Addr::UNSPECIFIED,
+            host_ip: Ipv4Addr::UNSPECIFIED.into(),
+            ips: Vec::new(),
             ports: Vec::new(),
             ready: false,
         };
         let (command, env) = (Vec::new(), Vec::new());
-        Self { cluster, node: None, command, program: None, env, enrolled: None, announce: true, settle: true, record }
+        Self {
+            cluster,
+            node: None,
+            command,
+            program: None,
+            env,
+            enrolled: None,
+            announce: true,
+            settle: true,
+            families: None,
+            routed: Families::Dual,
+            prepare: None,
+            record,
+        }
     }
 
     /// Its node, 1 for the first. By default nodes take turns.
@@ -96,6 +124,34 @@ impl<'c> PodBuilder<'c> {
     /// Does not wait until every proxy has learnt of the pod, as a cluster would not.
     pub fn unsettled(mut self) -> Self {
         self.settle = false;
+        self
+    }
+
+    /// Its address families. Default: the cluster's.
+    pub fn families(mut self, families: Families) -> Self {
+        self.families = Some(families);
+        self
+    }
+
+    /// Has these addresses, which nobody else may have, instead of fresh ones.
+    pub fn addresses(mut self, addresses: &[IpAddr]) -> Self {
+        addresses.clone_into(&mut self.record.ips);
+        self
+    }
+
+    /// Leaves out the default route of this family, whatever addresses it has.
+    pub fn without_route(mut self, family: Families) -> Self {
+        self.routed = match family {
+            Families::V4 => Families::V6,
+            Families::V6 | Families::Dual => Families::V4,
+        };
+        self
+    }
+
+    /// Does something to its network namespace after its link was made and before the agent is told of it: a second
+    /// interface, a sysctl.
+    pub fn prepare(mut self, work: impl FnOnce(&NetNs) -> Result<(), Error> + Send + 'c) -> Self {
+        self.prepare = Some(Prepare(Box::new(work)));
         self
     }
 
@@ -150,13 +206,20 @@ impl<'c> PodBuilder<'c> {
             }
         }
         self.record.node.clone_from(&node.name);
-        self.record.host_ip = node.address;
+        self.record.host_ip = node.host_ip();
         self.record.uid = new_uid()?;
         shared.directory.ensure(&self.record.namespace, &self.record.service_account)?;
-        self.record.ip = node.take_address()?;
+        let families = self.families.unwrap_or(shared.families);
+        if self.record.ips.is_empty() {
+            self.record.ips = node.take_addresses(families)?;
+        }
         let name = format!("{}.{}", self.record.name, self.record.namespace);
-        let network = Arc::new(NetNs::create(format!("pod {name}"))?);
-        node.attach(shared, &network, &self.record.name, self.record.ip)?;
+        // A pod without IPv6 addresses in a cluster with IPv6 has the family all the same, as a rule.
+        let network = Arc::new(NetNs::create_for(shared.families, format!("pod {name}"))?);
+        let host_link = node.attach(shared, &network, &self.record.name, &self.record.ips, self.routed)?;
+        if let Some(Prepare(work)) = self.prepare {
+            work(&network)?;
+        }
         shared.directory.put_pod(&self.record)?;
 
         let starts = self.program.is_some() || !self.command.is_empty();
@@ -174,6 +237,7 @@ impl<'c> PodBuilder<'c> {
             node: node.index,
             record: Mutex::new(self.record),
             network,
+            host_link,
             application: component,
             runs: AtomicU32::new(0),
         });

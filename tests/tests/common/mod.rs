@@ -24,3 +24,9 @@ pub fn until_connected(from: &Pod, to: &str) -> Report {
     let what = format!("{} reaches {to}", from.name());
     tests::wait::until(&what, bound, || Some(connect(from, to, &ask)).filter(|seen| seen.ok)).unwrap()
 }
+
+/// As [`echo`], listening in every family that the pod has.
+pub fn echo_any<'c>(cluster: &'c Cluster, name: &str, node: usize) -> PodBuilder<'c> {
+    let pod = cluster.pod(name).node(node).service_account(name).label("app", name);
+    pod.command(["echo", "--listen", "[::]:7000"])
+}
