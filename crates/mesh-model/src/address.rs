@@ -30,6 +30,35 @@ impl TryFrom<&wire::NetworkAddress> for NetworkAddress {
     }
 }
 
+/// Which of a workload's addresses a client can connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    like: IpAddr,
+    v4: bool,
+    v6: bool,
+}
+
+impl Reach {
+    /// For a client that has the addresses `own`, and asked for `like`, whose family is preferred. A client none of whose
+    /// addresses are known reaches everything.
+    pub fn new(like: IpAddr, own: &[IpAddr]) -> Self {
+        let has = |v4| own.is_empty() || own.iter().any(|ip| ip.is_ipv4() == v4);
+        Self { like: like.to_canonical(), v4: has(true), v6: has(false) }
+    }
+
+    /// The first address of the preferred family, else the first; among those whose family the client has.
+    pub fn choose(&self, addresses: &[IpAddr]) -> Option<IpAddr> {
+        let mut reachable = addresses.iter().filter(|ip| self.can(**ip));
+        let first = reachable.clone().next();
+        reachable.find(|ip| ip.is_ipv4() == self.like.is_ipv4()).or(first).copied()
+    }
+
+    /// Whether the client has an address of the family of `ip`.
+    pub fn can(&self, ip: IpAddr) -> bool {
+        if ip.is_ipv4() { self.v4 } else { self.v6 }
+    }
+}
+
 /// A block of addresses: those that share the first `length` bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cidr {

@@ -1,12 +1,12 @@
 //! Where a waypoint or a gateway is, as the wire names it, and which of its instances takes a connection.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_proto::workload as wire;
 use thiserror::Error;
 
-use crate::address::{InvalidAddress, NetworkAddress, ip_from_bytes};
+use crate::address::{InvalidAddress, NetworkAddress, Reach, ip_from_bytes};
 use crate::identity::SpiffeId;
 use crate::resolve::Viewpoint;
 use crate::service::{Service, service_key};
@@ -102,6 +102,9 @@ pub enum UnresolvedGateway {
     /// It is known, but no instance is ready.
     #[error("no instance of the gateway is ready")]
     NoReadyInstance,
+    /// The instance has no address of a family that the client has.
+    #[error("the gateway has no address of a family that the client has")]
+    NoCommonFamily,
 }
 
 impl Snapshot {
@@ -116,7 +119,7 @@ impl Snapshot {
         &self,
         address: &GatewayAddress,
         from: &Viewpoint<'_>,
-        family: IpAddr,
+        reach: &Reach,
         random: &mut fastrand::Rng,
     ) -> Result<GatewayInstance, UnresolvedGateway> {
         let service = match &address.destination {
@@ -124,7 +127,7 @@ impl Snapshot {
             GatewayDestination::Address(at) => self.service_by_vip(&at.network, at.ip),
         };
         if let Some(service) = service {
-            return self.gateway_of_service(service, address.hbone_port, from, family, random);
+            return self.gateway_of_service(service, address.hbone_port, from, reach, random);
         }
         let GatewayDestination::Address(at) = &address.destination else {
             return Err(UnresolvedGateway::Unknown);
@@ -133,11 +136,14 @@ impl Snapshot {
         if !workload.healthy {
             return Err(UnresolvedGateway::NoReadyInstance);
         }
+        // The very address that was configured where it can be reached, else another one of the same workload.
+        let ip = Some(at.ip).filter(|ip| reach.can(*ip)).or_else(|| workload.address_for(reach));
+        let ip = ip.ok_or(UnresolvedGateway::NoCommonFamily)?;
         Ok(GatewayInstance {
             expected: vec![workload.spiffe_id().clone()],
             workload: Arc::clone(workload),
             service: None,
-            address: SocketAddr::new(at.ip, address.hbone_port),
+            address: SocketAddr::new(ip, address.hbone_port),
         })
     }
 
@@ -146,11 +152,11 @@ impl Snapshot {
         service: &Arc<Service>,
         port: u16,
         from: &Viewpoint<'_>,
-        family: IpAddr,
+        reach: &Reach,
         random: &mut fastrand::Rng,
     ) -> Result<GatewayInstance, UnresolvedGateway> {
         let workload = self.select_any(service, from, random).ok_or(UnresolvedGateway::NoReadyInstance)?;
-        let ip = workload.address_like(family).ok_or(UnresolvedGateway::NoReadyInstance)?;
+        let ip = workload.address_for(reach).ok_or(UnresolvedGateway::NoCommonFamily)?;
         let target = workload.target_port(service, port).unwrap_or(port);
         Ok(GatewayInstance {
             expected: service.expected_identities(workload),

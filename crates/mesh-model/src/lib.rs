@@ -24,7 +24,7 @@ pub mod unusable;
 mod weighted;
 pub mod workload;
 
-pub use address::{Cidr, InvalidAddress, NetworkAddress};
+pub use address::{Cidr, InvalidAddress, NetworkAddress, Reach};
 pub use authorize::{Allowed, ConnectionFacts, Denied, DenyReason, Noted};
 pub use gateway::{GatewayAddress, GatewayInstance, HBONE_PORT, InvalidGateway, UnresolvedGateway};
 pub use identity::{InvalidSpiffeId, SpiffeId};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mesh_proto::workload as wire;
 use thiserror::Error;
 
-use crate::address::{InvalidAddress, ip_from_bytes};
+use crate::address::{InvalidAddress, Reach, ip_from_bytes};
 use crate::gateway::{GatewayAddress, InvalidGateway};
 use crate::identity::{InvalidSpiffeId, SpiffeId};
 use crate::service::{InvalidPort, Service, ServicePort, find_port, ports_from_wire};
@@ -142,10 +142,9 @@ impl Workload {
         own.or_else(|| service.port(service_port)?.target_port)
     }
 
-    /// The first address of the family of `like`, else the first address. None: the workload has no address.
-    pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
-        let same = self.addresses.iter().find(|ip| ip.is_ipv4() == like.is_ipv4());
-        same.or(self.addresses.first()).copied()
+    /// The address that a client connects to. None: the workload has none, or none of a family that the client has.
+    pub fn address_for(&self, reach: &Reach) -> Option<IpAddr> {
+        reach.choose(&self.addresses)
     }
 }
 

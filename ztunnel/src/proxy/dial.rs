@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 
 use super::error::ConnectionError;
 use super::pods::Pod;
-use super::sockets::SocketKind;
+use super::sockets::{Family, SocketKind};
 
 /// Longest that a TCP connect may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,7 +69,7 @@ impl DeliveryPorts {
     /// The next port of `range` that `client` itself does not use.
     fn next(&self, range: &Range<u16>, client: IpAddr) -> u16 {
         let taken = self.taken();
-        loop {
+        for _ in range.clone() {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed) % u32::from(range.end - range.start);
             // Every port of the range fits.
             if let Ok(port) = u16::try_from(u32::from(range.start) + turn)
@@ -78,6 +78,8 @@ impl DeliveryPorts {
                 return port;
             }
         }
+        // A client that uses every port of the range has only itself to blame if they meet.
+        range.start
     }
 
     fn taken(&self) -> MutexGuard<'_, HashMap<SocketAddr, usize>> {
@@ -112,7 +114,7 @@ pub async fn upstream(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Connection
     let Some(from) = pod.addresses.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).copied() else {
         return Err(ConnectionError::Family(to));
     };
-    let socket = take(pod, SocketKind::Upstream, to).await?;
+    let socket = take(pod, SocketKind::Upstream(Family::of(to.ip()))).await?;
     let failed = |source| ConnectionError::Connect { to, source };
     socket.bind(SocketAddr::new(from, 0)).map_err(failed)?;
     finish(timeout(CONNECT_TIMEOUT, socket.connect(to)).await, to)
@@ -135,7 +137,7 @@ pub async fn deliver(pod: &Pod, client: IpAddr, to: SocketAddr) -> Result<TcpStr
     let (mut range, mut bound) = (&DELIVERY_PORTS, FIRST_ATTEMPT);
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for _ in 0..DELIVERIES {
-        let socket = take(pod, SocketKind::Delivery, to).await?;
+        let socket = take(pod, SocketKind::Delivery(Family::of(to.ip()))).await?;
         if let Err(error) = bind_to_client(&socket, pod, range, client) {
             (last, range) = (error, &MORE_PORTS);
             continue;
@@ -164,10 +166,7 @@ fn bind_to_client(socket: &TcpSocket, pod: &Pod, range: &Range<u16>, client: IpA
     Err(last)
 }
 
-async fn take(pod: &Pod, kind: SocketKind, to: SocketAddr) -> Result<TcpSocket, ConnectionError> {
-    if to.is_ipv6() {
-        return Err(ConnectionError::Family(to));
-    }
+async fn take(pod: &Pod, kind: SocketKind) -> Result<TcpSocket, ConnectionError> {
     let socket: OwnedFd = pod.sockets.take(kind).await?;
     Ok(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
 }
@@ -241,5 +240,13 @@ mod tests {
         drop(second);
         assert!(all(&ports, client.ip()).contains(&2000));
         assert!(ports.taken().is_empty());
+    }
+
+    #[test]
+    fn a_client_that_uses_every_port_holds_nobody_up() {
+        let ports = DeliveryPorts::default();
+        let client: IpAddr = "10.0.0.1".parse().unwrap();
+        let _all: Vec<_> = DELIVERY_PORTS.map(|port| ports.note((client, port).into())).collect();
+        assert!(DELIVERY_PORTS.contains(&ports.next(&DELIVERY_PORTS, client)));
     }
 }

@@ -52,6 +52,8 @@ impl Dump {
     fn pod(&self, pod: &Pod) -> Value {
         let stock = self.pods.stock(&pod.uid);
         let idle = |kind| stock.as_ref().map_or(0, |stock| stock.idle(kind));
+        let stock = SocketKind::ALL.iter().map(|kind| (String::from(kind.as_str()), json!(idle(*kind))));
+        let stock: serde_json::Map<_, _> = stock.collect();
         json!({
             "uid": pod.uid.as_ref(),
             "name": pod.name.as_ref(),
@@ -59,7 +61,7 @@ impl Dump {
             "identity": pod.identity.as_str(),
             "addresses": pod.addresses,
             "knownToDiscovery": self.shared.local(pod).workload(&self.shared.state.snapshot()).is_some(),
-            "stock": { "upstream": idle(SocketKind::Upstream), "delivery": idle(SocketKind::Delivery) },
+            "stock": stock,
             "connections": pod.live.connections().iter().map(|one| connection(one)).collect::<Vec<_>>(),
         })
     }

@@ -42,8 +42,8 @@ pub enum ConnectionError {
     /// The next hop or the application does not answer.
     #[error("connecting to {0} timed out{hint}", hint = timeout_hint(*.0))]
     ConnectTimeout(SocketAddr),
-    /// Sockets of this address family are not carried.
-    #[error("{0} is of an address family that is not carried")]
+    /// The pod has no address of this one's family.
+    #[error("the pod has no address of the family of {0}")]
     Family(SocketAddr),
     /// The TLS handshake failed.
     #[error("{0}")]

@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
+use mesh_model::address::ip_from_bytes;
 use mesh_proto::node::{self, agent_message, proxy_message};
 use mesh_runtime::ready::Pending;
 use mesh_runtime::seqpacket::{self, MAX_MESSAGE, Socket};
@@ -21,7 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::pods::{Pods, Port, Removal, StillAlive};
-use super::sockets::{Notice, SocketKind};
+use super::sockets::{Notice, SocketKind, Want};
 
 /// The version of the messages that this proxy speaks.
 const VERSION: u32 = 1;
@@ -212,9 +214,13 @@ impl Handover {
                 if !sockets.error.is_empty() {
                     tracing::warn!(pod_uid = sockets.pod_uid, error = sockets.error, "the agent gave fewer sockets");
                 }
-                let stock = self.pods.stock(&sockets.pod_uid);
-                if let (Some(stock), Some(kind)) = (stock, SocketKind::from_wire(sockets.kind)) {
+                let Some(stock) = self.pods.stock(&sockets.pod_uid) else { return };
+                if let Some(kind) = SocketKind::from_wire(sockets.kind) {
                     stock.fill(kind, fds);
+                } else if sockets.kind == node::SocketKind::DnsReply as i32
+                    && let Ok(resolver) = ip_from_bytes(&sockets.address)
+                {
+                    stock.fill_reply(resolver, fds.into_iter().next());
                 }
             }
             // A newer agent may say more; what is not known here is not needed here.
@@ -224,11 +230,24 @@ impl Handover {
 
     async fn order(&self, socket: &Socket, notice: &Notice) -> Result<(), HandoverError> {
         let Some(stock) = self.pods.stock(&notice.pod_uid) else { return Ok(()) };
-        while let Some(count) = stock.next_order(notice.kind) {
-            let pod_uid = notice.pod_uid.as_ref().to_owned();
-            let request =
-                node::SocketRequest { pod_uid, kind: notice.kind.to_wire() as i32, count, address: Vec::new() };
-            send(socket, proxy_message::Kind::SocketRequest(request), &[]).await?;
+        let pod_uid = || notice.pod_uid.as_ref().to_owned();
+        match notice.want {
+            Want::Shelf(kind) => {
+                let wire = kind.to_wire() as i32;
+                while let Some(count) = stock.next_order(kind) {
+                    let request = node::SocketRequest { pod_uid: pod_uid(), kind: wire, count, address: Vec::new() };
+                    send(socket, proxy_message::Kind::SocketRequest(request), &[]).await?;
+                }
+            }
+            Want::Reply(resolver) => {
+                let address = match resolver {
+                    IpAddr::V4(v4) => v4.octets().to_vec(),
+                    IpAddr::V6(v6) => v6.octets().to_vec(),
+                };
+                let kind = node::SocketKind::DnsReply as i32;
+                let request = node::SocketRequest { pod_uid: pod_uid(), kind, count: 1, address };
+                send(socket, proxy_message::Kind::SocketRequest(request), &[]).await?;
+            }
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use mesh_hbone::Authority;
 use mesh_model::gateway::{GatewayAddress, UnresolvedGateway};
 use mesh_model::service::{LoadBalancingMode, Service};
-use mesh_model::{Destination, HBONE_PORT, Snapshot, SpiffeId, TunnelProtocol, Viewpoint, Workload};
+use mesh_model::{Destination, HBONE_PORT, Reach, Snapshot, SpiffeId, TunnelProtocol, Viewpoint, Workload};
 use thiserror::Error;
 
 use super::local::{LocalPod, is_forbidden};
@@ -154,6 +154,12 @@ pub enum RefusalReason {
         /// The pod's address.
         ip: IpAddr,
     },
+    /// The destination has no address of a family that the source has.
+    #[error("{to} has no address of a family that the pod has")]
+    NoCommonFamily {
+        /// Key of the service, or uid of the workload; the waypoint's where there is one.
+        to: Arc<str>,
+    },
     /// The destination is bound to a waypoint that is not known.
     #[error("{of} is bound to a waypoint that is not known")]
     WaypointUnknown {
@@ -182,6 +188,7 @@ impl Refusal {
             RefusalReason::NoReadyEndpoint { .. } => "no_ready_endpoint",
             RefusalReason::InvalidDestination { .. } => "invalid_destination",
             RefusalReason::NotDiscovered { .. } => "not_discovered",
+            RefusalReason::NoCommonFamily { .. } => "address_family",
             RefusalReason::WaypointUnknown { .. } => "waypoint_unknown",
             RefusalReason::WaypointNotReady { .. } => "waypoint_not_ready",
         }
@@ -203,7 +210,9 @@ pub fn plan(
     // An IPv4 address mapped into IPv6 is the IPv4 address, for look-ups and on the wire.
     let dst = OriginalDst(SocketAddr::new(dst.0.ip().to_canonical(), dst.0.port()));
     let workload = source.workload(snapshot);
-    let mut planner = Planner { snapshot, source: workload, from: source.viewpoint(workload), dst, is_local, random };
+    let reach = Reach::new(dst.0.ip(), source.addresses);
+    let from = source.viewpoint(workload);
+    let mut planner = Planner { snapshot, source: workload, from, dst, reach, is_local, random };
     let destination = snapshot.destination(&planner.from, dst.0.ip());
     planner.plan(destination, None)
 }
@@ -215,6 +224,8 @@ struct Planner<'a> {
     source: Option<&'a Arc<Workload>>,
     from: Viewpoint<'a>,
     dst: OriginalDst,
+    /// The families that the source has.
+    reach: Reach,
     is_local: &'a dyn Fn(IpAddr) -> bool,
     random: &'a mut fastrand::Rng,
 }
@@ -257,11 +268,13 @@ impl<'a> Planner<'a> {
             return self.plan(self.snapshot.workload_destination(self.from.network, dst.ip()), Some(service));
         }
         let endpoint = self.snapshot.select(service, dst.port(), &self.from, self.random);
-        let address =
-            endpoint.and_then(|to| Some(SocketAddr::new(to.workload.address_like(dst.ip())?, to.target_port)));
-        let (Some(endpoint), Some(address)) = (endpoint, address) else {
+        let Some(endpoint) = endpoint else {
             return refuse(RefusalReason::NoReadyEndpoint { service: Arc::clone(key), port: dst.port() });
         };
+        let Some(ip) = endpoint.workload.address_for(&self.reach) else {
+            return refuse(RefusalReason::NoCommonFamily { to: Arc::clone(&endpoint.workload.uid) });
+        };
+        let address = SocketAddr::new(ip, endpoint.target_port);
         let destination = Planned { workload: Some(Arc::clone(endpoint.workload)), service: Some(Arc::clone(service)) };
         carry(endpoint.workload, address, service.expected_identities(endpoint.workload), destination)
     }
@@ -277,7 +290,13 @@ impl<'a> Planner<'a> {
             let kind = TunnelKind::WorkloadWaypoint;
             return self.plan_waypoint(workload.waypoint.as_ref(), &workload.uid, destination, kind);
         }
-        carry(workload, dst, vec![workload.spiffe_id().clone()], destination)
+        // The very address that was asked for, unless it is of a family that only the destination has.
+        let asked = Some(dst.ip()).filter(|ip| self.reach.can(*ip));
+        let Some(ip) = asked.or_else(|| workload.address_for(&self.reach)) else {
+            return Err(Refusal { why: RefusalReason::NoCommonFamily { to: Arc::clone(&workload.uid) }, destination });
+        };
+        let address = SocketAddr::new(ip, dst.port());
+        carry(workload, address, vec![workload.spiffe_id().clone()], destination)
     }
 
     /// `of` and `bound` are what is bound to the waypoint.
@@ -290,7 +309,7 @@ impl<'a> Planner<'a> {
     ) -> Result<Plan, Refusal> {
         let OriginalDst(dst) = self.dst;
         let instance = waypoint.ok_or(UnresolvedGateway::Unknown);
-        let instance = instance.and_then(|at| self.snapshot.gateway(at, &self.from, dst.ip(), self.random));
+        let instance = instance.and_then(|at| self.snapshot.gateway(at, &self.from, &self.reach, self.random));
         match instance {
             Ok(instance) => Ok(Plan::Tunnel {
                 next_hop: NextHop(instance.address),
@@ -304,6 +323,9 @@ impl<'a> Planner<'a> {
             }
             Err(UnresolvedGateway::NoReadyInstance) => {
                 Err(Refusal { why: RefusalReason::WaypointNotReady { of: Arc::clone(of) }, destination: bound })
+            }
+            Err(UnresolvedGateway::NoCommonFamily) => {
+                Err(Refusal { why: RefusalReason::NoCommonFamily { to: Arc::clone(of) }, destination: bound })
             }
         }
     }

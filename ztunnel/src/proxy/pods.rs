@@ -71,10 +71,14 @@ pub enum Port {
     Plaintext,
     /// 15008: HBONE from peers.
     Hbone,
+    /// 15053, UDP: queries of the pod's applications to any resolver.
+    DnsUdp,
+    /// 15053, TCP: connections of the pod's applications to port 53.
+    DnsTcp,
 }
 
 impl Port {
-    const ALL: [Self; 3] = [Self::Outbound, Self::Plaintext, Self::Hbone];
+    const ALL: [Self; 5] = [Self::Outbound, Self::Plaintext, Self::Hbone, Self::DnsUdp, Self::DnsTcp];
 
     /// As the agent knows it.
     pub fn to_wire(self) -> node::Listener {
@@ -82,6 +86,8 @@ impl Port {
             Self::Outbound => node::Listener::Outbound,
             Self::Plaintext => node::Listener::InboundPlaintext,
             Self::Hbone => node::Listener::InboundHbone,
+            Self::DnsUdp => node::Listener::DnsUdp,
+            Self::DnsTcp => node::Listener::DnsTcp,
         }
     }
 
@@ -236,7 +242,7 @@ impl Pods {
             return Err(AddError::NoAddress);
         }
         let uid: Arc<str> = wire.uid.as_str().into();
-        let stock = Stock::new(Arc::clone(&uid), Arc::clone(&self.cap), self.notices.clone());
+        let stock = Stock::new(Arc::clone(&uid), &addresses, Arc::clone(&self.cap), self.notices.clone());
         let pod = Pod {
             uid,
             name: wire.name.as_str().into(),
@@ -300,7 +306,7 @@ impl Pods {
     /// Registers a pod that a test has made.
     #[cfg(test)]
     pub fn insert_for_test(&self, pod: &Arc<Pod>) {
-        let stock = Stock::new(Arc::clone(&pod.uid), Arc::clone(&self.cap), self.notices.clone());
+        let stock = Stock::new(Arc::clone(&pod.uid), &pod.addresses, Arc::clone(&self.cap), self.notices.clone());
         let entry = Entry { pod: Arc::clone(pod), stock, listeners: Arc::default(), _hold: Box::new(()) };
         self.entries().insert(Arc::clone(&pod.uid), entry);
     }

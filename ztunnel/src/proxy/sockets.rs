@@ -1,8 +1,9 @@
 //! Sockets in a pod's network namespace, where the proxy itself cannot go: the trait by which the data path asks for
 //! one, and the stock that answers from what the agent has handed over.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,24 +48,83 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Questions without an answer after which the connection has failed: a peer that died is found in two minutes.
 const KEEPALIVE_PROBES: u32 = 6;
 
+/// Sockets that were bound for one resolver each and that somebody waits for, one pod: more are refused.
+const REPLIES_CAP: usize = 16;
+
+/// A family of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of an address; an IPv4 address mapped into IPv6 is IPv4.
+    pub fn of(ip: IpAddr) -> Self {
+        if ip.to_canonical().is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
 /// What a socket is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SocketKind {
-    /// IPv4 TCP to the next hop, exempt from capture.
-    Upstream,
-    /// IPv4 TCP to the pod's own application: transparent, so that it can be bound to the client's address.
-    Delivery,
+    /// TCP to the next hop, exempt from capture.
+    Upstream(Family),
+    /// TCP to the pod's own application: transparent, so that it can be bound to the client's address.
+    Delivery(Family),
+    /// UDP to the resolver that an application asked, exempt from capture.
+    DnsUpstream(Family),
 }
 
 impl SocketKind {
     /// All kinds.
-    pub const ALL: [Self; 2] = [Self::Upstream, Self::Delivery];
+    pub const ALL: [Self; 6] = [
+        Self::Upstream(Family::V4),
+        Self::Upstream(Family::V6),
+        Self::Delivery(Family::V4),
+        Self::Delivery(Family::V6),
+        Self::DnsUpstream(Family::V4),
+        Self::DnsUpstream(Family::V6),
+    ];
 
     /// The kind as the agent knows it.
     pub fn to_wire(self) -> node::SocketKind {
         match self {
-            Self::Upstream => node::SocketKind::UpstreamV4,
-            Self::Delivery => node::SocketKind::DeliveryV4,
+            Self::Upstream(Family::V4) => node::SocketKind::UpstreamV4,
+            Self::Upstream(Family::V6) => node::SocketKind::UpstreamV6,
+            Self::Delivery(Family::V4) => node::SocketKind::DeliveryV4,
+            Self::Delivery(Family::V6) => node::SocketKind::DeliveryV6,
+            Self::DnsUpstream(Family::V4) => node::SocketKind::DnsUpstreamV4,
+            Self::DnsUpstream(Family::V6) => node::SocketKind::DnsUpstreamV6,
+        }
+    }
+
+    /// Its family.
+    pub fn family(self) -> Family {
+        match self {
+            Self::Upstream(family) | Self::Delivery(family) | Self::DnsUpstream(family) => family,
+        }
+    }
+
+    /// The kind as dumps show it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Upstream(Family::V4) => "upstreamV4",
+            Self::Upstream(Family::V6) => "upstreamV6",
+            Self::Delivery(Family::V4) => "deliveryV4",
+            Self::Delivery(Family::V6) => "deliveryV6",
+            Self::DnsUpstream(Family::V4) => "dnsUpstreamV4",
+            Self::DnsUpstream(Family::V6) => "dnsUpstreamV6",
+        }
+    }
+
+    /// Whether a pod gets some of them before it has asked for any: what its first connection needs.
+    fn is_stocked_early(self) -> bool {
+        match self {
+            Self::Upstream(_) | Self::Delivery(_) => true,
+            Self::DnsUpstream(_) => false,
         }
     }
 
@@ -90,17 +150,28 @@ pub enum TakeError {
 /// Sets what a socket needs before it is bound. Done when a socket is put into stock, where nobody waits for it.
 ///
 /// # Errors
-/// When the descriptor is no TCP socket.
+/// When the descriptor is no socket of that kind.
 pub fn prepare(kind: SocketKind, socket: &OwnedFd) -> io::Result<()> {
     let known = SockRef::from(socket);
     known.set_nonblocking(true)?;
-    tune(&known)?;
     match kind {
-        // The port is chosen at connect, per destination; otherwise bind would use up one port per socket.
-        SocketKind::Upstream => Ok(setsockopt(socket, IpBindAddressNoPort, &true)?),
-        // Ports in TIME_WAIT may be used again: only the whole of both addresses must be new, which connect checks.
-        SocketKind::Delivery => known.set_reuse_address(true),
+        SocketKind::Upstream(_) => {
+            tune(&known)?;
+            // The port is chosen at connect, per destination; otherwise bind would use up one port per socket.
+            Ok(setsockopt(socket, IpBindAddressNoPort, &true)?)
+        }
+        SocketKind::Delivery(_) => {
+            tune(&known)?;
+            // Ports in TIME_WAIT may be used again: only the whole of both addresses must be new, which connect checks.
+            known.set_reuse_address(true)
+        }
+        SocketKind::DnsUpstream(_) => is_datagram(&known),
     }
+}
+
+fn is_datagram(socket: &SockRef<'_>) -> io::Result<()> {
+    let is = socket.r#type()? == socket2::Type::DGRAM;
+    is.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a UDP socket"))
 }
 
 /// Sets what every connection of the data path has. A listening socket hands it on to what it accepts.
@@ -114,10 +185,13 @@ pub fn tune(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive.with_retries(KEEPALIVE_PROBES))
 }
 
-/// Gives out fresh TCP sockets that live in one pod's network namespace, and in no other.
+/// Gives out fresh sockets that live in one pod's network namespace, and in no other.
 pub trait SocketSource: Send + Sync {
     /// A fresh, unbound, unconnected socket, as [`prepare`] leaves it.
     fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
+
+    /// A UDP socket that is bound to the address of `resolver`, which answers to the pod's applications come from.
+    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
 }
 
 /// How many sockets lie in stock on this node, all pods together, and how many may.
@@ -152,20 +226,31 @@ impl NodeCap {
     }
 }
 
-/// A shelf of this pod wants an order to be made: see [`Stock::next_order`].
+/// A pod lacks sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
     /// Which pod.
     pub pod_uid: Arc<str>,
-    /// Which shelf.
-    pub kind: SocketKind,
+    /// Which sockets.
+    pub want: Want,
+}
+
+/// What is lacking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// A shelf wants an order to be made: see [`Stock::next_order`].
+    Shelf(SocketKind),
+    /// One socket is to be bound for this resolver: see [`SocketSource::reply`].
+    Reply(IpAddr),
 }
 
 /// The stock of one pod. Taken from by every worker thread, filled by the hand-over task.
 #[derive(Debug)]
 pub struct Stock {
     pod_uid: Arc<str>,
-    shelves: [Mutex<Shelf>; 2],
+    shelves: [Mutex<Shelf>; 6],
+    /// Who waits for sockets that are bound for a resolver, in the order in which they were asked for.
+    replies: Mutex<HashMap<IpAddr, VecDeque<oneshot::Sender<OwnedFd>>>>,
     node: Arc<NodeCap>,
     notices: mpsc::UnboundedSender<Notice>,
 }
@@ -211,9 +296,21 @@ impl Shelf {
 }
 
 impl Stock {
-    /// An empty stock. What it needs is told through `notices`.
-    pub fn new(pod_uid: Arc<str>, node: Arc<NodeCap>, notices: mpsc::UnboundedSender<Notice>) -> Arc<Self> {
-        Arc::new(Self { pod_uid, shelves: Default::default(), node, notices })
+    /// An empty stock of a pod that has these addresses. What it needs is told through `notices`.
+    pub fn new(
+        pod_uid: Arc<str>,
+        addresses: &[IpAddr],
+        node: Arc<NodeCap>,
+        notices: mpsc::UnboundedSender<Notice>,
+    ) -> Arc<Self> {
+        let stock = Self { pod_uid, shelves: Default::default(), replies: Mutex::default(), node, notices };
+        for kind in SocketKind::ALL {
+            // What the pod cannot or does not use yet lies in no stock until it is asked for.
+            if !kind.is_stocked_early() || !addresses.iter().any(|ip| Family::of(*ip) == kind.family()) {
+                stock.shelf(kind).quiet_sweeps = WARM_SWEEPS;
+            }
+        }
+        Arc::new(stock)
     }
 
     /// Sockets of this kind that lie ready.
@@ -288,13 +385,60 @@ impl Stock {
             self.node.remove(shelf.idle.len());
             shelf.idle.clear();
         }
+        self.replies().clear();
+    }
+
+    /// Takes in what the agent answered to the oldest order of a socket for this resolver; none if it gave none.
+    pub fn fill_reply(&self, resolver: IpAddr, socket: Option<OwnedFd>) {
+        let mut replies = self.replies();
+        let Some(waiting) = replies.get_mut(&resolver) else { return };
+        // Without a socket the one who waits is told at once, as its end of the channel is dropped.
+        let waiter = waiting.pop_front();
+        if waiting.is_empty() {
+            replies.remove(&resolver);
+        }
+        drop(replies);
+        if let (Some(waiter), Some(socket)) = (waiter, socket) {
+            // One that gave up needs none.
+            let _ = waiter.send(socket);
+        }
+    }
+
+    fn order_reply(&self, resolver: IpAddr) -> Result<oneshot::Receiver<OwnedFd>, TakeError> {
+        // A closed pod has no shelf that is open.
+        if self.shelf(SocketKind::DnsUpstream(Family::of(resolver))).closed {
+            return Err(TakeError::PodGone);
+        }
+        let mut replies = self.replies();
+        replies.retain(|_, waiting| {
+            waiting.retain(|waiter| !waiter.is_closed());
+            !waiting.is_empty()
+        });
+        if replies.values().map(VecDeque::len).sum::<usize>() >= REPLIES_CAP {
+            return Err(TakeError::Empty);
+        }
+        let (give, wait) = oneshot::channel();
+        replies.entry(resolver).or_default().push_back(give);
+        drop(replies);
+        // Without a receiver the proxy is on its way out.
+        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), want: Want::Reply(resolver) });
+        Ok(wait)
+    }
+
+    fn replies(&self) -> MutexGuard<'_, HashMap<IpAddr, VecDeque<oneshot::Sender<OwnedFd>>>> {
+        // A panic in a holder leaves nothing half done that matters here.
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shelf(&self, kind: SocketKind) -> MutexGuard<'_, Shelf> {
-        let [upstream, delivery] = &self.shelves;
+        let [upstream_v4, upstream_v6, delivery_v4, delivery_v6, dns_v4, dns_v6] = &self.shelves;
         let shelf = match kind {
-            SocketKind::Upstream => upstream,
-            SocketKind::Delivery => delivery,
+            SocketKind::Upstream(Family::V4) => upstream_v4,
+            SocketKind::Upstream(Family::V6) => upstream_v6,
+            SocketKind::Delivery(Family::V4) => delivery_v4,
+            SocketKind::Delivery(Family::V6) => delivery_v6,
+            SocketKind::DnsUpstream(Family::V4) => dns_v4,
+            SocketKind::DnsUpstream(Family::V6) => dns_v6,
         };
         // A panic in a holder leaves nothing half done that matters here.
         shelf.lock().unwrap_or_else(PoisonError::into_inner)
@@ -306,7 +450,7 @@ impl Stock {
         }
         shelf.noticed = true;
         // Without a receiver the proxy is on its way out.
-        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), kind });
+        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), want: Want::Shelf(kind) });
     }
 
     fn take_or_wait(&self, kind: SocketKind) -> Result<Result<OwnedFd, oneshot::Receiver<OwnedFd>>, TakeError> {
@@ -343,6 +487,22 @@ impl SocketSource for Stock {
                     Ok(Err(_)) => Err(TakeError::PodGone),
                     Err(_) => Err(TakeError::Empty),
                 },
+            }
+        })
+    }
+
+    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
+        let ordered = self.order_reply(resolver);
+        Box::pin(async move {
+            match tokio::time::timeout(STOCK_WAIT, ordered?).await {
+                Ok(Ok(socket)) => {
+                    let usable = SockRef::from(&socket).set_nonblocking(true);
+                    usable.and_then(|()| is_datagram(&SockRef::from(&socket))).map(|()| socket).map_err(|error| {
+                        tracing::error!(%error, %resolver, "the agent gave an unusable socket");
+                        TakeError::Empty
+                    })
+                }
+                Ok(Err(_)) | Err(_) => Err(TakeError::Empty),
             }
         })
     }

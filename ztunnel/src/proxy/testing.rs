@@ -23,7 +23,7 @@ use super::live::Live;
 use super::local::fixture;
 use super::metrics::Metrics;
 use super::pods::{Pod, Port};
-use super::sockets::{SocketKind, SocketSource, TakeError, prepare};
+use super::sockets::{Family, SocketKind, SocketSource, TakeError, prepare};
 use super::state::{Discovery, State};
 use super::tunnels::Tunnels;
 use super::worker::{Shared, Worker, accept};
@@ -53,11 +53,13 @@ pub struct LocalSockets {
     pub empty: bool,
     /// Whether nobody answers.
     pub stuck: bool,
+    /// What answers to queries are sent from.
+    pub reply: Option<OwnedFd>,
 }
 
 impl SocketSource for LocalSockets {
     fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
-        let Self { empty, stuck } = *self;
+        let Self { empty, stuck, .. } = *self;
         Box::pin(async move {
             if stuck {
                 std::future::pending::<()>().await;
@@ -65,11 +67,23 @@ impl SocketSource for LocalSockets {
             if empty {
                 return Err(TakeError::Empty);
             }
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-            let socket = socket.into();
+            let domain = match kind.family() {
+                Family::V4 => socket2::Domain::IPV4,
+                Family::V6 => socket2::Domain::IPV6,
+            };
+            let r#type = match kind {
+                SocketKind::Upstream(_) | SocketKind::Delivery(_) => socket2::Type::STREAM,
+                SocketKind::DnsUpstream(_) => socket2::Type::DGRAM,
+            };
+            let socket = socket2::Socket::new(domain, r#type, None).unwrap().into();
             prepare(kind, &socket).unwrap();
             Ok(socket)
         })
+    }
+
+    fn reply(&self, _: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
+        let reply = self.reply.as_ref().map(|socket| socket.try_clone().unwrap());
+        Box::pin(async move { reply.ok_or(TakeError::Empty) })
     }
 }
 

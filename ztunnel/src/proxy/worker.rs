@@ -173,6 +173,9 @@ impl Host for Arc<Workers> {
     fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>> {
         let mut all = Vec::new();
         for (port, listener) in listeners {
+            if port == Port::DnsUdp {
+                continue;
+            }
             let known = SockRef::from(&listener);
             known.set_nonblocking(true)?;
             tune(&known)?;
@@ -257,7 +260,7 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
             // The permit first: a connection over the limit stays in the kernel's queue.
             let permit = match port {
                 Port::Hbone => Arc::clone(&waiting).acquire_owned().await.ok(),
-                Port::Outbound | Port::Plaintext => None,
+                Port::Outbound | Port::Plaintext | Port::DnsUdp | Port::DnsTcp => None,
             };
             (permit, listener.accept().await)
         };
@@ -330,7 +333,7 @@ pub struct Permits {
 
 fn spawn(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, accepted: Accepted, permits: Permits, drain: Watcher) {
     match port {
-        Port::Outbound => tokio::spawn(async move {
+        Port::Outbound | Port::DnsTcp | Port::DnsUdp => tokio::spawn(async move {
             let _token = drain;
             outbound::serve(&worker, &pod, accepted).await;
         }),

@@ -1,4 +1,5 @@
 use super::*;
+use crate::address::Reach;
 use crate::fixture::{in_service, ip, pod, service};
 
 #[test]
@@ -91,9 +92,23 @@ fn a_port_for_tcp_and_udp_is_one_port() {
 #[test]
 fn the_address_is_of_the_family_where_there_is_one() {
     let dual = Workload::try_from(&pod("dual", &["10.0.0.1", "2001:db8::1"])).unwrap();
-    assert_eq!(dual.address_like(ip("192.0.2.1")), Some(ip("10.0.0.1")));
-    assert_eq!(dual.address_like(ip("::1")), Some(ip("2001:db8::1")));
     let single = Workload::try_from(&pod("single", &["10.0.0.1"])).unwrap();
-    assert_eq!(single.address_like(ip("::1")), Some(ip("10.0.0.1")));
-    assert_eq!(Workload::try_from(&pod("none", &[])).unwrap().address_like(ip("::1")), None);
+    let none = Workload::try_from(&pod("none", &[])).unwrap();
+    let (v4, v6) = (Some(ip("10.0.0.1")), Some(ip("2001:db8::1")));
+    let (own4, own6, both) = (&["10.9.9.9"][..], &["2001:db8::9"][..], &["10.9.9.9", "2001:db8::9"][..]);
+    let cases = [
+        (&dual, "192.0.2.1", both, v4),
+        (&dual, "::ffff:192.0.2.1", both, v4),
+        (&dual, "::1", both, v6),
+        (&dual, "::1", own4, v4),
+        (&dual, "192.0.2.1", own6, v6),
+        (&dual, "::1", &[], v6),
+        (&single, "::1", both, v4),
+        (&single, "::1", own6, None),
+        (&none, "::1", both, None),
+    ];
+    for (workload, like, own, expected) in cases {
+        let own: Vec<_> = own.iter().map(|one| ip(one)).collect();
+        assert_eq!(workload.address_for(&Reach::new(ip(like), &own)), expected, "{} {like} {own:?}", workload.name);
+    }
 }

@@ -18,6 +18,13 @@ fn from_pod(snapshot: &Snapshot, name: &str, address: &str, dst: &str) -> Result
     plan(snapshot, &source, OriginalDst(at(dst)), &is_local, &mut fastrand::Rng::with_seed(7))
 }
 
+/// Plans for a pod that has all of these addresses.
+fn from_addresses(snapshot: &Snapshot, own: &[&str], dst: &str) -> Result<Plan, Refusal> {
+    let (identity, addresses) = (id("shop", "client"), own.iter().map(|one| ip(one)).collect::<Vec<_>>());
+    let source = local("client", &identity, &addresses);
+    plan(snapshot, &source, OriginalDst(at(dst)), &is_local, &mut fastrand::Rng::with_seed(7))
+}
+
 /// A pod of this node that discovery has not brought.
 fn is_local(address: IpAddr) -> bool {
     address == ip("10.0.0.50")
@@ -126,13 +133,49 @@ fn the_address_is_of_the_family_asked_for_where_there_is_one() {
     };
     let services = [both("dual", "10.96.0.1", "2001:db8:f::1"), both("single", "10.96.0.2", "2001:db8:f::2")];
     let snapshot = mesh(&[dual, single], &services);
+    let v4 = "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/dual] dual dual";
+    let v6 = "Direct [2001:db8::2]:15008 [2001:db8::2]:8080 [shop/dual] dual dual";
+    let single = "Direct 10.0.0.3:15008 10.0.0.3:8080 [shop/single] single single";
+    let (own4, own6, both) = (&[CLIENT][..], &["2001:db8::1"][..], &[CLIENT, "2001:db8::1"][..]);
     let cases = [
-        ("10.96.0.1:80", "Direct 10.0.0.2:15008 10.0.0.2:8080 [shop/dual] dual dual"),
-        ("[2001:db8:f::1]:80", "Direct [2001:db8::2]:15008 [2001:db8::2]:8080 [shop/dual] dual dual"),
-        ("[2001:db8:f::2]:80", "Direct 10.0.0.3:15008 10.0.0.3:8080 [shop/single] single single"),
+        (both, "10.96.0.1:80", v4),
+        (both, "[2001:db8:f::1]:80", v6),
+        (both, "[2001:db8:f::2]:80", single),
+        (own4, "[2001:db8:f::1]:80", v4),
+        (own6, "10.96.0.1:80", v6),
+        (own6, "[2001:db8:f::2]:80", "address_family - single"),
+        // Workloads by their own address: the authority is the address that the tunnel goes to.
+        (both, "[2001:db8::2]:99", "Direct [2001:db8::2]:15008 [2001:db8::2]:99 [shop/dual] dual -"),
+        (own4, "[2001:db8::2]:99", "Direct 10.0.0.2:15008 10.0.0.2:99 [shop/dual] dual -"),
+        (own6, "10.0.0.3:99", "address_family single -"),
+        (both, "[2001:db8::2]:15008", "forbidden_port dual -"),
+        (both, "[2001:db8:f::1]:15008", "forbidden_port - dual"),
+        (both, "[2001:db8:9::9]:443", "PassThrough [2001:db8:9::9]:443 - -"),
     ];
-    for (dst, expected) in cases {
-        assert_eq!(line(from_client(&snapshot, dst)), expected, "{dst}");
+    for (own, dst, expected) in cases {
+        assert_eq!(line(from_addresses(&snapshot, own, dst)), expected, "{own:?} {dst}");
+    }
+}
+
+#[test]
+fn waypoints_of_either_family() {
+    let gate = in_service(pod("gate", &["10.0.0.10", "2001:db8::10"]), "gate", &[]);
+    let bound = wire::Service {
+        waypoint: Some(waypoint("gate")),
+        addresses: vec![network_address("10.96.0.1"), network_address("2001:db8:f::1")],
+        ..service("web", "10.96.0.1", &[(80, 8080)])
+    };
+    let snapshot = mesh(&[gate], &[bound, service("gate", "10.96.0.10", &[])]);
+    let (v4, v6) = ("10.0.0.10:15008", "[2001:db8::10]:15008");
+    let cases = [
+        (&[CLIENT, "2001:db8::1"][..], "10.96.0.1:80", v4),
+        (&[CLIENT, "2001:db8::1"], "[2001:db8:f::1]:80", v6),
+        (&[CLIENT], "[2001:db8:f::1]:80", v4),
+        (&["2001:db8::1"], "10.96.0.1:80", v6),
+    ];
+    for (own, dst, hop) in cases {
+        let expected = format!("ServiceWaypoint {hop} {dst} [shop/gate] gate web");
+        assert_eq!(line(from_addresses(&snapshot, own, dst)), expected, "{own:?}");
     }
 }
 

@@ -13,7 +13,7 @@ struct Bench {
 fn bench(cap: usize) -> Bench {
     let (sender, notices) = mpsc::unbounded_channel();
     let node = NodeCap::new(cap);
-    Bench { stock: Stock::new("pod".into(), Arc::clone(&node), sender), node, notices }
+    Bench { stock: Stock::new("pod".into(), &["10.0.0.1".parse().unwrap()], Arc::clone(&node), sender), node, notices }
 }
 
 /// Any descriptors do: the stock never looks at them.
@@ -21,13 +21,14 @@ fn sockets(count: usize) -> Vec<OwnedFd> {
     (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().into()).collect()
 }
 
-const UP: SocketKind = SocketKind::Upstream;
+const UP: SocketKind = SocketKind::Upstream(Family::V4);
+const DELIVERY: SocketKind = SocketKind::Delivery(Family::V4);
 
 #[tokio::test(start_paused = true)]
 async fn a_new_pod_gets_a_warm_stock_and_an_unused_one_loses_it() {
     let mut b = bench(100);
     b.stock.prime();
-    assert_eq!(b.notices.recv().await.unwrap(), Notice { pod_uid: "pod".into(), kind: UP });
+    assert_eq!(b.notices.recv().await.unwrap(), Notice { pod_uid: "pod".into(), want: Want::Shelf(UP) });
     assert_eq!(b.stock.next_order(UP), Some(2));
     assert_eq!(b.stock.next_order(UP), None, "what is on its way is not ordered again");
     b.stock.fill(UP, sockets(2));
@@ -49,7 +50,7 @@ async fn taking_from_stock_needs_no_wait_and_orders_more() {
     b.stock.take(UP).await.unwrap();
     b.stock.take(UP).await.unwrap();
     assert_eq!(started.elapsed(), Duration::ZERO);
-    assert_eq!(b.notices.try_recv().map(|notice| notice.kind), Ok(UP));
+    assert_eq!(b.notices.try_recv().map(|notice| notice.want), Ok(Want::Shelf(UP)));
     assert!(b.notices.try_recv().is_err(), "one notice is enough");
     assert_eq!(b.stock.next_order(UP), Some(2));
 }
@@ -87,14 +88,14 @@ async fn the_node_wide_cap_bounds_the_stock_but_not_the_connections() {
     let b = bench(1);
     b.stock.prime();
     assert_eq!(b.stock.next_order(UP), Some(1));
-    assert_eq!(b.stock.next_order(SocketKind::Delivery), Some(1), "room is counted when the sockets arrive");
+    assert_eq!(b.stock.next_order(DELIVERY), Some(1), "room is counted when the sockets arrive");
     b.stock.fill(UP, sockets(1));
-    b.stock.fill(SocketKind::Delivery, sockets(1));
+    b.stock.fill(DELIVERY, sockets(1));
     assert_eq!(b.node.idle(), 1);
-    assert_eq!(b.stock.idle(SocketKind::Delivery), 0);
-    let waits = [b.stock.take(SocketKind::Delivery), b.stock.take(SocketKind::Delivery)];
-    assert_eq!(b.stock.next_order(SocketKind::Delivery), Some(2));
-    b.stock.fill(SocketKind::Delivery, sockets(2));
+    assert_eq!(b.stock.idle(DELIVERY), 0);
+    let waits = [b.stock.take(DELIVERY), b.stock.take(DELIVERY)];
+    assert_eq!(b.stock.next_order(DELIVERY), Some(2));
+    b.stock.fill(DELIVERY, sockets(2));
     for wait in waits {
         wait.await.unwrap();
     }
@@ -117,7 +118,7 @@ async fn a_removed_pod_holds_nothing_and_gives_nothing() {
     b.stock.prime();
     b.stock.next_order(UP);
     b.stock.fill(UP, sockets(2));
-    let waiting = b.stock.take(SocketKind::Delivery);
+    let waiting = b.stock.take(DELIVERY);
     b.stock.close();
     assert_eq!(b.node.idle(), 0);
     assert_eq!(waiting.await.unwrap_err(), TakeError::PodGone);
@@ -138,8 +139,9 @@ fn kinds_survive_the_wire() {
 
 #[test]
 fn dead_peers_are_looked_for() {
-    for kind in SocketKind::ALL {
-        let socket = OwnedFd::from(socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap());
+    for kind in SocketKind::ALL.into_iter().filter(|kind| kind.is_stocked_early()) {
+        let domain = if kind.family() == Family::V4 { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
+        let socket = OwnedFd::from(socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap());
         prepare(kind, &socket).unwrap();
         let socket = SockRef::from(&socket);
         assert!(socket.keepalive().unwrap());
@@ -147,4 +149,55 @@ fn dead_peers_are_looked_for() {
             + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
         assert_eq!(bound, Duration::from_secs(120), "{kind:?}");
     }
+}
+
+#[test]
+fn a_socket_of_another_type_is_refused() {
+    let udp = OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+    let [tcp] = <[_; 1]>::try_from(sockets(1)).unwrap();
+    for kind in SocketKind::ALL {
+        let (good, bad) = if kind.is_stocked_early() { (&tcp, &udp) } else { (&udp, &tcp) };
+        assert!(prepare(kind, good).is_ok() && prepare(kind, bad).is_err(), "{kind:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_is_stocked_with_what_its_addresses_need() {
+    let mut b = bench(100);
+    b.stock.prime();
+    let mut wanted = Vec::new();
+    while let Ok(notice) = b.notices.try_recv() {
+        wanted.push(notice.want);
+    }
+    assert_eq!(wanted, [Want::Shelf(UP), Want::Shelf(DELIVERY)]);
+    let v6 = SocketKind::Upstream(Family::V6);
+    assert_eq!(b.stock.next_order(v6), None);
+    let _wait = b.stock.take(v6);
+    assert_eq!(b.notices.try_recv().unwrap().want, Want::Shelf(v6), "asked for all the same");
+}
+
+#[tokio::test(start_paused = true)]
+async fn sockets_for_resolvers_are_asked_for_one_by_one() {
+    let mut b = bench(100);
+    let udp = || OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+    let (a, other): (IpAddr, IpAddr) = ("10.96.0.10".parse().unwrap(), "2001:db8::10".parse().unwrap());
+    let waits = [b.stock.reply(a), b.stock.reply(other), b.stock.reply(a)];
+    for resolver in [a, other, a] {
+        assert_eq!(b.notices.try_recv().unwrap().want, Want::Reply(resolver));
+    }
+    b.stock.fill_reply(a, Some(udp()));
+    b.stock.fill_reply(other, None);
+    b.stock.fill_reply(a, Some(sockets(1).remove(0)));
+    b.stock.fill_reply(a, Some(udp()));
+    let started = Instant::now();
+    let [first, refused, no_udp] = waits;
+    assert!(first.await.is_ok());
+    assert_eq!(refused.await.unwrap_err(), TakeError::Empty);
+    assert_eq!(no_udp.await.unwrap_err(), TakeError::Empty);
+    assert_eq!(started.elapsed(), Duration::ZERO, "who cannot be served is told at once");
+    let waits: Vec<_> = (0..REPLIES_CAP).map(|_| b.stock.reply(a)).collect();
+    assert_eq!(b.stock.reply(other).await.unwrap_err(), TakeError::Empty, "too many at once");
+    drop(waits);
+    b.stock.close();
+    assert_eq!(b.stock.reply(a).await.unwrap_err(), TakeError::PodGone);
 }

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::proxy::handover::Handover;
 use crate::proxy::pods::{Host, Pod, Pods, Port, StillAlive};
-use crate::proxy::sockets::{NodeCap, SocketKind, SocketSource, TakeError};
+use crate::proxy::sockets::{Family, NodeCap, SocketKind, SocketSource, TakeError};
 use crate::proxy::testing::{soon, until};
 
 /// What was started, in order.
@@ -218,7 +218,7 @@ async fn a_removal_holds_up_no_order_and_is_acknowledged_in_its_turn() {
     let _takes: Vec<JoinHandle<Result<OwnedFd, TakeError>>> = (0..9)
         .map(|_| {
             let stock = agent.pods.stock("stays").unwrap();
-            tokio::spawn(async move { stock.take(SocketKind::Upstream).await })
+            tokio::spawn(async move { stock.take(SocketKind::Upstream(Family::V4)).await })
         })
         .collect();
     let mut ordered = 0;
