@@ -2,6 +2,7 @@
 
 mod builder;
 mod deploy;
+mod mesh;
 mod settle;
 mod shared;
 
@@ -16,6 +17,7 @@ pub(crate) use shared::Shared;
 
 use crate::announce::Agent;
 use crate::capture::{Recorder, Report};
+use crate::component::Component;
 use crate::control::ControlPlane;
 use crate::families::Families;
 use crate::forward::Forward;
@@ -24,6 +26,7 @@ use crate::mounts::MountNs;
 use crate::netns::NetNs;
 use crate::node::Node;
 use crate::pod::{Pod, PodBuilder};
+use crate::process::Signal;
 use crate::resolver::Resolver;
 use crate::{Error, cleanup};
 
@@ -87,6 +90,22 @@ impl Cluster {
     /// No such node, or no mesh.
     pub fn agent(&self, node: usize) -> Result<Agent, Error> {
         self.shared.agent(node)
+    }
+
+    /// Replaces a node's proxy as its DaemonSet does with `maxSurge: 1`: the new pod is started, and when it is ready the
+    /// old process gets SIGTERM. Gives the old one, which may still carry connections.
+    ///
+    /// # Errors
+    /// The new one does not become ready; the old one is then left alone.
+    pub fn replace_proxy(&self, node: usize) -> Result<&Component, Error> {
+        let (node, control) = (self.node(node)?, self.control()?);
+        let mesh = node.mesh()?;
+        let builder = &self.shared.builder;
+        let next = mesh.spare(|| builder.proxy_pod(&self.shared, control, node))?;
+        next.start()?;
+        let old = mesh.take_over();
+        old.signal(Signal::SIGTERM)?;
+        Ok(old)
     }
 
     /// culvertd.

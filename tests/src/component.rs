@@ -96,6 +96,27 @@ impl Component {
         self.wait_ready()
     }
 
+    /// Replaces it in order: the new process is started at once and waits for whatever the old one holds, the old one gets
+    /// SIGTERM and has `bound` to end.
+    ///
+    /// # Errors
+    /// The new one cannot be started or does not become ready, or the old one does not end.
+    pub fn supersede(&self, bound: Duration) -> Result<ExitStatus, Error> {
+        let next = self.spec.start()?;
+        let ended = self.terminate(bound)?;
+        *self.lock() = Some(next);
+        self.wait_ready()?;
+        Ok(ended)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It was not started, or does not end in time.
+    pub fn wait(&self, bound: Duration) -> Result<ExitStatus, Error> {
+        self.with(|process| process.wait(bound))?
+    }
+
     /// Its process id while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.lock().as_ref().filter(|p| p.running()).map(Process::pid)

@@ -2,13 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::cgroup::Cgroup;
 use crate::cluster::Shared;
 use crate::component::Component;
 use crate::families::{self, Families, POD_GATEWAY, POD_GATEWAY_V6};
+use crate::kube::PodRecord;
 use crate::links::{self, Via};
 use crate::netns::NetNs;
 use crate::{Error, http};
@@ -30,7 +31,7 @@ pub struct Node {
     pub(crate) folder: PathBuf,
     pub(crate) next_address: AtomicU8,
     pub(crate) next_link: AtomicU8,
-    pub(crate) mesh: std::sync::OnceLock<NodeMesh>,
+    pub(crate) mesh: OnceLock<NodeMesh>,
 }
 
 /// The mesh's part of a node.
@@ -38,13 +39,52 @@ pub struct Node {
 pub struct NodeMesh {
     /// `ztunnel agent`.
     pub agent: Component,
-    /// `ztunnel proxy`, in the network namespace of its own pod.
-    pub proxy: Component,
-    /// Address of the proxy's own pod.
-    pub proxy_address: IpAddr,
-    /// Name of the proxy's own pod, in the namespace `culvert-system`.
-    pub proxy_pod: String,
-    pub(crate) proxy_network: Arc<NetNs>,
+    /// The pod of the proxy, and beside it that of its successor.
+    first: ProxyPod,
+    second: OnceLock<ProxyPod>,
+    current: AtomicUsize,
+}
+
+/// A pod of the proxy.
+#[derive(Debug)]
+pub struct ProxyPod {
+    /// `ztunnel proxy`, in the network namespace of its pod.
+    pub component: Component,
+    /// The pod, in the namespace `culvert-system`.
+    pub record: PodRecord,
+    /// Its network namespace.
+    pub network: Arc<NetNs>,
+}
+
+impl NodeMesh {
+    pub(crate) fn new(agent: Component, proxy: ProxyPod) -> Self {
+        Self { agent, first: proxy, second: OnceLock::new(), current: AtomicUsize::new(0) }
+    }
+
+    /// The pod of the proxy.
+    pub fn proxy(&self) -> &ProxyPod {
+        match self.current.load(Ordering::Acquire) {
+            0 => &self.first,
+            _ => self.second.get().unwrap_or(&self.first),
+        }
+    }
+
+    /// The pod that does not serve, made at first use.
+    pub(crate) fn spare(&self, make: impl FnOnce() -> Result<ProxyPod, Error>) -> Result<&Component, Error> {
+        if self.current.load(Ordering::Acquire) != 0 {
+            return Ok(&self.first.component);
+        }
+        let made = if self.second.get().is_none() { Some(make()?) } else { None };
+        let second = made.map_or_else(|| self.second.get(), |made| Some(self.second.get_or_init(|| made)));
+        second.map(|pod| &pod.component).ok_or_else(|| Error::Absent("no second proxy".to_owned()))
+    }
+
+    /// The spare one serves from now on; gives the old one.
+    pub(crate) fn take_over(&self) -> &Component {
+        let old = self.proxy();
+        self.current.fetch_xor(1, Ordering::AcqRel);
+        &old.component
+    }
 }
 
 impl Node {
@@ -95,7 +135,7 @@ impl Node {
     /// # Errors
     /// The cluster runs without the mesh.
     pub fn proxy(&self) -> Result<&Component, Error> {
-        Ok(&self.mesh()?.proxy)
+        Ok(&self.mesh()?.proxy().component)
     }
 
     /// The proxy's `/config_dump` (port 15000 on its loopback).
@@ -124,7 +164,7 @@ impl Node {
     /// # Errors
     /// No answer, or another status.
     pub fn proxy_get(&self, port: u16, path: &str) -> Result<String, Error> {
-        http::get_ok(&self.mesh()?.proxy_network, SocketAddr::from(([127, 0, 0, 1], port)), path)
+        http::get_ok(&self.mesh()?.proxy().network, SocketAddr::from(([127, 0, 0, 1], port)), path)
     }
 
     /// The network namespace of the proxy's own pod.
@@ -132,7 +172,7 @@ impl Node {
     /// # Errors
     /// The cluster runs without the mesh.
     pub fn proxy_network(&self) -> Result<&NetNs, Error> {
-        Ok(&self.mesh()?.proxy_network)
+        Ok(&self.mesh()?.proxy().network)
     }
 
     /// What `status.hostIP` says: the address of the cluster's first family.

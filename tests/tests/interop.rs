@@ -286,7 +286,7 @@ fn a_bare_certificate_client_is_served_by_culvertd() -> Result<(), Error> {
     let (xds, root) = (control.xds(), std::fs::read_to_string(control.root_certificate()).unwrap());
     let node2 = cluster.node(2)?;
     let ordinary = control.token("default", "peer", "peer", &cluster.node(1)?.name)?;
-    let proxy = control.token("culvert-system", "ztunnel", &node2.mesh()?.proxy_pod, &node2.name)?;
+    let proxy = control.token("culvert-system", "ztunnel", &node2.mesh()?.proxy().record.name, &node2.name)?;
     assert_eq!(peer.identity.spiffe().unwrap(), peer.pod.identity(), "its own, whatever the CSR says");
 
     inside(peer.pod.network(), async || {

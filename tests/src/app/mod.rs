@@ -10,7 +10,9 @@ pub mod echo;
 pub mod http;
 pub mod load;
 pub mod net;
+pub mod numbered;
 mod page;
+pub mod storm;
 pub mod transfer;
 
 use std::process::ExitCode;
@@ -42,12 +44,22 @@ enum Command {
     Hold(clients::hold::Options),
     /// Half-close in both directions against an echo server.
     HalfClose(clients::half_close::Options),
+    /// One connection, made in one of the ways in which applications make them.
+    Dial(clients::dial::Options),
+    /// TCP segments without a TCP socket.
+    Raw(clients::raw::Options),
+    /// Connects in a loop from the first instruction on, with a marker.
+    Restless(clients::restless::Options),
     /// Many connections at once, each with one exchange.
     Parallel(clients::parallel::Options),
     /// Bulk data with checksums, against `echo --mode transfer`.
     Transfer(transfer::Options),
     /// Load: keepalive requests or new connections, with percentiles.
     Load(load::Options),
+    /// A server of numbered requests and streams that counts what arrives.
+    Numbered(numbered::Options),
+    /// New connections at a steady pace and long-lived streams, counted one by one, against `numbered`.
+    Storm(storm::Options),
     /// Looks a name up at the cluster's resolver.
     Resolve(net::ResolveOptions),
 }
@@ -84,9 +96,14 @@ async fn dispatch(command: Command) -> std::io::Result<bool> {
         Command::Connect(options) => clients::connect::run(options).await,
         Command::Hold(options) => clients::hold::run(options).await,
         Command::HalfClose(options) => clients::half_close::run(options).await,
+        Command::Dial(options) => clients::dial::run(&options),
+        Command::Raw(options) => clients::raw::run(&options),
+        Command::Restless(options) => clients::restless::run(&options),
         Command::Parallel(options) => clients::parallel::run(options).await,
         Command::Transfer(options) => transfer::run(options).await,
         Command::Load(options) => load::run(options).await,
+        Command::Numbered(options) => numbered::run(options).await,
+        Command::Storm(options) => storm::run(options).await,
         Command::Resolve(options) => net::resolve_command(options).await,
     }
 }

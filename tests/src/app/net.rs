@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::dns::{self, Code};
+use crate::dns::{self, Answer, Code};
 
 /// How long a look-up may take.
 const LOOK_UP: Duration = Duration::from_secs(3);
@@ -78,12 +79,25 @@ pub async fn resolve_one(target: &str) -> io::Result<SocketAddr> {
 
 /// Addresses of a name: those of the resolver's own family, as a pod of that family would use.
 async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
+    let answer = ask(name, None, None, false).await?;
+    if answer.code == Code::NoError && !answer.addresses.is_empty() {
+        return Ok(answer.addresses);
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("{name}: {:?}, no address", answer.code)))
+}
+
+async fn ask(name: &str, server: Option<SocketAddr>, kind: Option<u16>, tcp: bool) -> io::Result<Answer> {
     let no_resolver = || io::Error::new(io::ErrorKind::NotFound, "CULVERT_RESOLVER names no resolver");
-    let server: SocketAddr =
-        std::env::var("CULVERT_RESOLVER").ok().and_then(|r| r.parse().ok()).ok_or_else(no_resolver)?;
+    let named = || std::env::var("CULVERT_RESOLVER").ok().and_then(|r| r.parse().ok());
+    let server: SocketAddr = server.or_else(named).ok_or_else(no_resolver)?;
     let id = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |t| (t.subsec_nanos() & 0xffff) as u16);
-    let kind = if server.is_ipv4() { dns::A } else { dns::AAAA };
+    let kind = kind.unwrap_or(if server.is_ipv4() { dns::A } else { dns::AAAA });
     let question = dns::ask(id, name, kind).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a name"))?;
+    let no_answer = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer of the resolver for {name}"));
+    if tcp {
+        let answer = within(LOOK_UP, ask_tcp(server, &question)).await?;
+        return dns::read_answer(&answer).filter(|answer| answer.id == id).ok_or_else(no_answer);
+    }
     let socket = UdpSocket::bind(any_like(server)).await?;
     socket.connect(server).await?;
     let mut buffer = [0; dns::MAX];
@@ -92,17 +106,20 @@ async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
         socket.send(&question).await?;
         // A lost datagram is asked for again.
         let Ok(got) = timeout(Duration::from_millis(500), socket.recv(&mut buffer)).await else { continue };
-        match dns::read_answer(&buffer[..got?]) {
-            Some(answer) if answer.id == id && answer.code == Code::NoError && !answer.addresses.is_empty() => {
-                return Ok(answer.addresses);
-            }
-            Some(answer) if answer.id == id => {
-                return Err(io::Error::new(io::ErrorKind::NotFound, format!("{name}: {:?}, no address", answer.code)));
-            }
-            _ => {}
+        if let Some(answer) = dns::read_answer(&buffer[..got?]).filter(|answer| answer.id == id) {
+            return Ok(answer);
         }
     }
-    Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer of the resolver for {name}")))
+    Err(no_answer())
+}
+
+async fn ask_tcp(server: SocketAddr, question: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(server).await?;
+    let length = u16::try_from(question.len()).unwrap_or(0).to_be_bytes();
+    stream.write_all(&[&length, question].concat()).await?;
+    let mut answer = vec![0; usize::from(stream.read_u16().await?)];
+    stream.read_exact(&mut answer).await?;
+    Ok(answer)
 }
 
 /// The unspecified address of the same family.
@@ -136,6 +153,15 @@ pub fn listen(at: SocketAddr) -> io::Result<TcpListener> {
 pub struct ResolveOptions {
     /// The name.
     name: String,
+    /// Asks this server (`address:port`) instead of the one that CULVERT_RESOLVER names.
+    #[arg(long)]
+    server: Option<SocketAddr>,
+    /// Record type: 1 A, 28 AAAA; by default that of the server's family.
+    #[arg(long)]
+    kind: Option<u16>,
+    /// Asks over TCP.
+    #[arg(long)]
+    tcp: bool,
 }
 
 /// Prints the addresses of a name.
@@ -143,7 +169,11 @@ pub struct ResolveOptions {
 /// # Errors
 /// As [`resolve`].
 pub async fn resolve_command(options: ResolveOptions) -> io::Result<bool> {
-    let addresses = look_up(&options.name).await?;
-    emit(&serde_json::json!({"ok": true, "name": options.name, "addresses": addresses}));
-    Ok(true)
+    let answer = ask(&options.name, options.server, options.kind, options.tcp).await?;
+    let code = format!("{:?}", answer.code);
+    let ok = answer.code == Code::NoError && !answer.addresses.is_empty();
+    emit(&serde_json::json!({
+        "ok": ok, "name": options.name, "code": code, "truncated": answer.truncated, "addresses": answer.addresses,
+    }));
+    Ok(ok)
 }

@@ -1,7 +1,7 @@
 //! Makes a cluster, part by part.
 
 use std::net::IpAddr;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -12,19 +12,15 @@ use super::{Cluster, Shared};
 use crate::capture::{LinkKind, Recorder};
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::cleanup::{self, ClusterId};
-use crate::component::Component;
-use crate::control::{ControlPlane, PROXY_ACCOUNT, SYSTEM_NAMESPACE};
 use crate::error::Context;
 use crate::families::{Families, POD_GATEWAY, fabric_v4, fabric_v6};
-use crate::kube::{Directory, PodRecord};
+use crate::kube::Directory;
 use crate::links;
 use crate::mounts::MountNs;
 use crate::netns::NetNs;
-use crate::node::{Node, NodeMesh, width};
-use crate::pod::new_uid;
-use crate::process::Spec;
+use crate::node::{Node, width};
 use crate::resolver::{self, Resolver};
-use crate::{Error, http, wait};
+use crate::{Error, wait};
 
 /// The user that the proxy becomes.
 pub const PROXY_UID: u32 = 1337;
@@ -47,17 +43,17 @@ pub enum Mesh {
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Builder {
-    nodes: usize,
-    mesh: Mesh,
-    families: Families,
-    capture: bool,
-    marker: String,
-    more_markers: Vec<String>,
-    bins: Option<PathBuf>,
-    agent_args: Vec<String>,
-    proxy_args: Vec<String>,
-    culvertd_args: Vec<String>,
-    env: Vec<(String, String)>,
+    pub(super) nodes: usize,
+    pub(super) mesh: Mesh,
+    pub(super) families: Families,
+    pub(super) capture: bool,
+    pub(super) marker: String,
+    pub(super) more_markers: Vec<String>,
+    pub(super) bins: Option<PathBuf>,
+    pub(super) agent_args: Vec<String>,
+    pub(super) proxy_args: Vec<String>,
+    pub(super) culvertd_args: Vec<String>,
+    pub(super) env: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -206,161 +202,9 @@ impl Builder {
             next_host: AtomicU8::new(100),
             gateway: Mutex::new(None),
             families: self.families,
+            builder: self.clone(),
             resolver,
         })
-    }
-
-    /// culvertd first, then the agents, then the proxies.
-    fn start_mesh(&self, shared: &Shared) -> Result<(), Error> {
-        shared.directory.ensure(SYSTEM_NAMESPACE, PROXY_ACCOUNT)?;
-        let control = ControlPlane::new(shared, shared.attach_host("culvertd")?, &self.culvertd_args, &self.env)?;
-        control.component.start()?;
-        let control = shared.control.get_or_init(|| control);
-        for node in &shared.nodes {
-            let mesh = self.node_mesh(shared, control, node)?;
-            node.mesh.get_or_init(|| mesh);
-        }
-        for node in &shared.nodes {
-            node.agent()?.launch()?;
-        }
-        for node in &shared.nodes {
-            node.agent()?.wait_ready()?;
-            if self.mesh == Mesh::Culvert {
-                node.proxy()?.launch()?;
-            }
-        }
-        for node in shared.nodes.iter().filter(|_| self.mesh == Mesh::Culvert) {
-            node.proxy()?.wait_ready()?;
-        }
-        Ok(())
-    }
-
-    /// The proxy's own pod with its token, and how agent and proxy are started.
-    fn node_mesh(&self, shared: &Shared, control: &ControlPlane, node: &Node) -> Result<NodeMesh, Error> {
-        let uid = new_uid()?;
-        let pod = PodRecord {
-            name: format!("ztunnel-{}", &uid[..5]),
-            namespace: SYSTEM_NAMESPACE.to_owned(),
-            uid,
-            service_account: PROXY_ACCOUNT.to_owned(),
-            labels: [("app".to_owned(), "ztunnel".to_owned())].into(),
-            annotations: [].into(),
-            owner: Some(("DaemonSet".to_owned(), "ztunnel".to_owned())),
-            node: node.name.clone(),
-            host_ip: node.host_ip(),
-            ips: node.take_addresses(self.families)?,
-            ports: Vec::new(),
-            ready: true,
-        };
-        let network = Arc::new(NetNs::create_for(self.families, format!("proxy of {}", node.name))?);
-        node.attach(shared, &network, &pod.name, &pod.ips, self.families)?;
-        shared.directory.put_pod(&pod)?;
-        let files = ProxyFiles::create(node, control, &pod)?;
-        let agent = self.agent(shared, control, node, &pod, &files)?;
-        let proxy = self.proxy(shared, control, node, &pod, &files, &network)?;
-        Ok(NodeMesh { agent, proxy, proxy_address: pod.ip(), proxy_pod: pod.name, proxy_network: network })
-    }
-
-    fn agent(
-        &self,
-        shared: &Shared,
-        control: &ControlPlane,
-        node: &Node,
-        pod: &PodRecord,
-        files: &ProxyFiles,
-    ) -> Result<Component, Error> {
-        let name = format!("{}-agent", node.name);
-        let run = node.run_dir();
-        let mut spec = match &self.mesh {
-            Mesh::Peer(command) => Spec::new(&name, "/bin/sh", shared.log(&name))
-                .args(["-c", command])
-                .env("CULVERT_CNI_SOCKET", run.join("cni.sock"))
-                .env("CULVERT_RUN_DIR", &run)
-                .env("CULVERT_XDS_ADDRESS", format!("https://{}", control.xds()))
-                .env("CULVERT_CA_ROOTS", &files.roots)
-                .env("CULVERT_TOKEN", &files.token)
-                .env("NODE_IP", node.host_ip().to_string()),
-            Mesh::Culvert | Mesh::Off => Spec::new(&name, shared.program("ztunnel")?, shared.log(&name))
-                .args(["agent".into(), "--run-dir".into(), run.into_os_string()])
-                .args(["--cgroup-root".into(), node.group.path().as_os_str().to_owned()])
-                .args(["--bpffs".into(), node.bpffs().into_os_string()])
-                .args(["--proxy-uid".to_owned(), PROXY_UID.to_string()])
-                .args(self.agent_args.iter().cloned()),
-        };
-        spec.env.extend(shared.pod_env(pod));
-        spec.env.extend(self.env.iter().map(|(n, v)| (n.into(), v.into())));
-        spec.network = Some(Arc::clone(&node.network));
-        spec.mounts = Some(Arc::clone(&shared.mounts));
-        spec.group = Some(node.group.child("agent")?);
-        let agent = shared.agent(node.index)?;
-        Ok(Component::new(spec, move || Ok(agent.socket().exists() && agent.list().is_ok())))
-    }
-
-    fn proxy(
-        &self,
-        shared: &Shared,
-        control: &ControlPlane,
-        node: &Node,
-        pod: &PodRecord,
-        files: &ProxyFiles,
-        network: &Arc<NetNs>,
-    ) -> Result<Component, Error> {
-        let name = format!("{}-proxy", node.name);
-        let socket = files.socket.join("agent.sock");
-        let mut spec = Spec::new(&name, shared.bins.join("ztunnel"), shared.log(&name))
-            .args(["proxy".into(), "--agent-socket".into(), socket.into_os_string()])
-            .args(["--xds-address".to_owned(), format!("https://{}", control.xds())])
-            .args(["--ca-roots".into(), files.roots.clone().into_os_string()])
-            .args(["--token".into(), files.token.clone().into_os_string()])
-            .args(["--pod-name", &pod.name, "--instance-ip", &pod.ip().to_string()])
-            .args(["--node", &node.name, "--cluster-id", "Kubernetes", "--trust-domain", "cluster.local"])
-            .args([
-                "--admin-addr",
-                "127.0.0.1:15000",
-                "--ready-addr",
-                "0.0.0.0:15021",
-                "--metrics-addr",
-                "0.0.0.0:15020",
-            ])
-            .args(["--uid".to_owned(), PROXY_UID.to_string()])
-            .args(self.proxy_args.iter().cloned());
-        spec.env.extend(shared.pod_env(pod));
-        spec.env.extend(self.env.iter().map(|(n, v)| (n.into(), v.into())));
-        spec.network = Some(Arc::clone(network));
-        spec.mounts = Some(Arc::clone(&shared.mounts));
-        spec.group = Some(node.group.child("proxy")?);
-        // The agent's folder is root's alone; the proxy sees its own part of it, and none of the BPF filesystems.
-        spec.binds.push((node.run_dir().join("proxy"), files.socket.clone()));
-        spec.hidden = shared.nodes.iter().map(Node::bpffs).collect();
-        let asked = Arc::clone(network);
-        Ok(Component::new(spec, move || {
-            Ok(http::get(&asked, Node::ready_at(), "/healthz/ready").is_ok_and(|a| a.status == 200))
-        }))
-    }
-}
-
-/// What the kubelet mounts into the proxy's pod.
-struct ProxyFiles {
-    token: PathBuf,
-    roots: PathBuf,
-    /// Where the agent's inner folder appears.
-    socket: PathBuf,
-}
-
-impl ProxyFiles {
-    fn create(node: &Node, control: &ControlPlane, pod: &PodRecord) -> Result<Self, Error> {
-        let folder = node.folder.join("ztunnel");
-        let files = Self { token: folder.join("token"), roots: folder.join("root.pem"), socket: folder.join("agent") };
-        make_folder(&files.socket, 0o755)?;
-        let token = control.token_of(pod)?;
-        std::fs::write(&files.token, token).during(|| "writing the proxy's token".to_owned())?;
-        std::fs::copy(control.root_certificate(), &files.roots).during(|| "copying the root certificate".to_owned())?;
-        for (file, mode) in [(&files.token, 0o400), (&files.roots, 0o444)] {
-            let what = || format!("giving {} to the proxy", file.display());
-            std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).during(what)?;
-            chown(file, Some(PROXY_UID), Some(PROXY_UID)).during(what)?;
-        }
-        Ok(files)
     }
 }
 
@@ -433,7 +277,7 @@ fn node(
     Ok(node)
 }
 
-fn make_folder(folder: &Path, mode: u32) -> Result<(), Error> {
+pub(super) fn make_folder(folder: &Path, mode: u32) -> Result<(), Error> {
     std::fs::create_dir_all(folder).during(|| format!("making {}", folder.display()))?;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode))
         .during(|| format!("making {}", folder.display()))

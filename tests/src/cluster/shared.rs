@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::{Host, Mesh};
+use super::{Builder, Host, Mesh};
 use crate::Error;
 use crate::announce::Agent;
 use crate::capture::{LinkKind, Recorder};
@@ -37,6 +37,7 @@ pub(crate) struct Shared {
     pub control: OnceLock<ControlPlane>,
     pub mesh: Mesh,
     pub families: Families,
+    pub(super) builder: Builder,
     pub marker: String,
     pub(super) turn: AtomicUsize,
     pub(super) next_host: AtomicU8,

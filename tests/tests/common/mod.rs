@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod storm;
+
 use tests::app::clients::connect::Report;
 use tests::cluster::Cluster;
 use tests::pod::{Pod, PodBuilder};
@@ -29,4 +31,11 @@ pub fn until_connected(from: &Pod, to: &str) -> Report {
 pub fn echo_any<'c>(cluster: &'c Cluster, name: &str, node: usize) -> PodBuilder<'c> {
     let pod = cluster.pod(name).node(node).service_account(name).label("app", name);
     pod.command(["echo", "--listen", "[::]:7000"])
+}
+
+/// Tries to connect until it succeeds.
+pub fn until_connected_only(from: &Pod, to: &str) -> Report {
+    let bound = std::time::Duration::from_secs(20);
+    let what = format!("{} connects to {to}", from.name());
+    tests::wait::until(&what, bound, || Some(connect(from, to, &["--timeout", "2000"])).filter(|seen| seen.ok)).unwrap()
 }

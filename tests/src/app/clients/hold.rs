@@ -26,6 +26,9 @@ pub struct Options {
     /// Bound of one exchange in milliseconds.
     #[arg(long, default_value_t = 5000)]
     timeout: u64,
+    /// Sends the marker with each number.
+    #[arg(long)]
+    marked: bool,
     /// Connections to hold at once.
     #[arg(long, default_value_t = 1)]
     connections: usize,
@@ -44,11 +47,12 @@ pub async fn run(options: Options) -> io::Result<bool> {
     }
     let local = streams.first().and_then(|s| s.local_addr().ok());
     net::emit(&json!({"event": "open", "connections": streams.len(), "local": local, "ms": millis(start.elapsed())}));
+    let marker = if options.marked { net::marker() } else { String::new() };
     let mut exchanges = 0_u64;
     let mut done = Ok(());
     while done.is_ok() && start.elapsed() < bound(options.time) {
         for stream in &mut streams {
-            done = net::within(bound(options.timeout), exchange(stream, exchanges)).await;
+            done = net::within(bound(options.timeout), exchange(stream, &marker, exchanges)).await;
             if done.is_err() {
                 break;
             }
@@ -66,10 +70,10 @@ pub async fn run(options: Options) -> io::Result<bool> {
     Ok(done.is_ok())
 }
 
-async fn exchange(stream: &mut TcpStream, number: u64) -> io::Result<()> {
-    let sent = number.to_be_bytes();
+async fn exchange(stream: &mut TcpStream, marker: &str, number: u64) -> io::Result<()> {
+    let sent = [marker.as_bytes(), &number.to_be_bytes()].concat();
     stream.write_all(&sent).await?;
-    let mut got = [0; 8];
+    let mut got = vec![0; sent.len()];
     stream.read_exact(&mut got).await?;
     if got == sent { Ok(()) } else { Err(io::Error::other("something else came back")) }
 }

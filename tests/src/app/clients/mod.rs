@@ -1,9 +1,12 @@
 //! Clients that try one thing and say what they saw.
 
 pub mod connect;
+pub mod dial;
 pub mod half_close;
 pub mod hold;
 pub mod parallel;
+pub mod raw;
+pub mod restless;
 
 use std::time::Duration;
 

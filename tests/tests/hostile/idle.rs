@@ -1,0 +1,127 @@
+//! Connections that say nothing, or too little, in great numbers.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use socket2::{Domain, Socket, Type};
+use tests::netns::NetNs;
+use tests::wait;
+
+use crate::scene::{ECHO, Scene};
+use crate::wire::{Answer, BOUND, Peer, connect, inside};
+
+/// As the statement is: ten thousand.
+const MANY: usize = 10_000;
+/// Longest that a peer may say nothing, or not go on with a handshake, with room for a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// What a carried connection may cost the proxy while it says nothing, in KiB: two sockets and their task.
+const PER_CONNECTION: usize = 8;
+
+/// Opens many connections from inside a namespace, and says `first` on each. Some may be refused.
+fn open(network: &NetNs, to: SocketAddr, count: usize, ports: Option<u16>, first: &[u8]) -> Vec<TcpStream> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let open = || {
+        let mut opened = Vec::new();
+        for port in 0..u16::try_from(count).unwrap() {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            if let Some(from) = ports {
+                let any: SocketAddr = ([0, 0, 0, 0], from + port).into();
+                socket.set_reuse_address(true).unwrap();
+                if socket.bind(&any.into()).is_err() {
+                    continue;
+                }
+            }
+            if socket.connect_timeout(&to.into(), BOUND).is_err() {
+                continue;
+            }
+            let mut stream = TcpStream::from(socket);
+            if first.is_empty() || stream.write_all(first).is_ok() {
+                stream.set_nonblocking(true).unwrap();
+                opened.push(stream);
+            }
+        }
+        opened
+    };
+    network.run(open).unwrap()
+}
+
+/// How many are still open.
+fn alive(streams: &mut [TcpStream]) -> usize {
+    let is_open = |stream: &mut TcpStream| matches!(stream.read(&mut [0; 64]), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
+    streams.iter_mut().map(|stream| usize::from(is_open(stream))).sum()
+}
+
+/// Somebody who opens tunnels and says nothing, or begins handshakes and stops, is cut off, and meanwhile others' handshakes with
+/// the same pod go on.
+#[test]
+fn ten_thousand_silent_tunnels_and_half_handshakes_hold_nobody_up() {
+    let scene = Scene::start();
+    let target = scene.target.at(15008);
+    let before = scene.resident();
+    let newcomer = scene.cluster.pod("newcomer").node(1).service_account("newcomer").enrolled(false).start().unwrap();
+    let good = crate::forge::names(&[crate::forge::uri(&newcomer.identity())]).signed(&scene.cluster);
+    // The first bytes of a ClientHello: a handshake is begun, and never goes on.
+    for (name, first) in
+        [("silent", &[][..]), ("one byte", &[0x16][..]), ("half a hello", &[0x16, 3, 1, 2, 0, 1, 0][..])]
+    {
+        let mut silent = open(scene.peer.network(), target, MANY, None, first);
+        let begun = Instant::now();
+        inside(newcomer.network(), async || {
+            let mut peer = Peer::http2(target, &good).await.unwrap();
+            peer.send(&connect(1, scene.target.at(ECHO))).await;
+            assert_eq!(peer.answer(1).await, Answer::Status(200), "{name}");
+        });
+        assert!(begun.elapsed() < Duration::from_secs(5), "{name}: another peer waited for {:?}", begun.elapsed());
+        scene.victim_is_well(name);
+        wait::until(&format!("{name}: all are closed"), PATIENCE, || (alive(&mut silent) == 0).then_some(())).unwrap();
+        let grown = scene.resident().saturating_sub(before);
+        println!("{name}: {} opened, {grown} KiB more", silent.len());
+        assert!(grown < 32 << 10, "{name}: {grown} KiB more");
+    }
+    scene.ends_as_it_was(32 << 10);
+}
+
+/// In plain a connection may be silent for ever, as without a mesh. The ports are those that the proxy would use for its
+/// deliveries, all of them.
+#[test]
+fn ten_thousand_silent_connections_in_plain_are_carried() {
+    let scene = Scene::start();
+    let before = scene.resident();
+    let mut silent = open(scene.peer.network(), scene.target.at(ECHO), MANY, Some(1024), &[]);
+    assert!(silent.len() > MANY * 9 / 10, "{} connected", silent.len());
+    scene.victim_is_well("ten thousand connections");
+    let grown = scene.resident().saturating_sub(before);
+    println!("plain: {} opened, {} open, {grown} KiB more", silent.len(), alive(&mut silent));
+    assert!(grown < MANY * PER_CONNECTION, "{grown} KiB more");
+    drop(silent);
+    scene.ends_as_it_was(MANY * PER_CONNECTION);
+}
+
+/// Handshakes that are done, and then nothing: no preface, or a preface and no SETTINGS.
+#[test]
+fn a_tunnel_that_never_begins_is_closed() {
+    let scene = Scene::start();
+    let certificate = scene.certificate();
+    let target = scene.target.at(15008);
+    inside(scene.peer.network(), async || {
+        let mut nothing = Peer::tls(target, Some(&certificate)).await.unwrap();
+        let mut half = Peer::tls(target, Some(&certificate)).await.unwrap();
+        half.send(b"PRI * HTTP/2.0\r\n").await;
+        let mut preface = Peer::tls(target, Some(&certificate)).await.unwrap();
+        preface.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+        let mut one = Peer::tls(target, Some(&certificate)).await.unwrap();
+        one.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0").await;
+        // The last two end as any tunnel whose peer answers no PING: interval and time-out are 10 and 20 s.
+        let (nothing, half, preface, one) = tokio::join!(
+            nothing.closed(PATIENCE),
+            half.closed(PATIENCE),
+            preface.closed(2 * PATIENCE),
+            one.closed(2 * PATIENCE)
+        );
+        assert_eq!((nothing, half, preface, one), (true, true, true, true));
+    });
+    scene.ends_as_it_was(32 << 10);
+}
