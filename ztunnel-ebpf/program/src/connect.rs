@@ -2,15 +2,16 @@
 
 use aya_ebpf::{
     EbpfContext as _,
+    btf_maps::lpm_trie::Key,
     helpers::{bpf_get_netns_cookie, bpf_setsockopt},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
 use core::ptr::addr_of;
-use ztunnel_ebpf::{Counter, MARK_OUTBOUND};
+use ztunnel_ebpf::{Counter, MARK_OUTBOUND, PodEntry, RouteKey};
 
-use crate::maps::{EXEMPT, PODS, count};
+use crate::maps::{EXEMPT, PODS, ROUTES, count, is_mapped, mapped};
 
 /// The connection goes on.
 const ALLOW: i32 = 1;
@@ -28,7 +29,7 @@ const SO_MARK: i32 = 36;
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the kernel passes a valid context; the field is read once, by its own width.
     let destination = unsafe { addr_of!((*ctx.sock_addr).user_ip4).read_volatile() };
-    decide(&ctx, destination)
+    decide(&ctx, mapped(destination))
 }
 
 /// An IPv6 socket that connects to an IPv4-mapped address makes an IPv4 connection without passing `connect4`.
@@ -36,7 +37,7 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     let address = ctx.sock_addr;
     // SAFETY: as above; volatile, or LLVM joins neighbouring loads and the verifier refuses them.
-    let words = unsafe {
+    let destination = unsafe {
         [
             addr_of!((*address).user_ip6[0]).read_volatile(),
             addr_of!((*address).user_ip6[1]).read_volatile(),
@@ -44,12 +45,12 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
             addr_of!((*address).user_ip6[3]).read_volatile(),
         ]
     };
-    if words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be() { decide(&ctx, words[3]) } else { ALLOW }
+    decide(&ctx, destination)
 }
 
-/// `destination` is in network order.
+/// `destination` is in network order, IPv4 as mapped.
 #[inline(always)]
-fn decide(ctx: &SockAddrContext, destination: u32) -> i32 {
+fn decide(ctx: &SockAddrContext, destination: [u32; 4]) -> i32 {
     // SAFETY: the kernel passes a valid context.
     let (kind, protocol) = unsafe {
         (addr_of!((*ctx.sock_addr).type_).read_volatile(), addr_of!((*ctx.sock_addr).protocol).read_volatile())
@@ -63,9 +64,9 @@ fn decide(ctx: &SockAddrContext, destination: u32) -> i32 {
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
         return ALLOW;
     };
-    // SAFETY: the value is a plain integer owned by the socket that this hook holds.
-    let exempt = unsafe { EXEMPT.get_ptr_mut(ctx).as_ref() };
-    if exempt.is_some_and(|flag| *flag != 0) || is_loopback(destination) || pod.owns(destination) {
+    // SAFETY: the context of this hook always has its socket, and holds it.
+    let exempt = unsafe { EXEMPT.holds((*ctx.sock_addr).__bindgen_anon_1.sk) };
+    if exempt || stays_inside(pod, &destination) || !leaves_by_own_interface(cookie, destination) {
         return ALLOW;
     }
     if protocol == IPPROTO_MPTCP {
@@ -77,15 +78,42 @@ fn decide(ctx: &SockAddrContext, destination: u32) -> i32 {
     match capture(ctx) {
         Ok(()) => {
             count(Counter::Captured);
-            debug!(ctx, "captured: to {:i}, namespace {}", u32::from_be(destination), cookie);
+            if is_mapped(&destination) {
+                debug!(ctx, "captured: to {:i}, namespace {}", u32::from_be(destination[3]), cookie);
+            } else {
+                debug!(ctx, "captured: to {:i}, namespace {}", octets(destination), cookie);
+            }
             ALLOW
         }
         Err(code) => {
             count(Counter::Denied);
-            debug!(ctx, "refused: to {:i}, namespace {}, error {}", u32::from_be(destination), cookie, code);
+            debug!(ctx, "refused: to {:i}, namespace {}, error {}", octets(destination), cookie, code);
             DENY
         }
     }
+}
+
+/// Loopback and the pod's own addresses. An unspecified address stands for loopback.
+#[inline(always)]
+fn stays_inside(pod: &PodEntry, destination: &[u32; 4]) -> bool {
+    let last = destination[3];
+    if is_mapped(destination) {
+        return last == 0 || last.to_ne_bytes()[0] == 127 || pod.owns_v4(last);
+    }
+    let head = destination[0] | destination[1] | destination[2];
+    (head == 0 && (last == 0 || last == 1_u32.to_be())) || pod.owns_v6(*destination)
+}
+
+/// What has no route, or leaves by another interface than the pod's own, is none of the mesh's business.
+#[inline(always)]
+fn leaves_by_own_interface(cookie: u64, address: [u32; 4]) -> bool {
+    ROUTES.get(&Key::new(RouteKey::FULL, RouteKey { cookie, address })).is_some_and(|captured| *captured != 0)
+}
+
+#[inline(always)]
+fn octets(address: [u32; 4]) -> [u8; 16] {
+    // SAFETY: both are sixteen bytes without padding, and any bytes are octets.
+    unsafe { core::mem::transmute(address) }
 }
 
 /// Marks the socket and frees it from its device: with a device the kernel would not choose the route of the mark.
@@ -112,9 +140,4 @@ fn set_option(ctx: &SockAddrContext, option: i32, value: &mut u32) -> Result<(),
         0 => Ok(()),
         code => Err(code),
     }
-}
-
-#[inline(always)]
-fn is_loopback(address: u32) -> bool {
-    address.to_ne_bytes()[0] == 127
 }

@@ -17,8 +17,13 @@ pub const ATTACH_CONNECT4: u32 = 10;
 pub const ATTACH_CONNECT6: u32 = 11;
 /// `bpf_attach_type` of socket look-up.
 pub const ATTACH_SK_LOOKUP: u32 = 36;
+/// `bpf_attach_type` of a traffic classifier for what a device receives.
+pub const ATTACH_TCX_INGRESS: u32 = 46;
+/// `bpf_attach_type` of a traffic classifier for what a device sends.
+pub const ATTACH_TCX_EGRESS: u32 = 47;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_DETACH: libc::c_long = 34;
@@ -30,7 +35,8 @@ pub struct LinkTarget {
     pub program_id: u32,
     /// The hook.
     pub attach_type: u32,
-    /// Id of the cgroup, or inode of the network namespace; 0: the target is gone and the link does nothing.
+    /// Id of the cgroup, inode of the network namespace, or index of the device; 0: the target is gone and the link does
+    /// nothing.
     pub target: u64,
 }
 
@@ -66,7 +72,7 @@ pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
-/// Asks the kernel about a link on a cgroup or a network namespace.
+/// Asks the kernel about a link on a cgroup, a network namespace or a device.
 ///
 /// # Errors
 /// As `bpf(BPF_OBJ_GET_INFO_BY_FD)`.
@@ -81,20 +87,12 @@ pub fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
         padding: u32,
         union: [u32; 4],
     }
-    #[repr(C)]
-    struct Attr {
-        fd: u32,
-        length: u32,
-        info: u64,
-    }
     const LINK_CGROUP: u32 = 3;
     const LINK_NETNS: u32 = 5;
+    const LINK_TCX: u32 = 11;
 
     let mut info = Info::default();
-    let length = u32::try_from(size_of::<Info>()).map_err(io::Error::other)?;
-    let fd = u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?;
-    let mut attr = Attr { fd, length, info: &raw mut info as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    object_info(link, &mut info)?;
     let [first, second, third, _] = info.union;
     match info.kind {
         // cgroup_id: u64, attach_type: u32
@@ -103,8 +101,10 @@ pub fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
             attach_type: third,
             target: u64::from(first) | u64::from(second) << 32,
         }),
-        // netns_ino: u32, attach_type: u32
-        LINK_NETNS => Ok(LinkTarget { program_id: info.program_id, attach_type: second, target: u64::from(first) }),
+        // netns_ino or ifindex: u32, attach_type: u32
+        LINK_NETNS | LINK_TCX => {
+            Ok(LinkTarget { program_id: info.program_id, attach_type: second, target: u64::from(first) })
+        }
         other => Err(io::Error::other(format!("the link is of another kind ({other})"))),
     }
 }
@@ -140,6 +140,62 @@ pub fn attached_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result
     bpf(BPF_PROG_QUERY, &mut attr)?;
     let count = usize::try_from(attr.count).map_err(io::Error::other)?.min(ids.len());
     Ok(ids.into_iter().take(count).collect())
+}
+
+/// The tag of a program, a hash of its instructions, and its name, empty if it has none; `None` if there is no such
+/// program.
+///
+/// # Errors
+/// As `bpf(BPF_PROG_GET_FD_BY_ID)`.
+pub fn program_name(id: u32) -> io::Result<Option<([u8; 8], String)>> {
+    #[repr(C)]
+    struct ById {
+        id: u32,
+        next: u32,
+        flags: u32,
+    }
+    /// The head of `struct bpf_prog_info`, up to the name.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        tag: [u8; 8],
+        jited_length: u32,
+        translated_length: u32,
+        jited: u64,
+        translated: u64,
+        load_time: u64,
+        uid: u32,
+        map_count: u32,
+        maps: u64,
+        name: [u8; 16],
+    }
+    let fd = match bpf(BPF_PROG_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    // SAFETY: the kernel returned a new descriptor that nobody else owns.
+    let program = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut info = Info::default();
+    object_info(program.as_fd(), &mut info)?;
+    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(Some((info.tag, String::from_utf8_lossy(name).into_owned())))
+}
+
+/// The name of a device in the calling thread's network namespace.
+///
+/// # Errors
+/// When there is no device with this index.
+pub fn interface_name(index: u32) -> io::Result<String> {
+    let mut name = [0_u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has the length that the function wants.
+    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) };
+    if found.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
 }
 
 /// The cookie of a socket's network namespace: never reused while the machine is up.
@@ -179,6 +235,19 @@ pub fn return_free_memory() {
     unsafe {
         libc::malloc_trim(0)
     };
+}
+
+/// Fills in what the kernel says of a link or a program; `T` is the head of the kernel's structure.
+fn object_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    let length = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let fd = u32::try_from(object.as_raw_fd()).map_err(io::Error::other)?;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut Attr { fd, length, info: std::ptr::from_mut(info) as u64 }).map(drop)
 }
 
 /// One bpf(2) call with a command's own attributes.
