@@ -14,7 +14,8 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -259,7 +260,11 @@ impl Server {
     }
 }
 
-async fn connection(stream: TcpStream, router: Arc<Router>, limits: Limits, local_only: bool) {
+/// Serves one connection until its end, over any byte stream. Does not bound its life.
+pub async fn connection<IO>(stream: IO, router: Arc<Router>, limits: Limits, local_only: bool)
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
     let service = hyper::service::service_fn(|request| {
         let router = Arc::clone(&router);
         async move { Ok::<_, Infallible>(exchange(request, &router, &limits, local_only).await) }

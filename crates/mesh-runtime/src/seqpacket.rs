@@ -297,7 +297,9 @@ const CONTROL: usize = CMSG_HEADER + MAX_FDS * size_of::<RawFd>() + 8;
 
 /// The descriptors in a control buffer that was zero before the kernel wrote to it. Read by hand because nix gives
 /// nothing out of a truncated control message, and the descriptors in it are open in this process all the same.
-fn rights(control: &[u8]) -> Vec<RawFd> {
+/// Public for the fuzz target alone.
+#[doc(hidden)]
+pub fn rights(control: &[u8]) -> Vec<RawFd> {
     let mut found = Vec::new();
     let mut rest = control;
     while let Some((length, body)) = rest.split_first_chunk::<{ size_of::<usize>() }>() {

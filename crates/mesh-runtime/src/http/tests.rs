@@ -3,6 +3,8 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 
+use tokio::net::TcpStream;
+
 use super::*;
 
 const BOUND: Duration = Duration::from_secs(10);
