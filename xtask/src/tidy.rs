@@ -28,6 +28,19 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("control-plane", &["mesh-proto", "mesh-model", "mesh-xds", "mesh-identity", "mesh-runtime"]),
     // The end-to-end tests see the mesh from outside, as its users do; only the wire is shared.
     ("tests", &["mesh-proto"]),
+    (
+        "fuzz",
+        &[
+            "mesh-proto",
+            "mesh-model",
+            "mesh-xds",
+            "mesh-identity",
+            "mesh-hbone",
+            "mesh-runtime",
+            "control-plane",
+            "ztunnel",
+        ],
+    ),
     ("xtask", &[]),
 ];
 
@@ -60,6 +73,7 @@ const NOT_THE_MODEL: &[&str] = &[
     "ztunnel",
     "waypoint",
     "control-plane",
+    "fuzz",
     "tests",
     "xtask",
 ];
