@@ -8,7 +8,7 @@ use ztunnel_ebpf::{
     PodEntry, SOCKET_DNS_TCP, SOCKET_DNS_UDP, SOCKET_INBOUND_HBONE, SOCKET_INBOUND_PLAINTEXT, SOCKET_OUTBOUND,
 };
 
-use crate::maps::{POD, PROBES, SOCKETS, count, mapped};
+use crate::maps::{POD, PROBES, SOCKETS, count, is_mapped, mapped};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -28,14 +28,12 @@ enum Verdict {
     Drop,
 }
 
-/// What is asked of an address, in either family.
-struct Place {
-    /// The packet's destination is one of the pod's addresses.
-    local_is_own: bool,
-    /// The packet's destination is a loopback address.
-    local_is_loopback: bool,
-    /// The packet comes from one of the pod's addresses.
-    remote_is_own: bool,
+/// A packet that has no socket of its own yet.
+struct Packet {
+    protocol: u32,
+    device: u32,
+    /// Destination and source, IPv4 as mapped.
+    tuple: FourTuple,
 }
 
 #[sk_lookup]
@@ -72,28 +70,22 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
 
 #[inline(always)]
 fn decide(ctx: &SkLookupContext) -> Verdict {
-    // SAFETY: the kernel passes a valid context; each field is read once, by its own width.
-    let (family, protocol, port, device) = unsafe {
-        (
-            addr_of!((*ctx.lookup).family).read_volatile(),
-            addr_of!((*ctx.lookup).protocol).read_volatile(),
-            addr_of!((*ctx.lookup).local_port).read_volatile(),
-            addr_of!((*ctx.lookup).ingress_ifindex).read_volatile(),
-        )
+    let Some(packet) = read(ctx) else {
+        return Verdict::LeaveAlone;
     };
-    let resolver = port == u32::from(PORT_RESOLVER);
-    if (family != AF_INET && family != AF_INET6) || (protocol != IPPROTO_TCP && !(protocol == IPPROTO_UDP && resolver))
-    {
+    let port = packet.tuple.destination_port;
+    let resolver = port == PORT_RESOLVER;
+    if packet.protocol != IPPROTO_TCP && !(packet.protocol == IPPROTO_UDP && resolver) {
         return Verdict::LeaveAlone;
     }
     let Some(pod) = POD.get(0) else {
         return Verdict::Drop;
     };
-    let place = if family == AF_INET { place_v4(ctx, pod) } else { place_v6(ctx, pod) };
+    let (local, remote) = (&packet.tuple.destination, &packet.tuple.source);
     // Looped traffic to the pod's own address carries the index of that address's device, not of lo.
-    let inside = device == LOOPBACK || place.remote_is_own;
-    let elsewhere = !place.local_is_own && !place.local_is_loopback;
-    if protocol == IPPROTO_UDP {
+    let inside = packet.device == LOOPBACK || owns(pod, remote);
+    let elsewhere = !owns(pod, local) && !is_loopback(local);
+    if packet.protocol == IPPROTO_UDP {
         return if inside && elsewhere && pod.has(FLAG_DNS) {
             Verdict::Steer(SOCKET_DNS_UDP, Counter::DnsSteered)
         } else {
@@ -105,18 +97,18 @@ fn decide(ctx: &SkLookupContext) -> Verdict {
             Verdict::SteerDns
         } else if elsewhere {
             Verdict::Steer(SOCKET_OUTBOUND, Counter::OutboundSteered)
-        } else if is_hidden(port) {
+        } else if matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_DNS) {
             // The transparent listeners are found by address too; what was not steered must not reach them.
             Verdict::Drop
         } else {
             Verdict::LeaveAlone
         };
     }
-    if is_probe(ctx, family, port) {
+    if PROBES.get_ptr(packet.tuple).is_some() {
         count(Counter::ProbesPassed);
         return Verdict::LeaveAlone;
     }
-    if port == u32::from(PORT_INBOUND_HBONE) {
+    if port == PORT_INBOUND_HBONE {
         // Steered rather than left alone: without the proxy's listener an application's own on that port must not get
         // it.
         return Verdict::Steer(SOCKET_INBOUND_HBONE, Counter::InboundSteered);
@@ -124,73 +116,55 @@ fn decide(ctx: &SkLookupContext) -> Verdict {
     Verdict::Steer(SOCKET_INBOUND_PLAINTEXT, Counter::InboundSteered)
 }
 
-/// Ports of listeners that nobody may address by number.
 #[inline(always)]
-const fn is_hidden(port: u32) -> bool {
-    port == PORT_OUTBOUND as u32 || port == PORT_INBOUND_PLAINTEXT as u32 || port == PORT_DNS as u32
+fn owns(pod: &PodEntry, address: &[u32; 4]) -> bool {
+    if is_mapped(address) { pod.owns_v4(address[3]) } else { pod.owns_v6(*address) }
 }
 
 #[inline(always)]
-fn place_v4(ctx: &SkLookupContext, pod: &PodEntry) -> Place {
-    // SAFETY: as in `decide`.
-    let (local, remote) = unsafe {
-        (addr_of!((*ctx.lookup).local_ip4).read_volatile(), addr_of!((*ctx.lookup).remote_ip4).read_volatile())
-    };
-    Place {
-        local_is_own: pod.owns_v4(local),
-        local_is_loopback: local.to_ne_bytes()[0] == 127,
-        remote_is_own: pod.owns_v4(remote),
-    }
-}
-
-#[inline(always)]
-fn place_v6(ctx: &SkLookupContext, pod: &PodEntry) -> Place {
-    let (local, remote) = addresses_v6(ctx);
-    Place {
-        local_is_own: pod.owns_v6(local),
-        local_is_loopback: local[0] | local[1] | local[2] == 0 && local[3] == 1_u32.to_be(),
-        remote_is_own: pod.owns_v6(remote),
-    }
-}
-
-/// Local and remote address. Volatile, or LLVM joins neighbouring loads and the verifier refuses them.
-#[inline(always)]
-fn addresses_v6(ctx: &SkLookupContext) -> ([u32; 4], [u32; 4]) {
-    // SAFETY: as in `decide`.
-    unsafe {
-        (
-            [
-                addr_of!((*ctx.lookup).local_ip6[0]).read_volatile(),
-                addr_of!((*ctx.lookup).local_ip6[1]).read_volatile(),
-                addr_of!((*ctx.lookup).local_ip6[2]).read_volatile(),
-                addr_of!((*ctx.lookup).local_ip6[3]).read_volatile(),
-            ],
-            [
-                addr_of!((*ctx.lookup).remote_ip6[0]).read_volatile(),
-                addr_of!((*ctx.lookup).remote_ip6[1]).read_volatile(),
-                addr_of!((*ctx.lookup).remote_ip6[2]).read_volatile(),
-                addr_of!((*ctx.lookup).remote_ip6[3]).read_volatile(),
-            ],
-        )
-    }
-}
-
-/// Whether the kubelet opened this connection. Only for packets from outside.
-#[inline(always)]
-fn is_probe(ctx: &SkLookupContext, family: u32, port: u32) -> bool {
-    let (destination, source) = if family == AF_INET {
-        // SAFETY: as in `decide`.
-        unsafe {
-            (
-                mapped(addr_of!((*ctx.lookup).local_ip4).read_volatile()),
-                mapped(addr_of!((*ctx.lookup).remote_ip4).read_volatile()),
-            )
-        }
+fn is_loopback(address: &[u32; 4]) -> bool {
+    if is_mapped(address) {
+        address[3].to_ne_bytes()[0] == 127
     } else {
-        addresses_v6(ctx)
-    };
-    // SAFETY: as in `decide`; this port is in network order.
-    let source_port = u16::from_be(unsafe { addr_of!((*ctx.lookup).remote_port).read_volatile() });
-    let tuple = FourTuple { source, destination, source_port, destination_port: port as u16 };
-    PROBES.get_ptr(tuple).is_some()
+        address[0] | address[1] | address[2] == 0 && address[3] == 1_u32.to_be()
+    }
+}
+
+/// `None`: neither IPv4 nor IPv6.
+///
+/// All fields are read whatever the family (those of the other are 0), and volatile: else LLVM joins loads and the verifier
+/// refuses them.
+#[inline(always)]
+fn read(ctx: &SkLookupContext) -> Option<Packet> {
+    let lookup = ctx.lookup;
+    // SAFETY: the kernel passes a valid context; each field is read once, by its own width.
+    unsafe {
+        let family = addr_of!((*lookup).family).read_volatile();
+        let protocol = addr_of!((*lookup).protocol).read_volatile();
+        let port = addr_of!((*lookup).local_port).read_volatile();
+        let remote_port = addr_of!((*lookup).remote_port).read_volatile();
+        let device = addr_of!((*lookup).ingress_ifindex).read_volatile();
+        let local_v4 = addr_of!((*lookup).local_ip4).read_volatile();
+        let remote_v4 = addr_of!((*lookup).remote_ip4).read_volatile();
+        let local_v6 = [
+            addr_of!((*lookup).local_ip6[0]).read_volatile(),
+            addr_of!((*lookup).local_ip6[1]).read_volatile(),
+            addr_of!((*lookup).local_ip6[2]).read_volatile(),
+            addr_of!((*lookup).local_ip6[3]).read_volatile(),
+        ];
+        let remote_v6 = [
+            addr_of!((*lookup).remote_ip6[0]).read_volatile(),
+            addr_of!((*lookup).remote_ip6[1]).read_volatile(),
+            addr_of!((*lookup).remote_ip6[2]).read_volatile(),
+            addr_of!((*lookup).remote_ip6[3]).read_volatile(),
+        ];
+        let (destination, source) = match family {
+            AF_INET => (mapped(local_v4), mapped(remote_v4)),
+            AF_INET6 => (local_v6, remote_v6),
+            _ => return None,
+        };
+        let tuple =
+            FourTuple { source, destination, source_port: u16::from_be(remote_port), destination_port: port as u16 };
+        Some(Packet { protocol, device, tuple })
+    }
 }

@@ -92,6 +92,32 @@ fn id(cgroup: &File, path: &Path) -> Result<u64, CaptureError> {
 }
 
 impl NodeCapture {
+    /// Attaches connect hooks that were detached or unpinned behind the agent's back. Returns whether any was.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or a hook is attached elsewhere.
+    pub fn mend_node(&self) -> Result<bool, CaptureError> {
+        let node = self.node_folder();
+        let mut missing = false;
+        for (program, _) in HOOKS {
+            let path = node.join(program);
+            match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+                Ok(found) if found.target != 0 => {}
+                Ok(_) => {
+                    // Detached: it does nothing any more.
+                    fs::remove_file(&path).map_err(at(&path))?;
+                    missing = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => missing = true,
+                Err(error) => return Err(at(&path)(error)),
+            }
+        }
+        if missing {
+            connect_hooks(&mut self.loader.node()?, &node, &self.cgroup_root)?;
+        }
+        Ok(missing)
+    }
+
     /// Sees to it that the connections of this cgroup, and of no other, are left alone; of none, if there is none. To be
     /// called again from time to time: a kubelet that is restarted gets a new cgroup at the same path.
     ///

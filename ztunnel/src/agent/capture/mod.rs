@@ -20,7 +20,7 @@ mod tests;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +46,7 @@ type Pods<const SIZE: usize> = HashMap<MapData, u64, [u8; SIZE]>;
 pub struct NodeCapture {
     bpffs: PathBuf,
     root: PathBuf,
+    cgroup_root: PathBuf,
     loader: Loader,
     pods: Mutex<Pods<{ abi::PodEntry::SIZE }>>,
     exempt: Mutex<SkStorage<MapData, u32>>,
@@ -79,6 +80,7 @@ impl NodeCapture {
             counters: take(&mut object, abi::MAP_COUNTERS)?,
             former: Mutex::new(former::find(bpffs)?),
             bpffs: bpffs.to_owned(),
+            cgroup_root: cgroup_root.to_owned(),
             root,
             loader,
         };

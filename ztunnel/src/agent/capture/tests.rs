@@ -1,29 +1,36 @@
 //! Capture on the real kernel: two namespaces, the real programs, the listeners of a proxy played by the test.
 
+mod cgroup;
+mod former;
+mod guard;
+
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
-use ztunnel_ebpf::{Counter, PodEntry};
+use ztunnel_ebpf::{Counter, FLAG_DNS, PodEntry};
 
 use super::*;
 use crate::agent::netns::Netns;
-use crate::agent::pod_network;
-use crate::agent::sockets::{self, ListenerSet};
-use crate::agent::testing::{A, B, Scratch, TestPod, cgroup_root, pair};
+use crate::agent::pod_network::{self, Needs};
+use crate::agent::sockets::{self, Family, ListenerSet};
+use crate::agent::testing::{A, A6, B, B6, Scratch, TestPod, cgroup_root, pair};
 
 const PORT: u16 = 8080;
 const PATIENCE: Duration = Duration::from_secs(5);
+const NEEDS: Needs<'_> = Needs { addresses: &[IpAddr::V4(A), IpAddr::V6(A6)], dns: true };
 
-/// A node with pod A enrolled and pod B beside it, not enrolled, with an application on [`PORT`].
+/// A node with pod A enrolled and pod B beside it, not enrolled, with an application on [`PORT`]. B's end of the link
+/// plays the host's end of A's.
 struct World {
     node: NodeCapture,
     a: TestPod,
     b: TestPod,
     listeners: ListenerSet,
     capture: PodCapture,
+    guard: Guard,
     application: TcpListener,
     before: pod_network::Before,
     scratch: Scratch,
@@ -31,27 +38,33 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self::with_log(false)
+        Self::with(FLAG_DNS, false)
     }
 
-    fn with_log(log: bool) -> Self {
-        let scratch = Scratch::new();
-        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), log).unwrap();
+    fn with(flags: u32, log: bool) -> Self {
         let (a, b) = pair();
-        let before = pod_network::prepare(&a.netns, A).unwrap();
-        let listeners = ListenerSet::open(&a.netns).unwrap();
-        let capture = node.attach_pod("uid/a", a.netns.as_fd(), entry(A), listeners.borrow()).unwrap();
-        node.enrol(a.netns.cookie(), entry(A)).unwrap();
-        capture.verify(a.netns.as_fd(), entry(A)).unwrap();
-        pod_network::verify(&a.netns, A).unwrap();
+        Self::of(a, b, flags, log, None)
+    }
+
+    fn of(a: TestPod, b: TestPod, flags: u32, log: bool, kubelet: Option<&Path>) -> Self {
+        let scratch = Scratch::new();
+        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), kubelet, log).unwrap();
+        let before = pod_network::before(&a.netns, &NEEDS).unwrap();
+        pod_network::prepare(&a.netns, &NEEDS).unwrap();
+        let listeners = ListenerSet::open(&a.netns, true).unwrap();
+        let index = pod_network::find_interface(&a.netns, A.into(), &b.netns).unwrap().host_end.unwrap();
+        let guard = Guard::HostEnd { index };
+        node.set_routes(a.netns.cookie(), &everywhere()).unwrap();
+        let capture = attach(&node, &a.netns, &b.netns, flags, &listeners, guard);
+        pod_network::verify(&a.netns, &NEEDS).unwrap();
         let application = listen(&b.netns, PORT);
-        Self { node, a, b, listeners, capture, application, before, scratch }
+        Self { node, a, b, listeners, capture, guard, application, before, scratch }
     }
 
     /// The connection that a listener of the proxy got: its two addresses as the proxy sees them.
     fn accepted(&self, listener: &OwnedFd) -> (SocketAddr, SocketAddr) {
         let (stream, peer) = accept(&TcpListener::from(listener.try_clone().unwrap())).expect("a captured connection");
-        (stream.local_addr().unwrap(), peer)
+        (canonical(stream.local_addr().unwrap()), canonical(peer))
     }
 
     fn counter(&self, counter: Counter) -> u64 {
@@ -59,16 +72,44 @@ impl World {
     }
 }
 
-fn entry(address: Ipv4Addr) -> PodEntry {
-    PodEntry::new(&[address.octets()]).unwrap()
+/// Attaches as the agent does, in the namespace that plays the node's, and verifies it there.
+fn attach(
+    node: &NodeCapture,
+    pod: &Netns,
+    host: &Netns,
+    flags: u32,
+    listeners: &ListenerSet,
+    guard: Guard,
+) -> PodCapture {
+    let entry = entry(flags);
+    let attachment =
+        Attachment { uid: "uid/a", netns: pod, entry, listeners: listeners.borrow(), guard: Some(guard) };
+    let capture = host.run(|| node.attach_pod(attachment)).unwrap().unwrap();
+    host.run(|| capture.verify(pod, entry, Some(guard))).unwrap().unwrap();
+    capture
 }
 
-fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
-    SocketAddrV4::new(address, port).into()
+fn everywhere() -> [Route; 2] {
+    let route = |address: IpAddr| Route { address, prefix: 0, captured: true };
+    [route(Ipv4Addr::UNSPECIFIED.into()), route(Ipv6Addr::UNSPECIFIED.into())]
 }
 
+fn entry(flags: u32) -> PodEntry {
+    PodEntry::new(&[A.into(), A6.into()], flags).unwrap()
+}
+
+fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+/// An IPv6 socket shows IPv4 as mapped.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Listens for both families.
 fn listen(netns: &Netns, port: u16) -> TcpListener {
-    let listener = netns.run(|| TcpListener::bind(at(Ipv4Addr::UNSPECIFIED, port))).unwrap().unwrap();
+    let listener = netns.run(|| TcpListener::bind(at(Ipv6Addr::UNSPECIFIED, port))).unwrap().unwrap();
     listener.set_nonblocking(true).unwrap();
     listener
 }
@@ -79,14 +120,21 @@ fn accept(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
 }
 
 fn accept_within(listener: &TcpListener, patience: Duration) -> Option<(TcpStream, SocketAddr)> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let timeout = PollTimeout::try_from(patience).unwrap();
-    poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout).unwrap();
+    if !readable(listener, patience) {
+        return None;
+    }
     match listener.accept() {
-        Ok(accepted) => Some(accepted),
+        Ok((stream, peer)) => Some((stream, canonical(peer))),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
         Err(error) => panic!("accept: {error}"),
     }
+}
+
+/// Waits until there is something to read.
+fn readable(socket: &impl std::os::fd::AsFd, patience: Duration) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let timeout = PollTimeout::try_from(patience).unwrap();
+    poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout).unwrap() > 0
 }
 
 fn connect(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
@@ -181,7 +229,7 @@ fn exempt_socket_is_not_captured() {
 fn loopback_and_own_address_are_left_alone() {
     let world = World::new();
     let own = listen(&world.a.netns, PORT);
-    for address in [Ipv4Addr::LOCALHOST, A] {
+    for address in [Ipv4Addr::LOCALHOST, A, Ipv4Addr::UNSPECIFIED] {
         let client = connect(&world.a.netns, at(address, PORT)).unwrap();
         assert_eq!(accept(&own).expect("straight to the pod's own listener").1, client.local_addr().unwrap());
     }
@@ -239,7 +287,7 @@ fn without_listeners_nothing_passes_in_either_direction() {
 fn listeners_can_be_replaced() {
     let world = World::new();
     drop(world.listeners);
-    let listeners = ListenerSet::open(&world.a.netns).unwrap();
+    let listeners = ListenerSet::open(&world.a.netns, true).unwrap();
     world.capture.replace_listeners(listeners.borrow()).unwrap();
     let client = connect(&world.a.netns, at(B, PORT)).unwrap();
     let accepted = accept(&TcpListener::from(listeners.outbound)).unwrap();
@@ -251,7 +299,7 @@ fn delivery_shows_the_clients_address_and_replies_return_over_lo() {
     let world = World::new();
     let own = listen(&world.a.netns, PORT);
     let stranger = Ipv4Addr::new(203, 0, 113, 9);
-    let socket = Socket::from(world.a.netns.run(sockets::delivery).unwrap().unwrap());
+    let socket = Socket::from(world.a.netns.run(|| sockets::delivery(Family::V4)).unwrap().unwrap());
     world.node.exempt(socket.as_fd()).unwrap();
     socket.bind(&at(stranger, 0).into()).unwrap();
     socket.set_nonblocking(false).unwrap();
@@ -275,7 +323,7 @@ fn release_restores_everything() {
     world.node.release(world.a.netns.cookie()).unwrap();
     world.capture.unpin().unwrap();
     pod_network::restore(&world.a.netns, world.before).unwrap();
-    assert!(pod_network::verify(&world.a.netns, A).is_err());
+    assert!(pod_network::verify(&world.a.netns, &NEEDS).is_err());
     assert_eq!(world.node.enrolled(world.a.netns.cookie()).unwrap(), None);
     assert_eq!(world.node.pinned().unwrap(), Vec::<String>::new());
     connect(&world.a.netns, at(B, PORT)).unwrap();
@@ -287,24 +335,101 @@ fn release_restores_everything() {
 
 #[test]
 fn capture_outlives_the_agent_and_is_adopted() {
-    let World { node, a, b, listeners, capture, application, scratch, .. } = World::new();
+    let World { node, a, b, listeners, capture, guard, application, scratch, .. } = World::new();
     drop((node, capture));
     connect(&a.netns, at(B, PORT)).unwrap();
     assert!(accept(&TcpListener::from(listeners.outbound.try_clone().unwrap())).is_some(), "no agent, still captured");
-    let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+    let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
     let capture = node.adopt_pod("uid/a").expect("pinned");
-    capture.verify(a.netns.as_fd(), entry(A)).unwrap();
-    assert_eq!(node.enrolled(a.netns.cookie()).unwrap(), Some(entry(A)));
-    assert!(capture.verify(b.netns.as_fd(), entry(A)).is_err(), "another namespace");
-    assert!(capture.verify(a.netns.as_fd(), entry(B)).is_err(), "another address");
+    let verify = |netns, entry, guard| b.netns.run(|| capture.verify(netns, entry, Some(guard))).unwrap();
+    verify(&a.netns, entry(FLAG_DNS), guard).unwrap();
+    assert_eq!(node.enrolled(a.netns.cookie()).unwrap(), Some(entry(FLAG_DNS)));
+    assert_eq!(node.routes(a.netns.cookie()).unwrap().len(), 2);
+    assert!(verify(&b.netns, entry(FLAG_DNS), guard).is_err(), "another namespace");
+    assert!(verify(&a.netns, entry(0), guard).is_err(), "other flags");
+    assert!(verify(&a.netns, PodEntry::new(&[B.into()], FLAG_DNS).unwrap(), guard).is_err(), "another address");
+    assert!(verify(&a.netns, entry(FLAG_DNS), Guard::HostEnd { index: 1 }).is_err(), "another device");
     assert!(!capture.is_dead().unwrap());
     assert_eq!(node.counter(Counter::Captured).unwrap(), 1, "the maps are the old ones");
     drop(application);
 }
 
 #[test]
+fn ipv6_is_captured_as_ipv4_is() {
+    let world = World::new();
+    let client = connect(&world.a.netns, at(B6, PORT)).unwrap();
+    let (local, peer) = world.accepted(&world.listeners.outbound);
+    assert_eq!((local, peer), (at(B6, PORT), client.local_addr().unwrap()));
+    assert_eq!(client.local_addr().unwrap().ip(), A6);
+    connect(&world.b.netns, at(A6, PORT)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.inbound_plaintext).0, at(A6, PORT));
+    connect(&world.b.netns, at(A6, ztunnel_ebpf::PORT_INBOUND_HBONE)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.inbound_hbone).0, at(A6, ztunnel_ebpf::PORT_INBOUND_HBONE));
+    let own = listen(&world.a.netns, PORT);
+    for address in [Ipv6Addr::LOCALHOST, A6, Ipv6Addr::UNSPECIFIED] {
+        let client = connect(&world.a.netns, at(address, PORT)).unwrap();
+        assert_eq!(accept(&own).expect("straight to the pod's own listener").1, client.local_addr().unwrap());
+    }
+    assert_eq!(world.counter(Counter::Captured), 1);
+    assert!(accept_within(&world.application, Duration::ZERO).is_none(), "nothing left the pod");
+}
+
+#[test]
+fn destinations_without_a_route_of_the_pod_are_left_alone_and_stopped() {
+    let world = World::new();
+    let cookie = world.a.netns.cookie();
+    let other = Route { address: B.into(), prefix: 32, captured: false };
+    world.node.set_routes(cookie, &[everywhere()[0], other]).unwrap();
+    assert_eq!(world.node.routes(cookie).unwrap().len(), 2);
+    let dropped = world.counter(Counter::GuardDropped);
+    for address in [IpAddr::from(B), B6.into()] {
+        let error = connect(&world.a.netns, at(address, PORT)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "it was not captured, and did not get out");
+    }
+    assert!(world.counter(Counter::GuardDropped) >= dropped + 2);
+    assert_eq!(world.counter(Counter::Captured), 0);
+    world.node.set_routes(cookie, &everywhere()).unwrap();
+    connect(&world.a.netns, at(B, PORT)).unwrap();
+    world.node.release(cookie).unwrap();
+    assert_eq!(world.node.routes(cookie).unwrap(), []);
+}
+
+#[test]
+fn queries_and_connections_to_resolvers_reach_the_dns_sockets() {
+    let world = World::new();
+    let dns = world.listeners.dns.as_ref().unwrap();
+    let steered = UdpSocket::from(dns.udp.try_clone().unwrap());
+    steered.set_nonblocking(true).unwrap();
+    let mut bytes = [0; 16];
+    for (own, resolver) in [(IpAddr::from(A), IpAddr::from(B)), (A6.into(), B6.into())] {
+        let client = world.a.netns.run(|| UdpSocket::bind(at(own, 0))).unwrap().unwrap();
+        client.send_to(b"query", at(resolver, 53)).unwrap();
+        assert!(readable(&steered, PATIENCE), "a query to {resolver}");
+        let (length, from) = steered.recv_from(&mut bytes).unwrap();
+        assert_eq!((&bytes[..length], canonical(from)), (&b"query"[..], client.local_addr().unwrap()));
+        let client = connect(&world.a.netns, at(resolver, 53)).unwrap();
+        assert_eq!(world.accepted(&dns.tcp), (at(resolver, 53), client.local_addr().unwrap()));
+    }
+    assert_eq!(world.counter(Counter::DnsSteered), 4);
+    // A resolver in the pod itself keeps working.
+    let own = world.a.netns.run(|| UdpSocket::bind(at(Ipv4Addr::LOCALHOST, 53))).unwrap().unwrap();
+    let client = world.a.netns.run(|| UdpSocket::bind(at(Ipv4Addr::LOCALHOST, 0))).unwrap().unwrap();
+    client.send_to(b"inside", at(Ipv4Addr::LOCALHOST, 53)).unwrap();
+    assert!(readable(&own, PATIENCE));
+    assert_eq!(world.counter(Counter::DnsSteered), 4);
+}
+
+#[test]
+fn without_the_flag_resolvers_are_destinations_like_others() {
+    let world = World::with(0, false);
+    connect(&world.a.netns, at(B, 53)).unwrap();
+    assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, 53));
+    assert_eq!(world.counter(Counter::DnsSteered), 0);
+}
+
+#[test]
 fn programs_with_log_records_are_accepted_and_work() {
-    let world = World::with_log(true);
+    let world = World::with(0, true);
     connect(&world.a.netns, at(B, PORT)).unwrap();
     assert_eq!(world.accepted(&world.listeners.outbound).0, at(B, PORT));
     let ring = aya_log::EbpfLogger::init_from_id_with_logger(
@@ -338,7 +463,7 @@ impl log::Log for Collect {
 fn purge_leaves_nothing() {
     let world = World::new();
     purge(&world.scratch.bpffs()).unwrap();
-    assert!(!world.scratch.bpffs().join("v1").exists());
+    assert!(!world.scratch.bpffs().join("v2").exists());
     connect(&world.a.netns, at(Ipv4Addr::LOCALHOST, PORT)).unwrap_err();
     assert!(world.node.pinned().is_err());
 }
