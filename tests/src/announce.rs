@@ -83,6 +83,14 @@ impl Agent {
         self.ask(&request, None, "(list)").map(|answer| answer.pods)
     }
 
+    /// True if the agent has the pod in its list.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn knows(&self, uid: &str) -> Result<bool, Error> {
+        Ok(self.list()?.iter().any(|p| p.pod.as_ref().is_some_and(|p| p.uid == uid)))
+    }
+
     fn ask(&self, request: &PodRequest, network: Option<BorrowedFd<'_>>, pod: &str) -> Result<PodResponse, Error> {
         let refused = |reason: String| Error::Announce { node: self.node, pod: pod.to_owned(), reason };
         let answer = self.exchange(&request.encode_to_vec(), network)?;

@@ -17,16 +17,18 @@ pub(crate) use shared::Shared;
 
 use crate::announce::Agent;
 use crate::capture::{Recorder, Report};
+use crate::cni::Cni;
 use crate::component::Component;
 use crate::control::ControlPlane;
+use crate::error::Context;
 use crate::families::Families;
 use crate::forward::Forward;
 use crate::kube::Directory;
 use crate::mounts::MountNs;
 use crate::netns::NetNs;
 use crate::node::Node;
-use crate::pod::{Pod, PodBuilder};
-use crate::process::Signal;
+use crate::pod::{Output, Pod, PodBuilder};
+use crate::process::{Signal, Spec};
 use crate::resolver::Resolver;
 use crate::{Error, cleanup};
 
@@ -108,6 +110,33 @@ impl Cluster {
         Ok(old)
     }
 
+    /// The CNI plugin of a node.
+    ///
+    /// # Errors
+    /// No such node, or a cluster without [`Builder::cni`].
+    pub fn cni(&self, node: usize) -> Result<Cni, Error> {
+        self.shared.cni(node)?.ok_or_else(|| Error::Absent("the cluster has no CNI plugin".to_owned()))
+    }
+
+    /// Runs `culvert-app` on a node, in its network namespace, as the kubelet (in the control group that the agent takes
+    /// for the kubelet's) or as any other process of the node. 60 s at most.
+    ///
+    /// # Errors
+    /// It cannot be started or does not end.
+    pub fn run_on_node(&self, node: usize, as_kubelet: bool, args: &[&str]) -> Result<Output, Error> {
+        let node = self.node(node)?;
+        let group = if as_kubelet { node.kubelet_group()? } else { node.group().child("host")? };
+        let name = format!("{}-host-{}", node.name, crate::pod::new_uid()?);
+        let mut spec = Spec::new(&name, self.shared.program("culvert-app")?, self.shared.log(&name));
+        spec = spec.args(args.iter().copied()).env("CULVERT_MARKER", self.marker());
+        let stdout = spec.log.with_extension("out");
+        (spec.stdout, spec.network, spec.group) = (Some(stdout.clone()), Some(Arc::clone(&node.network)), Some(group));
+        let process = spec.start()?;
+        let status = process.wait(crate::pod::RUN)?;
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+        Ok(Output { status, stdout: read(&stdout), stderr: read(process.log()) })
+    }
+
     /// culvertd.
     ///
     /// # Errors
@@ -154,6 +183,24 @@ impl Cluster {
     pub fn delete(&self, pod: &Arc<Pod>) -> Result<(), Error> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).retain(|p| !Arc::ptr_eq(p, pod));
         pod.end()
+    }
+
+    /// As when a node loses its power: its agent, its proxy and its pods are killed, and what the kernel kept in memory is
+    /// gone: BPF filesystem, run folder, and each pod's network namespace with the last `Arc` of the pod.
+    ///
+    /// # Errors
+    /// No such node, or a part of it cannot be removed.
+    pub fn power_off(&self, node: usize) -> Result<(), Error> {
+        let node = self.node(node)?;
+        node.agent()?.kill()?;
+        node.proxy()?.kill()?;
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        for pod in pods.extract_if(.., |pod| pod.node() == node.index) {
+            pod.lose()?;
+        }
+        let (pins, run) = (node.bpffs(), node.run_dir());
+        self.shared.mounts.run(|| wipe(&pins))?.during(|| format!("emptying {}", pins.display()))?;
+        wipe(&run).during(|| format!("emptying {}", run.display()))
     }
 
     pub(crate) fn keep(&self, pod: &Arc<Pod>) {
@@ -227,6 +274,19 @@ impl Cluster {
     pub fn logs(&self, lines: usize) -> String {
         self.shared.logs(lines)
     }
+}
+
+/// Removes what is in a folder, but for the folders that other processes were given by a bind mount: they are emptied.
+fn wipe(folder: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true if entry.file_name() == "proxy" => wipe(&entry.path())?,
+            true => std::fs::remove_dir_all(entry.path())?,
+            false => std::fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Cluster {

@@ -36,6 +36,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
 pub mod cluster;
+pub mod cni;
 pub mod component;
 pub mod control;
 pub mod demo;

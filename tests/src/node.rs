@@ -98,6 +98,14 @@ impl Node {
         &self.group
     }
 
+    /// The control group that stands for the kubelet's.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn kubelet_group(&self) -> Result<Cgroup, Error> {
+        self.group.child("kubelet")
+    }
+
     /// The agent's run folder, with `cni.sock`.
     pub fn run_dir(&self) -> PathBuf {
         self.folder.join("run")

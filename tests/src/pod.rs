@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 
 use crate::cgroup::Cgroup;
 use crate::cluster::Shared;
+use crate::cni::Cni;
 use crate::component::Component;
 use crate::error::Context;
 use crate::kube::{PodRecord, REDIRECTION};
@@ -232,7 +233,7 @@ impl Pod {
         let stdout = spec.log.with_extension("out");
         spec.stdout = Some(stdout.clone());
         spec.env = self.shared.pod_env(&self.record());
-        (spec.network, spec.group) = (own.network.clone(), own.group.clone());
+        (spec.network, spec.group, spec.binds) = (own.network.clone(), own.group.clone(), own.binds.clone());
         Ok(Running { process: spec.start()?, stdout })
     }
 
@@ -293,12 +294,34 @@ impl Pod {
         Ok(())
     }
 
+    /// By way of the CNI plugin; whether the pod is captured is then the agent's decision.
+    fn add(&self, cni: &Cni) -> Result<(), Error> {
+        let record = self.record();
+        cni.add(&record, &self.network)?;
+        let enrolled = || Ok(self.shared.agent(self.node)?.knows(&record.uid)?.then_some(()));
+        if self.wants_mesh() && wait::try_until("the agent's list", Duration::from_secs(10), enrolled).is_ok() {
+            let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            record.annotations.insert(REDIRECTION.to_owned(), "enabled".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The end by a power failure: killed, and nobody is told but the API server.
+    pub(crate) fn lose(&self) -> Result<(), Error> {
+        let record = self.record();
+        self.shared.directory.remove_pod(&record.namespace, &record.name)?;
+        self.group()?.kill()?;
+        self.group()?.remove()
+    }
+
     /// The end: withdrawn, killed, its object and control group removed. The namespace goes with the last holder.
     pub(crate) fn end(&self) -> Result<(), Error> {
-        if self.captured() {
-            self.shared.agent(self.node)?.withdraw(&self.record())?;
-        }
         let record = self.record();
+        if let Some(cni) = self.shared.cni(self.node)? {
+            cni.delete(&record, &self.network)?;
+        } else if self.captured() {
+            self.shared.agent(self.node)?.withdraw(&record)?;
+        }
         self.shared.directory.remove_pod(&record.namespace, &record.name)?;
         let group = self.group()?;
         group.kill()?;
@@ -351,8 +374,5 @@ pub(crate) fn new_uid() -> Result<String, Error> {
 /// # Errors
 /// The agent does not answer, or it is still listed after 10 s.
 pub fn wait_unlisted(agent: &crate::announce::Agent, uid: &str) -> Result<(), Error> {
-    wait::try_until("the pod to leave the agent", Duration::from_secs(10), || {
-        let listed = agent.list()?.iter().any(|p| p.pod.as_ref().is_some_and(|p| p.uid == uid));
-        Ok((!listed).then_some(()))
-    })
+    wait::try_until("the pod to leave the agent", Duration::from_secs(10), || Ok((!agent.knows(uid)?).then_some(())))
 }

@@ -54,6 +54,8 @@ pub struct Builder {
     pub(super) proxy_args: Vec<String>,
     pub(super) culvertd_args: Vec<String>,
     pub(super) env: Vec<(String, String)>,
+    pub(super) cni: bool,
+    pub(super) kubelet: bool,
 }
 
 impl Builder {
@@ -70,6 +72,8 @@ impl Builder {
             proxy_args: Vec::new(),
             culvertd_args: Vec::new(),
             env: Vec::new(),
+            cni: false,
+            kubelet: false,
         }
     }
 
@@ -89,6 +93,19 @@ impl Builder {
     /// a machine may; in a cluster of IPv6 nothing uses them.
     pub fn families(mut self, families: Families) -> Self {
         self.families = families;
+        self
+    }
+
+    /// Pods are started through the CNI plugin, and the agents read the labels of pods and namespaces, instead of being
+    /// told of each enrolled pod by the harness.
+    pub fn cni(mut self) -> Self {
+        self.cni = true;
+        self
+    }
+
+    /// Each node has a control group that its agent takes for the kubelet's: see [`Cluster::run_on_node`].
+    pub fn kubelet(mut self) -> Self {
+        self.kubelet = true;
         self
     }
 

@@ -1,5 +1,6 @@
 //! The mesh's part of a cluster: culvertd, agents, proxies.
 
+use std::ffi::OsString;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -91,6 +92,7 @@ impl Builder {
                 .args(["--cgroup-root".into(), node.group.path().as_os_str().to_owned()])
                 .args(["--bpffs".into(), node.bpffs().into_os_string()])
                 .args(["--proxy-uid".to_owned(), PROXY_UID.to_string()])
+                .args(self.agent_options(shared, node)?)
                 .args(self.agent_args.iter().cloned()),
         };
         spec.env.extend(shared.pod_env(pod));
@@ -100,6 +102,17 @@ impl Builder {
         spec.group = Some(node.group.child("agent")?);
         let agent = shared.agent(node.index)?;
         Ok(Component::new(spec, move || Ok(agent.socket().exists() && agent.list().is_ok())))
+    }
+
+    fn agent_options(&self, shared: &Shared, node: &Node) -> Result<Vec<OsString>, Error> {
+        let mut options: Vec<OsString> = Vec::new();
+        if self.cni {
+            options.extend(["--source-dir".into(), shared.directory.folder().as_os_str().to_owned()]);
+        }
+        if self.kubelet {
+            options.extend(["--kubelet-cgroup".into(), node.kubelet_group()?.path().as_os_str().to_owned()]);
+        }
+        Ok(options)
     }
 
     fn proxy(

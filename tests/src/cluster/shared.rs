@@ -12,6 +12,7 @@ use crate::announce::Agent;
 use crate::capture::{LinkKind, Recorder};
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::cleanup::ClusterId;
+use crate::cni::Cni;
 use crate::control::ControlPlane;
 use crate::families::{Families, fabric_v4, fabric_v6, pod_networks};
 use crate::kube::{Directory, PodRecord};
@@ -66,6 +67,12 @@ impl Shared {
             return Err(Error::Absent(format!("{} runs no mesh", node.name)));
         }
         Ok(Agent::new(node.run_dir().join("cni.sock"), node.index))
+    }
+
+    /// The CNI plugin of a node, in a cluster that has it.
+    pub fn cni(&self, node: usize) -> Result<Option<Cni>, Error> {
+        let wanted = self.builder.cni && self.has_mesh();
+        wanted.then(|| Ok(Cni::new(self.program("ztunnel")?, self.node(node)?))).transpose()
     }
 
     pub fn program(&self, name: &str) -> Result<PathBuf, Error> {

@@ -11,6 +11,7 @@ use super::{Pod, new_uid};
 use crate::Error;
 use crate::cluster::Cluster;
 use crate::component::Component;
+use crate::error::Context;
 use crate::families::Families;
 use crate::kube::{DATAPLANE_MODE, PodRecord};
 use crate::netns::NetNs;
@@ -42,6 +43,7 @@ pub struct PodBuilder<'c> {
     families: Option<Families>,
     routed: Families,
     prepare: Option<Prepare<'c>>,
+    resolver: Option<IpAddr>,
     record: PodRecord,
 }
 
@@ -74,6 +76,7 @@ impl<'c> PodBuilder<'c> {
             families: None,
             routed: Families::Dual,
             prepare: None,
+            resolver: None,
             record,
         }
     }
@@ -145,6 +148,13 @@ impl<'c> PodBuilder<'c> {
             Families::V4 => Families::V6,
             Families::V6 | Families::Dual => Families::V4,
         };
+        self
+    }
+
+    /// Its programs find an `/etc/resolv.conf` as the kubelet writes it, naming this resolver, so that programs that know
+    /// nothing of the harness can look names up.
+    pub fn resolver(mut self, address: IpAddr) -> Self {
+        self.resolver = Some(address);
         self
     }
 
@@ -230,6 +240,14 @@ impl<'c> PodBuilder<'c> {
         spec.env = shared.pod_env(&self.record);
         spec.env.extend(self.env);
         (spec.network, spec.group) = (Some(Arc::clone(&network)), Some(group));
+        if let Some(address) = self.resolver {
+            let file = shared.folder.join(format!("resolv-{}.conf", self.record.uid));
+            let namespace = &self.record.namespace;
+            let search = format!("search {namespace}.svc.cluster.local svc.cluster.local cluster.local");
+            let text = format!("nameserver {address}\n{search}\noptions ndots:5\n");
+            std::fs::write(&file, text).during(|| format!("writing {}", file.display()))?;
+            spec.binds.push((file, PathBuf::from("/etc/resolv.conf")));
+        }
         let (listening, ports) = (Arc::clone(&network), self.record.ports.clone());
         let component = Component::new(spec, move || listens(&listening, &ports));
         let pod = Arc::new(Pod {
@@ -241,8 +259,10 @@ impl<'c> PodBuilder<'c> {
             application: component,
             runs: AtomicU32::new(0),
         });
-        if self.announce && pod.wants_mesh() {
-            pod.announce()?;
+        match shared.cni(node.index)? {
+            Some(cni) if self.announce => pod.add(&cni)?,
+            None if self.announce && pod.wants_mesh() => pod.announce()?,
+            _ => {}
         }
         if starts {
             pod.application.start()?;

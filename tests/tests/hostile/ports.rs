@@ -77,7 +77,7 @@ fn garbage_on_a_pods_ports_is_closed_without_a_word() {
 fn an_enrolled_application_reaches_no_port_of_the_mesh() {
     let scene = Scene::start();
     let node = scene.cluster.node(2).unwrap();
-    let proxy = node.mesh().unwrap().proxy_address;
+    let proxy = std::net::IpAddr::from(node.mesh().unwrap().proxy().record.ip);
     let targets = [15001, 15006, 15008].map(|port| scene.target.at(port));
     let own = [15001, 15006, 15008].map(|port| scene.friend.at(port));
     let loopback = [15001, 15006, 15008, 15000, 15020].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
@@ -97,7 +97,7 @@ fn an_enrolled_application_reaches_no_port_of_the_mesh() {
 fn the_proxys_own_pages_outlive_garbage_and_show_admin_to_nobody() {
     let scene = Scene::start();
     let node = scene.cluster.node(2).unwrap();
-    let proxy = node.mesh().unwrap().proxy_address;
+    let proxy = std::net::IpAddr::from(node.mesh().unwrap().proxy().record.ip);
     for (name, bytes) in garbage() {
         for port in [15020, 15021] {
             let outcome = say(scene.peer.network(), (proxy, port).into(), &bytes);

@@ -32,6 +32,9 @@ pub struct Options {
     /// SO_MARK of the socket.
     #[arg(long)]
     mark: Option<u32>,
+    /// What they carry instead of the marker.
+    #[arg(long)]
+    text: Option<String>,
     /// How many.
     #[arg(long, default_value_t = 3)]
     count: u32,
@@ -54,7 +57,7 @@ enum How {
 /// # Errors
 /// No such socket to be had, or the neighbour's address is not known. A refusal of the kernel to send is counted.
 pub fn run(options: &Options) -> io::Result<bool> {
-    let payload = format!("{} in a raw segment", net::marker());
+    let payload = format!("{} in a raw segment", options.text.clone().unwrap_or_else(net::marker));
     let (mut sent, mut refused) = (0, 0);
     for number in 0..=options.count {
         // The first is a SYN with the marker, the others pretend to be a connection that is open.
