@@ -7,7 +7,9 @@ mod build;
 mod demo;
 mod deny;
 mod ebpf;
+mod kernel;
 mod prerequisites;
+mod soak;
 mod test;
 mod tidy;
 
@@ -25,8 +27,16 @@ Tasks:
           --output json     the summary as JSON
   test    Build everything and run every test: unit, property, kernel and namespace tests (needs root)
           <filter>          only the tests whose name contains it
+          --kernel <version> [--short] [<part> ...]
+                            instead, the kernel tests and some end-to-end tests on that kernel (6.1, 6.12, ...), booted
+                            in QEMU without KVM; both come from Debian's packages and need no root
+          --kernel list     the kernels that can be had
   bench   Compare the mesh with plain TCP on this machine, in release build
           --help            its own options: --output, --compare, --peer, --only, --quick
+  soak    Run the fuzz targets for long (needs g++)
+          --minutes N       for all of them together (default 10)
+          --target T        only this one
+          --keep            put what was found worth keeping into fuzz/corpus
   ebpf    Rebuild the committed eBPF object; sets its tools up in the cache folder
           --check           compare the object with its sources instead
   deny    Licences, bans and sources of the dependencies (cargo-deny, set up in the cache folder)
@@ -54,6 +64,7 @@ fn main() -> ExitCode {
         "demo" => demo::run(&root, rest),
         "test" => test::run(&root, rest),
         "bench" => demo::bench(&root, rest),
+        "soak" => soak::run(&root, rest),
         "ebpf" => ebpf::run(&root, rest),
         "deny" => deny::run(&root),
         "tidy" => tidy::run(&root),

@@ -4,13 +4,19 @@
 use std::path::Path;
 
 use crate::build::{self, Profile};
-use crate::{Failure, call, cargo, prerequisites};
+use crate::{Failure, call, cargo, kernel, prerequisites};
 
-/// Builds the programs, then runs the tests with the remaining arguments as filter.
+/// Builds the programs, then runs the tests with the remaining arguments as filter; with `--kernel`, on another kernel.
 ///
 /// # Errors
 /// A missing prerequisite, a failed build, or a failed test.
 pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
+    if let [first, rest @ ..] = args
+        && first == "--kernel"
+    {
+        let (version, rest) = rest.split_first().map_or(("", &[][..]), |(version, rest)| (version.as_str(), rest));
+        return kernel::run(root, version, rest);
+    }
     prerequisites::check()?;
     let programs = build::programs(root, Profile::Dev)?;
     let mut command = cargo();
