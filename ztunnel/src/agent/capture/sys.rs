@@ -237,6 +237,60 @@ pub fn return_free_memory() {
     };
 }
 
+/// Attaches a program that lets every connection pass to a connect hook, as long as the link is held.
+///
+/// # Errors
+/// As `bpf(BPF_PROG_LOAD)` and `bpf(BPF_LINK_CREATE)`.
+#[cfg(test)]
+pub fn attach_stranger(name: &[u8], attach_type: u32, cgroup: &std::fs::File) -> io::Result<OwnedFd> {
+    /// The head of the attributes of `BPF_PROG_LOAD`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u32; 4],
+        version: u32,
+        flags: u32,
+        name: [u8; 16],
+        ifindex: u32,
+        attach_type: u32,
+    }
+    #[repr(C)]
+    struct Link {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    const PROG_LOAD: libc::c_long = 5;
+    const LINK_CREATE: libc::c_long = 28;
+    const CGROUP_SOCK_ADDR: u32 = 18;
+    // r0 = 1; exit
+    let instructions = [0x0000_0001_0000_00b7_u64, 0x95];
+    let mut load = Load {
+        kind: CGROUP_SOCK_ADDR,
+        count: 2,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        attach_type,
+        ..Load::default()
+    };
+    for (to, from) in load.name.iter_mut().zip(name) {
+        *to = *from;
+    }
+    let program = bpf(PROG_LOAD, &mut load)?;
+    // SAFETY: the kernel returned a new descriptor that nobody else owns.
+    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    let number = |fd| u32::try_from(fd).map_err(io::Error::other);
+    let target = number(cgroup.as_raw_fd())?;
+    let link = bpf(LINK_CREATE, &mut Link { program: number(program.as_raw_fd())?, target, attach_type, flags: 0 })?;
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
 /// Fills in what the kernel says of a link or a program; `T` is the head of the kernel's structure.
 fn object_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
     #[repr(C)]

@@ -1,8 +1,8 @@
 //! Capture on the real kernel: two namespaces, the real programs, the listeners of a proxy played by the test.
 
-mod cgroup;
-mod former;
-mod guard;
+mod edge;
+mod hooks;
+mod layouts;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -82,8 +82,7 @@ fn attach(
     guard: Guard,
 ) -> PodCapture {
     let entry = entry(flags);
-    let attachment =
-        Attachment { uid: "uid/a", netns: pod, entry, listeners: listeners.borrow(), guard: Some(guard) };
+    let attachment = Attachment { uid: "uid/a", netns: pod, entry, listeners: listeners.borrow(), guard: Some(guard) };
     let capture = host.run(|| node.attach_pod(attachment)).unwrap().unwrap();
     host.run(|| capture.verify(pod, entry, Some(guard))).unwrap().unwrap();
     capture

@@ -1,0 +1,137 @@
+//! Programs on cgroups: the kubelet's connections, programs of others, hooks that were taken away.
+
+use std::process::{Child, Command, Stdio};
+
+use super::*;
+
+/// A cgroup of its own below the root, removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Self {
+        let path = cgroup_root().join(format!("culvert-agent-test-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let path = path.join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        fs::remove_dir(&self.0).unwrap();
+        // The last one takes the folder with it.
+        let _ = self.0.parent().map(fs::remove_dir);
+    }
+}
+
+/// A process in a cgroup and a namespace that connects, says "probe", shows what it is answered, and ends.
+fn prober(cgroup: &Cgroup, netns: &Netns, to: SocketAddr) -> Child {
+    let script = format!(
+        "echo $$ > {}/cgroup.procs && exec 3<>/dev/tcp/{}/{} && echo probe >&3 && head -c 6 <&3",
+        cgroup.0.display(),
+        to.ip(),
+        to.port()
+    );
+    // A child is born in the network namespace of the thread that starts it.
+    netns
+        .run(|| Command::new("bash").args(["-c", &script]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn())
+        .unwrap()
+        .unwrap()
+}
+
+#[test]
+fn kubelets_connections_pass_and_those_of_others_are_steered() {
+    let (kubelet, other) = (Cgroup::new("kubelet"), Cgroup::new("other"));
+    let (a, b) = pair();
+    let world = World::of(a, b, FLAG_DNS, false, Some(&kubelet.0));
+    let own = listen(&world.a.netns, PORT);
+    for address in [IpAddr::from(A), A6.into()] {
+        let child = prober(&kubelet, &world.b.netns, at(address, PORT));
+        let (mut application, _) = accept(&own).expect("straight to the application");
+        application.set_nonblocking(false).unwrap();
+        let mut bytes = [0; 6];
+        application.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"probe\n");
+        // The answer passes the guard, though the socket is the application's.
+        application.write_all(b"alive\n").unwrap();
+        drop(application);
+        assert_eq!(child.wait_with_output().unwrap().stdout, b"alive\n");
+
+        let mut child = prober(&other, &world.b.netns, at(address, PORT));
+        assert_eq!(world.accepted(&world.listeners.inbound_plaintext).0, at(address, PORT));
+        child.wait().unwrap();
+        assert!(accept_within(&own, Duration::ZERO).is_none(), "the application's own listener did not get it");
+    }
+    assert!(world.counter(Counter::ProbesPassed) >= 2);
+    // They are forgotten with their end: the same ports opened by somebody else are nobody's probe.
+    let probes: aya::maps::HashMap<MapData, [u8; 36], u32> =
+        loader::open_map(&world.node.node_folder(), abi::MAP_PROBES).unwrap();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while probes.keys().count() > 0 {
+        assert!(std::time::Instant::now() < deadline, "forgotten");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn another_cgroup_can_be_followed_and_none() {
+    let (one, two) = (Cgroup::new("one"), Cgroup::new("two"));
+    let scratch = Scratch::new();
+    let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), Some(&one.0), false).unwrap();
+    let pin = node.node_folder().join(abi::PROGRAM_PROBES);
+    let target = || sys::link_target(sys::open_pin(&pin).unwrap().as_fd()).unwrap().target;
+    let id = |cgroup: &Cgroup| std::os::unix::fs::MetadataExt::ino(&fs::metadata(&cgroup.0).unwrap());
+    assert_eq!(target(), id(&one));
+    node.follow_kubelet(Some(&two.0)).unwrap();
+    assert_eq!(target(), id(&two));
+    // A kubelet that is restarted: the same path, another cgroup.
+    fs::remove_dir(&two.0).unwrap();
+    fs::create_dir(&two.0).unwrap();
+    assert_ne!(target(), id(&two));
+    node.follow_kubelet(Some(&two.0)).unwrap();
+    assert_eq!(target(), id(&two));
+    assert!(node.follow_kubelet(Some(&two.0.join("absent"))).unwrap_err().is_absence());
+    node.follow_kubelet(None).unwrap();
+    assert!(!pin.exists());
+}
+
+/// A program for a connect hook that lets everything pass, attached as long as the link lives.
+fn stranger(attach_type: u32) -> std::os::fd::OwnedFd {
+    sys::attach_stranger(b"stranger", attach_type, &fs::File::open(cgroup_root()).unwrap()).unwrap()
+}
+
+#[test]
+fn programs_of_others_on_the_connect_hooks_are_named() {
+    let scratch = Scratch::new();
+    let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
+    // Tests that run beside this one have programs of other names there.
+    let found = || -> Vec<&'static str> {
+        let programs = node.foreign_programs(&cgroup_root()).unwrap();
+        programs.iter().filter(|program| program.name == "stranger").map(|program| program.attach).collect()
+    };
+    assert_eq!(found(), Vec::<&str>::new());
+    let four = stranger(sys::ATTACH_CONNECT4);
+    assert_eq!(found(), ["connect4"]);
+    let six = stranger(sys::ATTACH_CONNECT6);
+    assert_eq!(found(), ["connect4", "connect6"]);
+    drop((four, six));
+    let own = node.foreign_programs(&cgroup_root()).unwrap();
+    let hook = sys::open_pin(&node.node_folder().join(abi::PROGRAM_CONNECT4)).unwrap();
+    let id = sys::link_target(hook.as_fd()).unwrap().program_id;
+    assert!(!own.iter().any(|program| program.id == id), "its own is none of them");
+}
+
+#[test]
+fn connect_hooks_that_were_taken_away_are_attached_again() {
+    let world = World::new();
+    assert!(!world.node.mend_node().unwrap());
+    let pins = [abi::PROGRAM_CONNECT4, abi::PROGRAM_CONNECT6].map(|name| world.node.node_folder().join(name));
+    former::detach(&pins[0]).unwrap();
+    fs::remove_file(&pins[1]).unwrap();
+    assert!(world.node.mend_node().unwrap());
+    connect(&world.a.netns, at(B, PORT)).unwrap();
+    connect(&world.a.netns, at(B6, PORT)).unwrap();
+    assert_eq!(world.counter(Counter::Captured), 2);
+    assert!(!world.node.mend_node().unwrap());
+}
