@@ -12,6 +12,7 @@ pub mod authority;
 pub mod client;
 mod connection;
 pub mod copy;
+mod flood;
 pub mod headers;
 pub mod options;
 pub mod pool;

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::connection::Keepalive;
+use crate::flood::Guarded;
 use crate::headers::HeaderError;
 use crate::stream::{ResetReason, Stream, StreamError};
 use crate::{Authority, ConnectionError, Headers, Options};
@@ -103,7 +104,7 @@ where
         .max_concurrent_streams(options.server_streams)
         .max_local_error_reset_streams(Some(MAX_FAULTS))
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS);
-    let mut connection = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(io))
+    let mut connection = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(Guarded::new(io)))
         .await
         .map_err(|_| ConnectionError::HandshakeTimeout)??;
     let mut keepalive = Keepalive::new(connection.ping_pong(), options);

@@ -75,6 +75,9 @@ pub enum ConnectionError {
     /// The pod has too many tunnels.
     #[error("peers have as many tunnels to the pod as they may")]
     TooManyTunnels,
+    /// The peer's address has too many tunnels to the pod, or too many that it does not go on with.
+    #[error("the peer has as many tunnels to the pod, or begun ones, as one address may")]
+    TooManyFromPeer,
     /// The peer connected and did not begin a TLS handshake.
     #[error("the peer did not begin a TLS handshake in time")]
     Silent,
@@ -121,7 +124,8 @@ impl ConnectionError {
             | Self::NoTunnel
             | Self::Open { .. }
             | Self::TooManyConnections
-            | Self::TooManyTunnels => ResponseFlags::Connect,
+            | Self::TooManyTunnels
+            | Self::TooManyFromPeer => ResponseFlags::Connect,
             Self::GaveUp(_) | Self::Copy(_) | Self::PodGone | Self::Drained | Self::Dropped => ResponseFlags::None,
         }
     }
@@ -152,6 +156,7 @@ impl ConnectionError {
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
             Self::TooManyTunnels => "too_many_tunnels",
+            Self::TooManyFromPeer => "too_many_from_peer",
             Self::Silent => "silent",
             Self::PolicyChanged(_) => "policy_changed",
             Self::Drained => "drained",
@@ -179,6 +184,7 @@ impl ConnectionError {
             | Self::Copy(_)
             | Self::TooManyConnections
             | Self::TooManyTunnels
+            | Self::TooManyFromPeer
             | Self::Silent
             | Self::PodGone
             | Self::Drained
@@ -203,6 +209,7 @@ impl ConnectionError {
             | Self::Open { .. }
             | Self::TooManyConnections
             | Self::TooManyTunnels
+            | Self::TooManyFromPeer
             | Self::Silent => true,
             Self::GaveUp(_)
             | Self::Copy(_)

@@ -16,12 +16,13 @@ use mesh_runtime::drain::Watcher;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use super::admit::{Admission, Connect, Connection, admit};
+use super::admit::{Admission, Connect, Connection, Denial, admit};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
 use super::guard;
 use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
+use super::sources::Source;
 use super::tunnels::{Negotiated, TunnelFacts};
 use super::worker::{Accepted, Permits, Worker};
 
@@ -43,11 +44,17 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
     let _token = pod.live.token();
     let serving = async {
         let Accepted { stream, peer, local } = accepted;
-        let Permits { waiting, handshakes, tunnel } = permits;
-        let accepted = match &tunnel {
-            Some(_) => authenticate(&worker, &pod, stream, peer, (waiting, handshakes)).await,
-            None => Err(ConnectionError::TooManyTunnels),
+        // What counts it is held until it ends.
+        let Permits { waiting, handshakes, tunnel, mut source } = permits;
+        let accepted = match (&tunnel, &source) {
+            (Some(_), Some(source)) => {
+                let limits = (waiting, source, handshakes);
+                authenticate(&worker, &pod, stream, peer, limits).await
+            }
+            (_, None) => Err(ConnectionError::TooManyFromPeer),
+            (None, Some(_)) => Err(ConnectionError::TooManyTunnels),
         };
+        source.iter_mut().for_each(Source::established);
         let (tls, identity) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -66,7 +73,8 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
             drain: drain.clone(),
         });
         let options = &worker.shared.hbone;
-        let handler = move |request| Arc::clone(&tunnel).connect(request);
+        let turn = worker.turns.of(&pod.uid);
+        let handler = move |request| turn.run(Arc::clone(&tunnel).connect(request));
         if let Err(error) = server::serve(tls, options, drain.draining(), handler).await {
             tracing::debug!(%error, %peer, "tunnel ended");
         }
@@ -83,7 +91,7 @@ async fn authenticate(
     pod: &Pod,
     stream: tokio::net::TcpStream,
     peer: SocketAddr,
-    (waiting, handshakes): (Option<OwnedSemaphorePermit>, Arc<Semaphore>),
+    (waiting, source, handshakes): (Option<OwnedSemaphorePermit>, &Source, Arc<Semaphore>),
 ) -> Result<(tokio_rustls::server::TlsStream<super::tunnels::Metered>, SpiffeId), ConnectionError> {
     // A handshake is not begun for somebody who says nothing: handshakes are few, and all peers of the pod share them.
     match timeout(FIRST_BYTES, stream.peek(&mut [0])).await {
@@ -91,7 +99,9 @@ async fn authenticate(
         Ok(_) => {}
         Err(_) => return Err(ConnectionError::Silent),
     }
-    // Never closed; without a permit nothing would be bounded.
+    // The peer's own share first, so that nobody waits with one of those that all share. Neither is ever closed; without a
+    // permit nothing would be bounded.
+    let _own = source.handshake().await.ok_or(ConnectionError::Dropped)?;
     let _handshake = handshakes.acquire_owned().await.map_err(|_| ConnectionError::Dropped)?;
     drop(waiting);
     let shared = &worker.shared;
@@ -136,23 +146,8 @@ impl Tunnel {
         let shared = &self.worker.shared;
         let snapshot = shared.state.snapshot();
         let connect = Connect { authority: &request.authority };
-        match admit(&snapshot, &shared.local(&self.pod), &self.peer, self.connection, &connect) {
-            Ok(admission) => {
-                let host = request.headers.get(FORWARDED).and_then(forwarded_host);
-                let port = admission.target.0.port();
-                facts.service = service_of(&snapshot, &admission.destination, port, host);
-                facts.src.workload.clone_from(&admission.source);
-                facts.dst.workload = Some(Arc::clone(&admission.destination));
-                facts.policy.clone_from(&admission.allowed.policy);
-                Ok(admission)
-            }
-            Err(denial) => {
-                facts.src.workload.clone_from(&denial.source);
-                facts.dst.workload.clone_from(&denial.destination);
-                facts.policy = denial.policy().cloned();
-                Err(denial.into())
-            }
-        }
+        let decided = admit(&snapshot, &shared.local(&self.pod), &self.peer, self.connection, &connect);
+        note(facts, &snapshot, request.headers.get(FORWARDED).and_then(forwarded_host), decided)
     }
 
     /// Connects to the application, answers, and copies until both directions have ended.
@@ -199,6 +194,33 @@ impl Drop for Counted {
     }
 }
 
+/// Puts what was decided about an inbound connection into its record; `host` is the service that the client says it means.
+///
+/// # Errors
+/// The denial.
+pub fn note(
+    facts: &mut Facts,
+    snapshot: &Snapshot,
+    host: Option<&str>,
+    decided: Result<Admission, Denial>,
+) -> Result<Admission, ConnectionError> {
+    match decided {
+        Ok(admission) => {
+            facts.service = service_of(snapshot, &admission.destination, admission.target.0.port(), host);
+            facts.src.workload.clone_from(&admission.source);
+            facts.dst.workload = Some(Arc::clone(&admission.destination));
+            facts.policy.clone_from(&admission.allowed.policy);
+            Ok(admission)
+        }
+        Err(denial) => {
+            facts.src.workload.clone_from(&denial.source);
+            facts.dst.workload.clone_from(&denial.destination);
+            facts.policy = denial.policy().cloned();
+            Err(denial.into())
+        }
+    }
+}
+
 /// The `host` that a `forwarded` field names (RFC 7239).
 fn forwarded_host(forwarded: &str) -> Option<&str> {
     forwarded.split([';', ',']).find_map(|pair| pair.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'))
@@ -206,7 +228,7 @@ fn forwarded_host(forwarded: &str) -> Option<&str> {
 
 /// The service that a connection to `port` of `workload` was probably meant for: the one that the client says, if the
 /// workload is in it, else the first that has the port. For the record only.
-pub fn service_of(snapshot: &Snapshot, workload: &Workload, port: u16, host: Option<&str>) -> Option<Arc<Service>> {
+fn service_of(snapshot: &Snapshot, workload: &Workload, port: u16, host: Option<&str>) -> Option<Arc<Service>> {
     let services = || workload.services.iter().filter_map(|member| snapshot.service_by_name(&member.service));
     let named = host.and_then(|host| services().find(|service| *service.hostname == *host));
     let serves = |service: &Service| {

@@ -24,6 +24,7 @@ pub mod plan;
 pub mod pods;
 pub mod record;
 pub mod sockets;
+pub mod sources;
 pub mod state;
 mod sys;
 pub mod tunnels;

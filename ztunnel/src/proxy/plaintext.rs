@@ -9,7 +9,7 @@ use super::admit::{Admission, Connection, admit_plaintext};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
 use super::guard;
-use super::inbound::service_of;
+use super::inbound::note;
 use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
 use super::worker::{Accepted, Worker};
@@ -38,23 +38,8 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
 }
 
 fn decide(worker: &Worker, pod: &Pod, facts: &mut Facts, connection: Connection) -> Result<Admission, ConnectionError> {
-    let shared = &worker.shared;
-    let snapshot = shared.state.snapshot();
-    match admit_plaintext(&snapshot, &shared.local(pod), connection) {
-        Ok(admission) => {
-            facts.service = service_of(&snapshot, &admission.destination, admission.target.0.port(), None);
-            facts.src.workload.clone_from(&admission.source);
-            facts.dst.workload = Some(Arc::clone(&admission.destination));
-            facts.policy.clone_from(&admission.allowed.policy);
-            Ok(admission)
-        }
-        Err(denial) => {
-            facts.src.workload.clone_from(&denial.source);
-            facts.dst.workload.clone_from(&denial.destination);
-            facts.policy = denial.policy().cloned();
-            Err(denial.into())
-        }
-    }
+    let snapshot = worker.shared.state.snapshot();
+    note(facts, &snapshot, None, admit_plaintext(&snapshot, &worker.shared.local(pod), connection))
 }
 
 async fn carry(pod: &Pod, admission: &Admission, client: Unanswered, record: &Record) -> Result<(), ConnectionError> {

@@ -22,6 +22,7 @@ use super::local::{Listed, LocalAddresses, LocalPod};
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
 use super::sockets::tune;
+use super::sources::{Source, Sources};
 use super::state::State;
 use super::tunnels::Tunnels;
 use super::{inbound, outbound, plaintext};
@@ -241,6 +242,7 @@ async fn run(
 /// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
 pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: TcpListener, drain: Watcher) {
     let _token = pod.live.token();
+    let sources = Sources::default();
     let [waiting, handshakes, tunnels] = [WAITING, HANDSHAKES, TUNNELS].map(|limit| Arc::new(Semaphore::new(limit)));
     let ended = async {
         tokio::select! {
@@ -280,6 +282,7 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
         let permits = Permits {
             waiting: permit,
             handshakes: Arc::clone(&handshakes),
+            source: sources.enter(peer.ip().to_canonical()),
             tunnel: Arc::clone(&tunnels).try_acquire_owned().ok(),
         };
         let (worker, pod, drain) = (Arc::clone(&worker), Arc::clone(&pod), drain.clone());
@@ -327,6 +330,8 @@ pub struct Permits {
     pub waiting: Option<OwnedSemaphorePermit>,
     /// To be taken for the handshake.
     pub handshakes: Arc<Semaphore>,
+    /// None: the peer's address has too many.
+    pub source: Option<Source>,
     /// None: the pod has too many.
     pub tunnel: Option<OwnedSemaphorePermit>,
 }
