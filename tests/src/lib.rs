@@ -32,6 +32,7 @@
 pub mod announce;
 pub mod app;
 pub mod bench;
+pub mod bpf;
 pub mod capture;
 pub mod cgroup;
 pub mod cleanup;

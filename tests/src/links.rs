@@ -34,6 +34,15 @@ pub async fn index(handle: &Handle, name: &str) -> Result<u32, Error> {
     }
 }
 
+/// Removes a link, and a veth's other end with it.
+///
+/// # Errors
+/// No such link.
+pub async fn remove(handle: &Handle, name: &str) -> Result<(), Error> {
+    let at = index(handle, name).await?;
+    handle.link().del(at).execute().await.map_err(Error::netlink(format!("removing the link {name}")))
+}
+
 /// Sets a link up.
 ///
 /// # Errors

@@ -19,6 +19,7 @@ use crate::cni::Cni;
 use crate::component::Component;
 use crate::error::Context;
 use crate::kube::{PodRecord, REDIRECTION};
+use crate::links;
 use crate::netns::NetNs;
 use crate::process::{Process, Spec};
 use crate::{Error, wait};
@@ -314,17 +315,20 @@ impl Pod {
         self.group()?.remove()
     }
 
-    /// The end: withdrawn, killed, its object and control group removed. The namespace goes with the last holder.
+    /// The end, in the kubelet's order: killed, withdrawn (by way of the CNI plugin if there is one), its link, its object
+    /// and its control group removed. The namespace goes with the last holder.
     pub(crate) fn end(&self) -> Result<(), Error> {
         let record = self.record();
+        let group = self.group()?;
+        group.kill()?;
         if let Some(cni) = self.shared.cni(self.node)? {
             cni.delete(&record, &self.network)?;
         } else if self.captured() {
             self.shared.agent(self.node)?.withdraw(&record)?;
         }
+        let link = &self.host_link;
+        self.shared.node(self.node)?.network.netlink(|handle| async move { links::remove(&handle, link).await })?;
         self.shared.directory.remove_pod(&record.namespace, &record.name)?;
-        let group = self.group()?;
-        group.kill()?;
         group.remove()
     }
 }

@@ -88,6 +88,7 @@ const UNSAFE: &[&str] = &[
     "ztunnel/src/proxy/sys.rs",
     "crates/mesh-runtime/src/seqpacket.rs",
     "crates/mesh-runtime/src/seqpacket/",
+    "tests/src/bpf.rs",
     "tests/src/capture/socket.rs",
     "tests/src/seccomp.rs",
     "tests/src/spawn.rs",

@@ -19,9 +19,9 @@ use super::net;
 /// `culvert-app http`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Where to listen.
-    #[arg(long)]
-    listen: SocketAddr,
+    /// Where to listen; may be given several times.
+    #[arg(long, required = true)]
+    listen: Vec<SocketAddr>,
     /// Bytes of each answer's body.
     #[arg(long, default_value_t = 1024)]
     body: usize,
@@ -33,11 +33,16 @@ pub struct Options {
 /// The port cannot be had.
 pub async fn run(options: Options) -> io::Result<bool> {
     let body = Bytes::from(vec![b'b'; options.body]);
-    serve(options.listen, move |_request| {
+    let mut servers = tokio::task::JoinSet::new();
+    for at in options.listen {
         let body = body.clone();
-        async move { Response::new(Full::new(body)) }
-    })
-    .await
+        servers.spawn(serve(at, move |_request| {
+            let body = body.clone();
+            async move { Response::new(Full::new(body)) }
+        }));
+    }
+    // They end only when a port cannot be had.
+    servers.join_next().await.unwrap_or_else(|| Ok(Ok(false)))?
 }
 
 /// Answers every request on `at` with `answer`, until killed.

@@ -103,9 +103,11 @@ fn steps(options: &Options, report: &mut Report, start: Instant) -> Step<()> {
     }
     report.connect_ms = millis(start.elapsed());
     let (mut socket, sent) = last?;
+    let done = exchange(&mut socket, text.as_bytes(), sent, report);
+    // Only now: with Fast Open the first send connects.
     report.local = socket.local_addr().ok().and_then(|a| a.as_socket());
     report.peer = socket.peer_addr().ok().and_then(|a| a.as_socket());
-    exchange(&mut socket, text.as_bytes(), sent, report)?;
+    done?;
     if options.then_mark.is_some() || options.then_device.is_some() {
         if let Some(mark) = options.then_mark {
             socket.set_mark(mark).map_err(|e| ("mark", e))?;

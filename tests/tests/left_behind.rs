@@ -1,0 +1,215 @@
+//! A pod that is enrolled and withdrawn a hundred times leaves nothing: on the node, in its namespace, in the processes.
+//! `CULVERT_ROUNDS` says how many times; 100 by default.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::print_stderr, reason = "the figures of a run")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use common::{connect, echo_any, until_connected};
+use futures_util::TryStreamExt;
+use nix::sys::stat::fstat;
+use rtnetlink::IpVersion;
+use rtnetlink::packet_route::route::RouteMessage;
+use tests::Error;
+use tests::bpf;
+use tests::cgroup::resident;
+use tests::cluster::Cluster;
+use tests::families::Families;
+use tests::netns::NetNs;
+
+/// What agent and proxy together may have grown by: pools and the allocator's own.
+const MEMORY: u64 = 16 << 20;
+const BOUND: Duration = Duration::from_secs(20);
+
+/// Everything that a pod's enrolment touches, as text by place.
+type Picture = BTreeMap<String, Vec<String>>;
+
+fn picture(cluster: &Cluster, networks: &[(&str, &NetNs)]) -> Result<Picture, Error> {
+    let node = cluster.node(1)?;
+    let mut all = Picture::new();
+    let pins = node.bpffs();
+    all.insert("pins".to_owned(), cluster.mounts().run(|| files(&pins))?);
+    all.insert("run folder".to_owned(), files(&node.run_dir()));
+    for (name, part) in [("agent", node.agent()?), ("proxy", node.proxy()?)] {
+        all.insert(format!("descriptors of {name}"), descriptors(part.pid().expect("running")));
+    }
+    let group = fs::metadata(node.group().path()).unwrap().ino();
+    let mut inodes = Vec::new();
+    for (name, network) in networks {
+        inodes.push(u32::try_from(fstat(network.as_fd()).unwrap().st_ino).unwrap());
+        all.insert(format!("rules and routes of {name}"), rules_and_routes(network)?);
+        all.insert(format!("sysctls of {name}"), network.run(sysctls)?);
+        all.insert(format!("sockets of {name}"), network.run(sockets)?);
+    }
+    let links = bpf::links()?.into_iter().filter(|link| match link {
+        bpf::Link::Cgroup { id, .. } => *id == group,
+        bpf::Link::Netns { inode, .. } => inodes.contains(inode),
+    });
+    let mut links: Vec<String> = links.map(|link| format!("{link:?}")).collect();
+    links.sort();
+    all.insert("links of programs".to_owned(), links);
+    Ok(all)
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut next = vec![folder.to_path_buf()];
+    while let Some(folder) = next.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            found.push(entry.path().display().to_string());
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                next.push(entry.path());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Kinds of descriptors and how many there are of each; namespaces by their inode.
+fn descriptors(pid: u32) -> Vec<String> {
+    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let target = target.display().to_string();
+        let kind = match target.split_once(":[") {
+            Some(("net" | "mnt", _)) | None => target.clone(),
+            Some((kind, _)) => kind.to_owned(),
+        };
+        *kinds.entry(kind).or_default() += 1;
+    }
+    kinds.into_iter().map(|(kind, count)| format!("{count} x {kind}")).collect()
+}
+
+fn rules_and_routes(network: &NetNs) -> Result<Vec<String>, Error> {
+    let failed = |e: rtnetlink::Error| Error::Absent(e.to_string());
+    network.netlink(|handle| async move {
+        let mut found = Vec::new();
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let rules: Vec<_> = handle.rule().get(version).execute().try_collect().await.map_err(failed)?;
+            found.extend(rules.iter().map(|rule| format!("{rule:?}")));
+        }
+        let mut v4 = RouteMessage::default();
+        v4.header.address_family = rtnetlink::packet_route::AddressFamily::Inet;
+        let mut v6 = RouteMessage::default();
+        v6.header.address_family = rtnetlink::packet_route::AddressFamily::Inet6;
+        for ask in [v4, v6] {
+            let routes: Vec<_> = handle.route().get(ask).execute().try_collect().await.map_err(failed)?;
+            // What the kernel learnt by itself comes and goes.
+            let lasting = routes.iter().filter(|route| !format!("{route:?}").contains("Cloned"));
+            found.extend(lasting.map(|route| format!("{:?} {:?}", route.header, route.attributes)));
+        }
+        let queues: Vec<_> = handle.qdisc().get().execute().try_collect().await.map_err(failed)?;
+        found.extend(queues.iter().map(|queue| format!("{:?}", queue.header)));
+        found.sort();
+        Ok(found.into_iter().map(|line| without_times(&line)).collect())
+    })
+}
+
+/// Cache figures of a route change with every packet.
+fn without_times(line: &str) -> String {
+    line.split_once("CacheInfo").map_or(line, |(before, _)| before).to_owned()
+}
+
+fn sysctls() -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in ["ipv4", "ipv4/conf/all", "ipv4/conf/lo", "ipv4/conf/eth0", "ipv6", "ipv6/conf/all", "ipv6/conf/eth0"]
+    {
+        for entry in fs::read_dir(Path::new("/proc/sys/net").join(folder)).into_iter().flatten().flatten() {
+            if let Ok(value) = fs::read_to_string(entry.path()) {
+                found.push(format!("{} = {}", entry.path().display(), value.trim()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Sockets by protocol, address, port and state, but for those that only wait for their time to end.
+fn sockets() -> Vec<String> {
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6"] {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
+        for line in text.lines().skip(1) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if let Some([local, remote, state]) = words.get(1..4).and_then(|w| <[&str; 3]>::try_from(w).ok())
+                && state != "06"
+            {
+                found.push(format!("{table} {local} {remote} {state}"));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The lines that only one of the two has.
+fn differences(before: &Picture, after: &Picture) -> Vec<String> {
+    let mut found = Vec::new();
+    for (place, lines) in before {
+        let now = &after[place];
+        found.extend(lines.iter().filter(|line| !now.contains(line)).map(|line| format!("{place}: gone: {line}")));
+        found.extend(now.iter().filter(|line| !lines.contains(line)).map(|line| format!("{place}: new: {line}")));
+        if lines.len() != now.len() {
+            found.push(format!("{place}: {} lines, were {}", now.len(), lines.len()));
+        }
+    }
+    found
+}
+
+fn memory(cluster: &Cluster) -> Result<u64, Error> {
+    let node = cluster.node(1)?;
+    let pids = [node.agent()?.pid(), node.proxy()?.pid()];
+    Ok(pids.into_iter().flatten().filter_map(|pid| resident(pid.cast_signed())).sum())
+}
+
+#[test]
+fn a_hundred_rounds_leave_nothing() -> Result<(), Error> {
+    let rounds = std::env::var("CULVERT_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(100);
+    let cluster = Cluster::builder().nodes(1).families(Families::Dual).start()?;
+    let peer = echo_any(&cluster, "peer", 1).enrolled(true).start()?;
+    let pod = echo_any(&cluster, "pod", 1).enrolled(true).unannounced().start()?;
+    let node = cluster.node(1)?;
+    let networks = [("pod", pod.network()), ("node", node.network()), ("proxy", node.proxy_network()?)];
+    let to = peer.at(7000).to_string();
+    // Once before, so that what is made once and kept is there.
+    pod.enrol()?;
+    until_connected(&pod, &to);
+    let enrolled = picture(&cluster, &networks)?;
+    pod.withdraw()?;
+    pod.wait_known()?;
+    let before = tests::wait::until("a state that stays", BOUND, || {
+        let one = picture(&cluster, &networks).ok()?;
+        std::thread::sleep(Duration::from_millis(300));
+        let two = picture(&cluster, &networks).ok()?;
+        differences(&one, &two).is_empty().then_some(two)
+    })?;
+    assert!(differences(&before, &enrolled).len() > 10, "an enrolment that leaves no trace shows nothing here");
+    let used = memory(&cluster)?;
+    for round in 0..rounds {
+        pod.enrol()?;
+        if round % 10 == 0 {
+            assert!(connect(&pod, &to, &["--send", "hello", "--read", "5"]).ok, "round {round}");
+        }
+        pod.withdraw()?;
+    }
+    pod.wait_known()?;
+    let mut left = Vec::new();
+    let same = tests::wait::until("the state before", BOUND, || {
+        left = differences(&before, &picture(&cluster, &networks).ok()?);
+        left.is_empty().then_some(())
+    });
+    assert!(same.is_ok(), "left after {rounds} rounds: {left:#?}");
+    let grown = memory(&cluster)?.saturating_sub(used);
+    eprintln!("{rounds} rounds: {used} bytes resident before, {grown} more after");
+    assert!(grown < MEMORY, "agent and proxy grew by {grown} bytes");
+    Ok(())
+}
