@@ -12,7 +12,7 @@ mod pod;
 mod tuple;
 
 pub use counter::Counter;
-pub use pod::{FLAG_DENY_OLDER, FLAG_DNS, POD_ADDRESSES, PodEntry};
+pub use pod::{FLAG_DENY_OLDER, FLAG_DISARMED, FLAG_DNS, POD_ADDRESSES, PodEntry};
 pub use tuple::{FourTuple, ROUTE_PREFIX_BITS, RouteKey, words};
 
 /// Version of everything that is pinned: maps, their layout, names. Part of the path in bpffs.

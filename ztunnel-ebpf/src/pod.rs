@@ -11,6 +11,8 @@ pub const POD_ADDRESSES: usize = 4;
 pub const FLAG_DNS: u32 = 1;
 /// [`PodEntry::flags`]: connections older than the enrolment may not send payload either.
 pub const FLAG_DENY_OLDER: u32 = 2;
+/// [`PodEntry::flags`]: the guard lets everything pass. Set by the agent when it takes a guard away that it may not find.
+pub const FLAG_DISARMED: u32 = 4;
 
 /// What the programs know of an enrolled pod.
 #[repr(C)]

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use core::mem::MaybeUninit;
 use core::ptr::addr_of;
-use ztunnel_ebpf::{Counter, FLAG_DENY_OLDER, FourTuple};
+use ztunnel_ebpf::{Counter, FLAG_DENY_OLDER, FLAG_DISARMED, FourTuple};
 
 use crate::maps::{EXEMPT, OLDER, POD, PROBES, count, mapped};
 
@@ -104,6 +104,9 @@ pub fn guard(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn refuse(ctx: &TcContext) -> i32 {
+    if POD.get(0).is_some_and(|pod| pod.has(FLAG_DISARMED)) {
+        return PASS;
+    }
     count(Counter::GuardDropped);
     debug!(ctx, "dropped at the edge: {} bytes", ctx.len());
     DROP

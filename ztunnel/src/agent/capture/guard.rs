@@ -8,14 +8,15 @@ use std::path::Path;
 use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
-use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use ztunnel_ebpf as abi;
 
 use super::error::{CaptureError, at, program_error};
 use super::loader::pin;
-use super::{former, sys};
+use super::{clsact, former, sys};
 use crate::agent::netns::Netns;
 
+const NAME: &str = abi::PROGRAM_GUARD;
 /// The pinned link of the guard.
 const LINK: &str = "guard";
 
@@ -49,6 +50,13 @@ impl Guard {
         }
     }
 
+    const fn side(self) -> TcAttachType {
+        match self {
+            Self::HostEnd { .. } => TcAttachType::Ingress,
+            Self::PodEnd { .. } => TcAttachType::Egress,
+        }
+    }
+
     /// Runs something in the network namespace of the device.
     fn run<T: Send>(self, netns: &Netns, work: impl FnOnce() -> T + Send) -> Result<T, CaptureError> {
         match self {
@@ -60,47 +68,102 @@ impl Guard {
     }
 }
 
-/// Attaches and pins the guard.
+/// How the guard is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Means {
+    /// By a link, which can be pinned; Linux 6.6.
+    Link,
+    /// As a filter of the clsact qdisc.
+    Filter,
+}
+
+/// Attaches and pins the guard, by the best means that the kernel has.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn attach(object: &mut Ebpf, folder: &Path, guard: Guard, netns: &Netns) -> Result<(), CaptureError> {
-    const NAME: &str = abi::PROGRAM_GUARD;
+    let program = load(object)?;
+    match attach_by(Means::Link, program, folder, guard, netns) {
+        Err(CaptureError::Program { source, .. }) if is_unknown(&source) => {
+            attach_by(Means::Filter, program, folder, guard, netns)
+        }
+        other => other,
+    }
+}
+
+/// The guard out of the object, ready to be attached.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn load(object: &mut Ebpf) -> Result<&mut SchedClassifier, CaptureError> {
     let refused = program_error(NAME);
     let program = object.program_mut(NAME).ok_or(CaptureError::Missing(NAME))?;
     let program: &mut SchedClassifier = program.try_into().map_err(&refused)?;
     program.load().map_err(&refused)?;
-    let id = guard.run(netns, || {
+    Ok(program)
+}
+
+/// Attaches and pins the guard by this means.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn attach_by(
+    means: Means,
+    program: &mut SchedClassifier,
+    folder: &Path,
+    guard: Guard,
+    netns: &Netns,
+) -> Result<(), CaptureError> {
+    let refused = program_error(NAME);
+    guard.run(netns, || {
         let interface = sys::interface_name(guard.index())
             .map_err(|source| CaptureError::Namespace { what: "find the pod's interface", source })?;
-        let side = match guard {
-            Guard::HostEnd { .. } => TcAttachType::Ingress,
-            Guard::PodEnd { .. } => TcAttachType::Egress,
-        };
-        // Before any other: one that accepts a packet ends the row.
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        program.attach_with_options(&interface, side, options).map_err(&refused)
-    })??;
-    let link = program.take_link(id).map_err(&refused)?;
-    let link: FdLink = link.try_into().map_err(CaptureError::Link)?;
-    pin(link, &folder.join(LINK))
+        match means {
+            Means::Link => {
+                // Before any other: one that accepts a packet ends the row.
+                let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+                let id = program.attach_with_options(&interface, guard.side(), options).map_err(&refused)?;
+                let link = program.take_link(id).map_err(&refused)?;
+                let link: FdLink = link.try_into().map_err(CaptureError::Link)?;
+                pin(link, &folder.join(LINK))
+            }
+            Means::Filter => clsact::attach(program, folder, &interface, guard.index(), guard.side()),
+        }
+    })?
+}
+
+/// Whether the kernel knows nothing of such links.
+fn is_unknown(error: &ProgramError) -> bool {
+    match error {
+        ProgramError::SyscallError(error) => {
+            matches!(error.io_error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+        }
+        _ => false,
+    }
 }
 
 /// Asks the kernel whether the guard stands where it should.
 ///
 /// # Errors
 /// When it does not.
-pub fn verify(folder: &Path, guard: Guard, _netns: &Netns) -> Result<(), CaptureError> {
+pub fn verify(folder: &Path, guard: Guard, netns: &Netns) -> Result<(), CaptureError> {
     let path = folder.join(LINK);
-    let link = sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&path))?;
-    if link.attach_type == guard.attach_type() && link.target == u64::from(guard.index()) {
-        return Ok(());
+    let elsewhere = |place: String| {
+        let path = folder.display();
+        Err(CaptureError::NotInForce(format!("the guard of {path} is attached to {place}, not to {guard:?}")))
+    };
+    match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+        Ok(link) if link.attach_type == guard.attach_type() && link.target == u64::from(guard.index()) => Ok(()),
+        Ok(link) => elsewhere(format!("the device with index {}", link.target)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if guard.run(netns, || clsact::is_attached(folder, guard.index(), guard.side()))?? {
+                Ok(())
+            } else {
+                elsewhere(String::from("another device or none"))
+            }
+        }
+        Err(error) => Err(at(&path)(error)),
     }
-    Err(CaptureError::NotInForce(format!(
-        "{} is attached to the device with index {}, not to {guard:?}",
-        path.display(),
-        link.target
-    )))
 }
 
 /// Takes the guard away. Nothing to do is no error.
@@ -111,7 +174,8 @@ pub fn remove(folder: &Path) -> Result<(), CaptureError> {
     let path = folder.join(LINK);
     former::detach(&path)?;
     match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path)(error)),
-        _ => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
+        _ => {}
     }
+    clsact::remove(folder)
 }

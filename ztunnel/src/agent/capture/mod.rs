@@ -5,6 +5,7 @@
 //! layout left stays in force beside it until it is removed.
 
 mod cgroup;
+mod clsact;
 mod error;
 mod former;
 mod guard;

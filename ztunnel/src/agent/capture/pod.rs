@@ -102,6 +102,11 @@ impl NodeCapture {
         let room = if first { connections(netns)?.len() } else { 0 };
         let room = u32::try_from(room).unwrap_or(u32::MAX).saturating_add(LATECOMERS);
         let room = room.min(u32::try_from(abi::OLDER_CAPACITY).unwrap_or(u32::MAX));
+        let guard = guard.filter(|guard| guard::verify(folder, *guard, netns).is_err());
+        if guard.is_some() {
+            // Before the pod's entry is written: taking a guard away may write there too.
+            guard::remove(folder)?;
+        }
         let mut object = self.loader.pod(folder, room)?;
         let mut pod: PodMap = open_map(folder, abi::MAP_POD)?;
         pod.set(0, entry.to_bytes(), 0).map_err(map_error(abi::MAP_POD))?;
@@ -115,10 +120,7 @@ impl NodeCapture {
             // Only now: a connection that is opened from here on is captured.
             remember(folder, &connections(netns)?, room)?;
         }
-        if let Some(guard) = guard
-            && guard::verify(folder, guard, netns).is_err()
-        {
-            guard::remove(folder)?;
+        if let Some(guard) = guard {
             guard::attach(&mut object, folder, guard, netns)?;
         }
         Ok(())

@@ -39,6 +39,24 @@ pub fn all() -> Vec<Probe> {
             present: program(ProgramType::SkLookup),
         },
         Probe {
+            feature: "BPF_PROG_TYPE_SCHED_CLS",
+            since: "4.1",
+            loss: "TCP that is not the proxy's cannot be stopped at the pods' edge",
+            present: program(ProgramType::SchedClassifier),
+        },
+        Probe {
+            feature: "BPF_PROG_TYPE_SOCK_OPS",
+            since: "4.13",
+            loss: "the kubelet's connections cannot be told from those of others",
+            present: program(ProgramType::SockOps),
+        },
+        Probe {
+            feature: "BPF_MAP_TYPE_LPM_TRIE",
+            since: "4.11",
+            loss: "the programs cannot hold the pods' routes",
+            present: map(MapType::LpmTrie),
+        },
+        Probe {
             feature: "BPF_MAP_TYPE_SK_STORAGE",
             since: "5.2",
             loss: "the proxy's own connections cannot be exempted",

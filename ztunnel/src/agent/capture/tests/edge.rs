@@ -335,3 +335,45 @@ fn guard_at_the_pods_end_does_the_same() {
     let frames = watch.seen(&world.a.netns);
     assert!(frames.iter().any(|frame| contains(frame, b"at-large")), "without it they pass");
 }
+
+#[test]
+fn guard_is_a_filter_where_the_kernel_has_no_links_for_it() {
+    let world = World::new();
+    let (pod, folder) = (&world.a.netns, world.node.pod_folder("uid/a"));
+    guard::remove(&folder).unwrap();
+    assert!(world.b.netns.run(|| world.capture.verify_guard(pod, Some(world.guard))).unwrap().is_err());
+    let mut object = world.node.loader.pod(&folder, 1).unwrap();
+    let attached = world
+        .b
+        .netns
+        .run(|| guard::attach_by(guard::Means::Filter, guard::load(&mut object).unwrap(), &folder, world.guard, pod));
+    attached.unwrap().unwrap();
+    drop(object);
+    let verify = || world.b.netns.run(|| world.capture.verify(pod, entry(FLAG_DNS), Some(world.guard))).unwrap();
+    verify().unwrap();
+    let watch = Watch::new(&world.b.netns);
+    send_frames(pod, &[frame([8, 0], &packet(0x18, b"secret-frame"))]);
+    assert_eq!(opening_or_payload(&watch.seen(pod)), Vec::<&[u8]>::new());
+    assert_eq!(world.counter(Counter::GuardDropped), 1);
+    // It is moved to the other end: the pod's entry is what it should be afterwards.
+    let index = pod_network::find_interface(pod, A.into(), &world.b.netns).unwrap().index;
+    let moved = Guard::PodEnd { index };
+    attach(&world.node, pod, &world.b.netns, FLAG_DNS, &world.listeners, moved);
+    send_frames(pod, &[frame([8, 0], &packet(0x18, b"secret-frame"))]);
+    assert_eq!(world.counter(Counter::GuardDropped), 2);
+    guard::remove(&folder).unwrap();
+    let attached = world.b.netns.run(|| {
+        let mut object = world.node.loader.pod(&folder, 1).unwrap();
+        guard::attach_by(guard::Means::Filter, guard::load(&mut object).unwrap(), &folder, world.guard, pod)
+    });
+    attached.unwrap().unwrap();
+    let pin = folder.join("guard-filter");
+    world.b.netns.run(|| guard::remove(&folder)).unwrap().unwrap();
+    assert!(!pin.exists());
+    assert!(verify().is_err());
+    send_frames(pod, &[frame([8, 0], &packet(0x18, b"at-large"))]);
+    let frames = watch.seen(pod);
+    assert!(frames.iter().any(|frame| contains(frame, b"at-large")), "without it they pass");
+    world.capture.unpin().unwrap();
+    assert!(!folder.exists());
+}
