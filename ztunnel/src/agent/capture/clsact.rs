@@ -43,6 +43,7 @@ pub fn attach(
     let refused = program_error(abi::PROGRAM_GUARD);
     match tc::qdisc_add_clsact(interface) {
         Ok(()) | Err(TcError::AlreadyAttached) => {}
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
         Err(error) => return Err(refused(error.into())),
     }
     // Known by its pin before it is there: whatever happens, it is found again.
