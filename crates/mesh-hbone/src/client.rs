@@ -2,7 +2,7 @@
 
 use std::future::{Future, poll_fn};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -27,9 +27,16 @@ pub struct Tunnel {
 #[derive(Debug)]
 struct Shared {
     streams: AtomicUsize,
+    /// Streams of these that carry bulk data.
+    bulk: AtomicUsize,
     limit: usize,
     closed: AtomicBool,
 }
+
+/// Bytes in large pieces after which a stream counts as one that carries bulk data.
+const BULK: u64 = 1 << 20;
+/// Pieces shorter than this do not count for that: requests and answers, however many.
+const LARGE: usize = 8 << 10;
 
 /// A CONNECT request.
 #[derive(Debug, Clone)]
@@ -92,11 +99,32 @@ impl OpenError {
 
 /// One of a tunnel's streams: counted while it lives.
 #[derive(Debug)]
-pub(crate) struct StreamPermit(Arc<Shared>);
+pub(crate) struct StreamPermit {
+    tunnel: Arc<Shared>,
+    /// Bytes that it has moved in large pieces, both directions together.
+    moved: AtomicU64,
+}
+
+impl StreamPermit {
+    /// Notes a piece of this many bytes.
+    pub(crate) fn moved(&self, bytes: usize) {
+        if bytes < LARGE {
+            return;
+        }
+        let bytes = bytes as u64;
+        let before = self.moved.fetch_add(bytes, Ordering::Relaxed);
+        if before < BULK && before + bytes >= BULK {
+            self.tunnel.bulk.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Release);
+        if *self.moved.get_mut() >= BULK {
+            self.tunnel.bulk.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.tunnel.streams.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -134,6 +162,7 @@ where
         .map_err(|_| ConnectionError::HandshakeTimeout)??;
     let shared = Arc::new(Shared {
         streams: AtomicUsize::new(0),
+        bulk: AtomicUsize::new(0),
         limit: options.client_streams,
         closed: AtomicBool::new(false),
     });
@@ -181,6 +210,11 @@ impl Tunnel {
         self.shared.streams.load(Ordering::Acquire)
     }
 
+    /// Streams of these that have carried much in large pieces: each can fill the connection by itself.
+    pub fn bulk_streams(&self) -> usize {
+        self.shared.bulk.load(Ordering::Relaxed)
+    }
+
     /// Streams that this tunnel takes: the lower of [`Options::client_streams`] and the peer's limit.
     pub fn limit(&self) -> usize {
         self.shared.limit.min(self.requests.current_max_send_streams())
@@ -198,7 +232,7 @@ impl Tunnel {
             .streams
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1))
             .ok()
-            .map(|_| StreamPermit(Arc::clone(&self.shared)))
+            .map(|_| StreamPermit { tunnel: Arc::clone(&self.shared), moved: AtomicU64::new(0) })
     }
 
     /// Opens a stream and waits for the peer's answer, at most `within`. Given up on, the stream is reset.

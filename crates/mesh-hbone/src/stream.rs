@@ -63,7 +63,7 @@ pub struct ReadHalf {
     /// Bytes handed out and not yet given back to the peer's window.
     held: usize,
     ended: bool,
-    _permit: Option<Arc<StreamPermit>>,
+    permit: Option<Arc<StreamPermit>>,
 }
 
 /// The half of a [`Stream`] that sends. Dropped before [`WriteHalf::finish`], it resets the stream.
@@ -71,15 +71,15 @@ pub struct ReadHalf {
 pub struct WriteHalf {
     inner: h2::SendStream<Bytes>,
     finished: bool,
-    _permit: Option<Arc<StreamPermit>>,
+    permit: Option<Arc<StreamPermit>>,
 }
 
 impl Stream {
     pub(crate) fn new(recv: h2::RecvStream, send: h2::SendStream<Bytes>, permit: Option<StreamPermit>) -> Self {
         let permit = permit.map(Arc::new);
         Stream {
-            read: ReadHalf { inner: recv, held: 0, ended: false, _permit: permit.clone() },
-            write: WriteHalf { inner: send, finished: false, _permit: permit },
+            read: ReadHalf { inner: recv, held: 0, ended: false, permit: permit.clone() },
+            write: WriteHalf { inner: send, finished: false, permit },
         }
     }
 
@@ -148,6 +148,9 @@ impl ReadHalf {
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     self.held += data.len();
+                    if let Some(permit) = &self.permit {
+                        permit.moved(data.len());
+                    }
                     return Poll::Ready(Ok(Some(data)));
                 }
                 Some(Err(error)) => return Poll::Ready(Err(error.into())),
@@ -198,6 +201,9 @@ impl WriteHalf {
                 }
             }
             let part = data.split_to(room.min(data.len()));
+            if let Some(permit) = &self.permit {
+                permit.moved(part.len());
+            }
             if self.inner.send_data(part, false).is_err() {
                 return Poll::Ready(Err(self.failure()));
             }

@@ -16,6 +16,17 @@ use super::metrics::ResponseFlags;
 use super::plan::Refusal;
 use super::sockets::TakeError;
 
+/// What may be tried after a failure, before any byte of the application was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// Nothing: another attempt would fail as well, or must not be made.
+    Never,
+    /// Another endpoint of the service: this one cannot take the connection now.
+    Elsewhere,
+    /// Another endpoint, or this one once more: a tunnel to it was lost, and nobody has looked at the connection.
+    Again,
+}
+
 /// Why a connection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectionError {
@@ -221,6 +232,59 @@ impl ConnectionError {
     }
 }
 
+impl ConnectionError {
+    /// What may be tried after an attempt to reach an endpoint has failed like this.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Dial(error) => error.retry(),
+            Self::Connect { .. } | Self::ConnectTimeout(_) => Retry::Elsewhere,
+            Self::Tls(error) => match error {
+                // A proxy that is killed takes the handshakes with it.
+                HandshakeError::Io(_) => Retry::Again,
+                HandshakeError::Timeout
+                | HandshakeError::Refused(_)
+                | HandshakeError::RefusedByPeer(_)
+                | HandshakeError::NoHttp2
+                | HandshakeError::Tls(_) => Retry::Elsewhere,
+            },
+            Self::Http2(error) => match error {
+                mesh_hbone::ConnectionError::Io(_) => Retry::Again,
+                mesh_hbone::ConnectionError::HandshakeTimeout
+                | mesh_hbone::ConnectionError::KeepaliveTimeout
+                | mesh_hbone::ConnectionError::Protocol(_) => Retry::Elsewhere,
+            },
+            Self::NoTunnel => Retry::Again,
+            Self::Open { error } if error.is_retryable() => Retry::Again,
+            Self::Open { error } => match error {
+                // The far side has not reached its application: no byte of ours was delivered.
+                OpenError::Refused { status: 503, .. } => Retry::Elsewhere,
+                OpenError::Refused { .. } => Retry::Never,
+                OpenError::Full
+                | OpenError::GoAway
+                | OpenError::Closed
+                | OpenError::Reset(_)
+                | OpenError::Timeout
+                | OpenError::Protocol(_) => Retry::Elsewhere,
+            },
+            Self::Refused(_)
+            | Self::Denied(_)
+            | Self::NoSocket(_)
+            | Self::Certificate(_)
+            | Self::Family(_)
+            | Self::GaveUp(_)
+            | Self::Copy(_)
+            | Self::TooManyConnections
+            | Self::TooManyTunnels
+            | Self::TooManyFromPeer
+            | Self::Silent
+            | Self::PodGone
+            | Self::PolicyChanged(_)
+            | Self::Drained
+            | Self::Dropped => Retry::Never,
+        }
+    }
+}
+
 impl From<CloseReason> for ConnectionError {
     fn from(reason: CloseReason) -> Self {
         match reason {
@@ -266,6 +330,33 @@ mod tests {
         assert_eq!(refused(503).flags(), ResponseFlags::Connect);
         assert_eq!(refused(401).reason(), "denied_by_peer");
         assert!(refused(401).to_string().contains("policy at the destination"), "{}", refused(401));
+    }
+
+    #[test]
+    fn only_what_was_not_looked_at_is_tried_again() {
+        let open = |error| ConnectionError::Open { error };
+        let tls = |error| ConnectionError::Dial(Arc::new(ConnectionError::Tls(error)));
+        let cut = || io::Error::from(io::ErrorKind::ConnectionReset);
+        let to = "10.0.0.1:15008".parse().unwrap();
+        let cases = [
+            (refused(503), Retry::Elsewhere),
+            (refused(401), Retry::Never),
+            (refused(400), Retry::Never),
+            (open(OpenError::Closed), Retry::Again),
+            (open(OpenError::GoAway), Retry::Again),
+            (open(OpenError::Reset(mesh_hbone::ResetReason::Refused)), Retry::Again),
+            (open(OpenError::Reset(mesh_hbone::ResetReason::Internal)), Retry::Elsewhere),
+            (open(OpenError::Timeout), Retry::Elsewhere),
+            (ConnectionError::ConnectTimeout(to), Retry::Elsewhere),
+            (ConnectionError::Connect { to, source: cut() }, Retry::Elsewhere),
+            (tls(HandshakeError::Io(cut())), Retry::Again),
+            (tls(HandshakeError::NoHttp2), Retry::Elsewhere),
+            (ConnectionError::NoSocket(TakeError::Empty), Retry::Never),
+            (ConnectionError::PodGone, Retry::Never),
+        ];
+        for (error, expected) in cases {
+            assert_eq!(error.retry(), expected, "{error}");
+        }
     }
 
     #[test]

@@ -100,8 +100,8 @@ pub struct Labels {
 impl Labels {
     /// Of a connection that has not failed.
     pub fn of(facts: &Facts) -> Self {
-        let (source, destination) = (Party::of(&facts.src), Party::of(&facts.dst));
-        let service = facts.service.as_ref();
+        let (source, destination) = (Party::of(&facts.src), Party::of(facts.destination()));
+        let service = facts.asked_service();
         Self {
             reporter: facts.direction.reporter(),
             source_workload: source.workload,
@@ -125,7 +125,7 @@ impl Labels {
             destination_cluster: destination.cluster,
             request_protocol: "tcp",
             response_flags: ResponseFlags::None.as_str(),
-            connection_security_policy: if facts.mtls { "mutual_tls" } else { "unknown" },
+            connection_security_policy: if facts.is_mtls() { "mutual_tls" } else { "unknown" },
         }
     }
 

@@ -28,6 +28,7 @@ pub mod sources;
 pub mod state;
 mod sys;
 pub mod tunnels;
+pub mod turns;
 pub mod worker;
 
 pub use config::Config;
@@ -84,6 +85,7 @@ pub enum Error {
 pub fn run(config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
+    sys::keep_freed_memory();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
     let file_limit = mesh_runtime::limits::raise_open_files();
     jail::enter(config.uid)?;

@@ -3,8 +3,8 @@
 
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use mesh_hbone::Authority;
@@ -63,6 +63,19 @@ impl Side {
     }
 }
 
+/// Where a connection goes.
+#[derive(Clone, Debug)]
+pub struct Reached {
+    /// Who takes it; for a tunnel, the tunnel's far end.
+    pub dst: Side,
+    /// Inside a tunnel: the CONNECT's authority.
+    pub hbone_addr: Option<Authority>,
+    /// The service that was asked for.
+    pub service: Option<Arc<Service>>,
+    /// Whether it is carried by mutual TLS.
+    pub mtls: bool,
+}
+
 /// Everything that is known of a connection when it is opened, and what it has carried since.
 #[derive(Debug)]
 pub struct Facts {
@@ -86,7 +99,9 @@ pub struct Facts {
     pub counters: Counters,
     reported_sent: AtomicU64,
     reported_received: AtomicU64,
-    handles: Option<Handles>,
+    /// Where it went in the end, of a connection that was begun before that was known; it replaces what is said above.
+    reached: OnceLock<Reached>,
+    handles: OnceLock<Handles>,
 }
 
 impl Facts {
@@ -104,8 +119,35 @@ impl Facts {
             counters: Counters::default(),
             reported_sent: AtomicU64::new(0),
             reported_received: AtomicU64::new(0),
-            handles: None,
+            reached: OnceLock::new(),
+            handles: OnceLock::new(),
         }
+    }
+
+    /// Says where it goes, as far as is known.
+    pub fn set_destination(&mut self, to: Reached) {
+        let Reached { dst, hbone_addr, service, mtls } = to;
+        (self.dst, self.hbone_addr, self.service, self.mtls) = (dst, hbone_addr, service, mtls);
+    }
+
+    /// Who takes it; for a tunnel, the tunnel's far end.
+    pub fn destination(&self) -> &Side {
+        self.reached.get().map_or(&self.dst, |reached| &reached.dst)
+    }
+
+    /// Inside a tunnel: the CONNECT's authority.
+    pub fn authority(&self) -> Option<&Authority> {
+        self.reached.get().map_or(&self.hbone_addr, |reached| &reached.hbone_addr).as_ref()
+    }
+
+    /// The service that was asked for.
+    pub fn asked_service(&self) -> Option<&Arc<Service>> {
+        self.reached.get().map_or(&self.service, |reached| &reached.service).as_ref()
+    }
+
+    /// Whether it is carried by mutual TLS.
+    pub fn is_mtls(&self) -> bool {
+        self.reached.get().map_or(self.mtls, |reached| reached.mtls)
     }
 
     /// Bytes from the client to the server.
@@ -126,7 +168,7 @@ impl Facts {
 
     /// Brings the metrics up to what has been carried by now. For connections that live long.
     pub fn publish_bytes(&self) {
-        let Some(handles) = &self.handles else { return };
+        let Some(handles) = self.handles.get() else { return };
         // The metrics' "sent" is what the client got, whoever reports it.
         let (sent, received) = (self.response_bytes(), self.request_bytes());
         handles.sent.inc_by(sent.saturating_sub(self.reported_sent.fetch_max(sent, Ordering::Relaxed)));
@@ -138,43 +180,68 @@ impl Facts {
 pub struct Record {
     guard: Guard<Facts>,
     metrics: Metrics,
-    labels: Labels,
+    /// Set once it is counted as opened.
+    labels: OnceLock<Labels>,
     finished: bool,
 }
 
 impl Record {
-    /// Opens a connection: counts and lists it.
+    /// Opens a connection of which everything is known: counts and lists it.
     ///
     /// # Errors
     /// When the pod has too many, or is gone; that has been reported then.
-    pub fn open(metrics: &Metrics, live: &Arc<Live<Facts>>, mut facts: Facts) -> Result<Self, ConnectionError> {
-        let labels = Labels::of(&facts);
-        let handles = metrics.open(facts.direction, &labels);
-        facts.handles = Some(handles);
+    pub fn open(metrics: &Metrics, live: &Arc<Live<Facts>>, facts: Facts) -> Result<Self, ConnectionError> {
+        let record = Self::begin(metrics, live, facts)?;
+        record.count();
+        Ok(record)
+    }
+
+    /// Lists a connection of which it is not sure yet where it goes. It is counted by [`Record::reached`], or at its end:
+    /// the labels of "opened" and "closed" must be the same.
+    ///
+    /// # Errors
+    /// When the pod has too many, or is gone; that has been reported then.
+    pub fn begin(metrics: &Metrics, live: &Arc<Live<Facts>>, facts: Facts) -> Result<Self, ConnectionError> {
         match live.open(facts) {
-            Ok(guard) => Ok(Self { guard, metrics: metrics.clone(), labels, finished: false }),
+            Ok(guard) => Ok(Self { guard, metrics: metrics.clone(), labels: OnceLock::new(), finished: false }),
             Err((full, facts)) => {
                 let error = match full {
                     Full::TooMany => ConnectionError::TooManyConnections,
                     Full::PodGone => ConnectionError::PodGone,
                 };
-                report(metrics, labels, &facts, Some(&error));
+                Self::refused(metrics, facts, &error);
                 Err(error)
             }
         }
     }
 
+    /// Says where the connection goes, or where it was tried last, and counts it as opened. Once.
+    pub fn reached(&self, to: Reached) {
+        // A second one changes nothing.
+        let _ = self.guard.facts.reached.set(to);
+        self.count();
+    }
+
+    fn count(&self) -> &Labels {
+        self.labels.get_or_init(|| {
+            let labels = Labels::of(&self.guard.facts);
+            // Set here only.
+            let _ = self.guard.facts.handles.set(self.metrics.open(self.guard.facts.direction, &labels));
+            labels
+        })
+    }
+
     /// Reports a connection that never came to be.
-    pub fn refused(metrics: &Metrics, mut facts: Facts, error: &ConnectionError) {
+    pub fn refused(metrics: &Metrics, facts: Facts, error: &ConnectionError) {
         let labels = Labels::of(&facts);
-        facts.handles = Some(metrics.open(facts.direction, &labels));
-        report(metrics, labels, &facts, Some(error));
+        let _ = facts.handles.set(metrics.open(facts.direction, &labels));
+        report(metrics, &labels, &facts, Some(error));
     }
 
     /// Reports the connection's end.
     pub fn finish(mut self, result: Result<(), ConnectionError>) {
         self.finished = true;
-        report(&self.metrics, self.labels.clone(), &self.guard.facts, result.err().as_ref());
+        report(&self.metrics, self.count(), &self.guard.facts, result.err().as_ref());
     }
 }
 
@@ -189,25 +256,24 @@ impl Deref for Record {
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
-            report(&self.metrics, self.labels.clone(), &self.guard.facts, Some(&ConnectionError::Dropped));
+            report(&self.metrics, self.count(), &self.guard.facts, Some(&ConnectionError::Dropped));
         }
     }
 }
 
-fn report(metrics: &Metrics, labels: Labels, facts: &Facts, error: Option<&ConnectionError>) {
+fn report(metrics: &Metrics, labels: &Labels, facts: &Facts, error: Option<&ConnectionError>) {
     facts.publish_bytes();
-    let labels = match error {
-        Some(error) => {
-            let labels = labels.failed(error.flags());
-            if error.is_failure_to_connect() {
-                metrics.fail(facts.direction, &labels, error.reason());
+    if let Some(handles) = facts.handles.get() {
+        match error {
+            Some(error) => {
+                let labels = labels.clone().failed(error.flags());
+                if error.is_failure_to_connect() {
+                    metrics.fail(facts.direction, &labels, error.reason());
+                }
+                metrics.close(&labels, handles);
             }
-            labels
+            None => metrics.close(labels, handles),
         }
-        None => labels,
-    };
-    if let Some(handles) = &facts.handles {
-        metrics.close(&labels, handles);
     }
     log(facts, error);
 }
@@ -220,7 +286,7 @@ fn log(facts: &Facts, error: Option<&ConnectionError>) {
         Direction::Inbound => (facts.response_bytes(), facts.request_bytes()),
     };
     let duration = format!("{}ms", facts.accepted.elapsed().as_millis());
-    let (src, dst) = (Named::of(&facts.src), Named::of(&facts.dst));
+    let (src, dst) = (Named::of(&facts.src), Named::of(facts.destination()));
     // The level of an event is part of its place in the code, hence a macro.
     macro_rules! complete {
         ($level:ident, $($error:tt)*) => {
@@ -232,9 +298,9 @@ fn log(facts: &Facts, error: Option<&ConnectionError>) {
                 src.namespace = src.namespace,
                 src.identity = src.identity,
                 src.cluster = src.cluster,
-                dst.addr = %facts.dst.addr,
-                dst.hbone_addr = facts.hbone_addr.as_ref().map(tracing::field::display),
-                dst.service = facts.service.as_ref().map(|service| service.hostname.as_ref()),
+                dst.addr = %facts.destination().addr,
+                dst.hbone_addr = facts.authority().map(tracing::field::display),
+                dst.service = facts.asked_service().map(|service| service.hostname.as_ref()),
                 dst.workload = dst.workload,
                 dst.namespace = dst.namespace,
                 dst.identity = dst.identity,

@@ -8,15 +8,20 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use mesh_model::SpiffeId;
 use rustls::CommonState;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::pods::Pod;
 use super::record::Direction;
+
+/// Longest that the kernel waits for the peer to acknowledge what was sent: no longer than for the answer to a PING, so that a
+/// peer that is cut off is noticed as soon under load.
+const USER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// All tunnels of the proxy. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -89,6 +94,8 @@ impl Negotiated {
 impl Tunnels {
     /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries.
     pub fn list(&self, direction: Direction, pod: &Pod, peer: SocketAddr, io: TcpStream) -> Metered {
+        // Fails only on what is no TCP socket.
+        let _ = SockRef::from(&io).set_tcp_user_timeout(Some(USER_TIMEOUT));
         let facts = Arc::new(TunnelFacts {
             direction,
             pod: format!("{}/{}", pod.namespace, pod.name),

@@ -25,6 +25,7 @@ use super::sockets::tune;
 use super::sources::{Source, Sources};
 use super::state::State;
 use super::tunnels::Tunnels;
+use super::turns::Turns;
 use super::{inbound, outbound, plaintext};
 
 /// TLS handshakes that one thread runs at a time for one pod.
@@ -95,7 +96,9 @@ pub struct Worker {
     /// What it shares with the others.
     pub shared: Arc<Shared>,
     /// Its tunnels.
-    pub pool: Pool<TunnelKey, ConnectionError>,
+    pub pool: outbound::TunnelPool,
+    /// Whose tasks run when.
+    pub turns: Turns,
     /// Peers that refused a tunnel's certificate after the handshake, which TLS 1.3 allows: the reason, until the
     /// connection that asked for the tunnel has taken it.
     pub refusals: Mutex<HashMap<TunnelKey, Arc<ConnectionError>>>,
@@ -104,7 +107,7 @@ pub struct Worker {
 impl Worker {
     /// A worker without tunnels.
     pub fn new(shared: Arc<Shared>) -> Arc<Self> {
-        Arc::new(Self { shared, pool: Pool::new(IDLE_TIMEOUT), refusals: Mutex::default() })
+        Arc::new(Self { shared, pool: Pool::new(IDLE_TIMEOUT), turns: Turns::default(), refusals: Mutex::default() })
     }
 
     /// Keeps why the peer did not take a tunnel.
@@ -227,7 +230,8 @@ async fn run(
         let Some(Serve { pod, port, listener }) = next else { break };
         match TcpListener::from_std(std::net::TcpListener::from(listener)) {
             Ok(listener) => {
-                tokio::spawn(accept(Arc::clone(&worker), pod, port, listener, drain.clone()));
+                let turn = worker.turns.of(&pod.uid);
+                tokio::spawn(turn.run(accept(Arc::clone(&worker), pod, port, listener, drain.clone())));
             }
             Err(error) => tracing::error!(%error, ?pod, ?port, "cannot serve a listening socket"),
         }
@@ -337,15 +341,16 @@ pub struct Permits {
 }
 
 fn spawn(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, accepted: Accepted, permits: Permits, drain: Watcher) {
+    let turn = worker.turns.of(&pod.uid);
     match port {
-        Port::Outbound | Port::DnsTcp | Port::DnsUdp => tokio::spawn(async move {
+        Port::Outbound | Port::DnsTcp | Port::DnsUdp => tokio::spawn(turn.run(async move {
             let _token = drain;
             outbound::serve(&worker, &pod, accepted).await;
-        }),
-        Port::Plaintext => tokio::spawn(async move {
+        })),
+        Port::Plaintext => tokio::spawn(turn.run(async move {
             let _token = drain;
             plaintext::serve(&worker, &pod, accepted).await;
-        }),
-        Port::Hbone => tokio::spawn(inbound::serve(worker, pod, accepted, permits, drain)),
+        })),
+        Port::Hbone => tokio::spawn(turn.run(inbound::serve(worker, pod, accepted, permits, drain))),
     };
 }

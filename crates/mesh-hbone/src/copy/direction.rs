@@ -10,6 +10,15 @@ use bytes::{Buf, Bytes, BytesMut};
 use super::{CopyError, Plain, Side, buffer};
 use crate::stream::{ReadHalf, StreamError, WriteHalf};
 
+/// Bytes that one direction moves in one go. Then it lets others run, however much there is.
+const TURN: usize = 1 << 20;
+
+/// Asks to be polled again after the others.
+fn give_way<T>(cx: &Context<'_>) -> Poll<T> {
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
 /// Where a direction goes to.
 pub(super) trait Sink {
     /// Takes all of `data`; what is left in it has not been taken.
@@ -75,6 +84,7 @@ impl FromPlain {
         sink: &mut S,
         counter: &AtomicU64,
     ) -> Poll<Result<(), CopyError>> {
+        let mut moved = 0;
         while !self.done {
             let before = self.pending.len();
             if before > 0 {
@@ -82,6 +92,10 @@ impl FromPlain {
                 counter.fetch_add((before - self.pending.len()) as u64, Ordering::Relaxed);
                 ready!(sent)?;
                 self.pending = Bytes::new();
+                moved += before;
+                if moved >= TURN {
+                    return give_way(cx);
+                }
             }
             self.pending = ready!(buffer::poll_read(cx, plain)).map_err(at(side))?;
             if self.pending.is_empty() {
@@ -135,6 +149,7 @@ impl FromStream {
         plain: &P,
         counter: &AtomicU64,
     ) -> Poll<Result<(), CopyError>> {
+        let mut moved = 0;
         loop {
             if self.phase == Phase::Done {
                 return Poll::Ready(Ok(()));
@@ -152,6 +167,10 @@ impl FromStream {
             self.advance(n);
             counter.fetch_add(n as u64, Ordering::Relaxed);
             stream.release(n);
+            moved += n;
+            if moved >= TURN {
+                return give_way(cx);
+            }
         }
     }
 

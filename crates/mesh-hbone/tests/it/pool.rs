@@ -32,8 +32,8 @@ impl Peer {
         self.dials.load(Ordering::SeqCst)
     }
 
-    async fn dial(self) -> Result<Tunnel, DialError> {
-        self.dials.fetch_add(1, Ordering::SeqCst);
+    async fn dial(self) -> Result<(Tunnel, usize), DialError> {
+        let number = self.dials.fetch_add(1, Ordering::SeqCst);
         let permit = self.permission.acquire().await.unwrap();
         permit.forget();
         let (near, far) = pipe();
@@ -41,7 +41,7 @@ impl Peer {
         tokio::spawn(async move { server::serve(far, &options, std::future::pending(), echo).await });
         let (tunnel, driver) = client::handshake(near, &self.options).await.unwrap();
         tokio::spawn(driver);
-        Ok(tunnel)
+        Ok((tunnel, number))
     }
 }
 
@@ -53,13 +53,13 @@ async fn echo(request: Request) {
     let _ = stream.finish().await;
 }
 
-fn pool() -> Pool<&'static str, DialError> {
+fn pool() -> Pool<&'static str, usize, DialError> {
     Pool::new(IDLE_TIMEOUT)
 }
 
-async fn open(pool: &Pool<&'static str, DialError>, key: &'static str, peer: &Peer) -> Stream {
-    let slot = soon(pool.get(&key, || peer.clone().dial())).await.unwrap();
-    slot.open(connect("10.0.0.1:80"), SOON).await.unwrap().1
+async fn open(pool: &Pool<&'static str, usize, DialError>, key: &'static str, peer: &Peer) -> Stream {
+    let place = soon(pool.get(&key, || peer.clone().dial())).await.unwrap();
+    place.slot.open(connect("10.0.0.1:80"), SOON).await.unwrap().1
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn closed_tunnel_is_replaced() {
     });
     let (tunnel, driver) = client::handshake(near, &Options::default()).await.unwrap();
     let driver = tokio::spawn(driver);
-    let slot = pool.get(&"a", || std::future::ready(Ok(tunnel))).await.unwrap();
+    let slot = pool.get(&"a", || std::future::ready(Ok((tunnel, 0)))).await.unwrap();
     drop(slot);
     drain.send(()).unwrap();
     soon(driver).await.unwrap().unwrap();
@@ -231,6 +231,79 @@ async fn idle_tunnels_are_closed_and_busy_ones_kept() {
     assert_eq!(pool.tunnels(), 1);
     tokio::time::sleep(IDLE_TIMEOUT * 2).await;
     assert_eq!(pool.tunnels(), 0);
+}
+
+/// Moves `bytes` there and back, in large pieces.
+async fn bulk(stream: &mut Stream, bytes: usize) {
+    let piece = Bytes::from(vec![7; 64 << 10]);
+    for _ in 0..bytes / piece.len() {
+        stream.write(piece.clone()).await.unwrap();
+        let mut got = 0;
+        while got < piece.len() {
+            got += soon(stream.read()).await.unwrap().unwrap().len();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn bulk_streams_spread_over_tunnels_which_are_closed_when_idle() {
+    let (pool, peer) = (pool(), Peer::new(Options::default()));
+    let mut streams = Vec::new();
+    // Who comes when all tunnels carry bulk data is not kept waiting; another tunnel is made for the next.
+    for (expected, tunnels) in [(0, 1), (0, 2), (1, 2), (1, 3)] {
+        let place = soon(pool.get(&"a", || peer.clone().dial())).await.unwrap();
+        assert_eq!(place.about, expected);
+        let mut stream = place.slot.open(connect("10.0.0.1:80"), SOON).await.unwrap().1;
+        bulk(&mut stream, 2 << 20).await;
+        streams.push(stream);
+        until(|| pool.tunnels() == tunnels).await;
+    }
+    // The tunnel that is dialled last stays free for small messages, as many as there are.
+    let mut small = Vec::new();
+    for _ in 0..20 {
+        let place = soon(pool.get(&"a", || peer.clone().dial())).await.unwrap();
+        small.push(place.slot.open(connect("10.0.0.1:80"), SOON).await.unwrap().1);
+    }
+    assert_eq!(pool.tunnels(), 3);
+    drop((streams, small));
+    tokio::time::sleep(IDLE_TIMEOUT * 3 / 4).await;
+    assert_eq!(pool.tunnels(), 1, "spare ones are closed early");
+    tokio::time::sleep(IDLE_TIMEOUT).await;
+    assert_eq!(pool.tunnels(), 0);
+}
+
+#[tokio::test]
+async fn small_messages_share_one_tunnel_however_many_they_are() {
+    let (pool, peer) = (pool(), Peer::new(Options::default()));
+    let mut stream = open(&pool, "a", &peer).await;
+    for _ in 0..2000 {
+        stream.write(Bytes::from_static(&[1; 1000])).await.unwrap();
+        let mut got = 0;
+        while got < 1000 {
+            got += soon(stream.read()).await.unwrap().unwrap().len();
+        }
+    }
+    let _second = open(&pool, "a", &peer).await;
+    assert_eq!((peer.dials(), pool.tunnels()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_tunnel_for_more_room_that_fails_harms_nobody_and_is_not_tried_at_once() {
+    let (pool, peer) = (pool(), Peer::new(Options::default()));
+    let mut first = open(&pool, "a", &peer).await;
+    bulk(&mut first, 2 << 20).await;
+    let dials = Arc::new(AtomicUsize::new(0));
+    for _ in 0..10 {
+        let dials = Arc::clone(&dials);
+        let dial = || async move {
+            dials.fetch_add(1, Ordering::SeqCst);
+            Err(DialError("no room"))
+        };
+        let place = soon(pool.get(&"a", dial)).await.unwrap();
+        place.slot.open(connect("10.0.0.1:80"), SOON).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((dials.load(Ordering::SeqCst), pool.tunnels()), (1, 1));
 }
 
 #[tokio::test]
