@@ -148,30 +148,6 @@ impl NodeCapture {
         pin(link, &path)
     }
 
-    /// Attaches connect hooks that somebody took off or unpinned. Returns whether there were such.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn mend_hooks(&self, cgroup_root: &Path) -> Result<bool, CaptureError> {
-        let node = self.node_folder();
-        let mut missing = false;
-        for (program, _) in HOOKS {
-            let path = node.join(program);
-            match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
-                // Its cgroup is none: the link was detached.
-                Ok(found) if found.target == 0 => fs::remove_file(&path).map_err(at(&path))?,
-                Ok(_) => continue,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(at(&path)(error)),
-            }
-            missing = true;
-        }
-        if missing {
-            connect_hooks(&mut self.loader.node()?, &node, cgroup_root)?;
-        }
-        Ok(missing)
-    }
-
     /// Programs on the connect hooks of a cgroup that are not this node's: they may rewrite addresses before or after.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
@@ -54,7 +55,7 @@ pub fn attach(
     let options = NlOptions { priority: PRIORITY, ..NlOptions::default() };
     let id = program.attach_with_options(interface, side, TcAttachOptions::Netlink(options)).map_err(&refused)?;
     // Dropped, it would be detached.
-    std::mem::forget(program.take_link(id).map_err(&refused)?);
+    let _ = ManuallyDrop::new(program.take_link(id).map_err(&refused)?);
     Ok(())
 }
 

@@ -271,14 +271,12 @@ fn exchange(mut one: TcpStream, mut other: TcpStream, bytes: usize) {
         stream.set_nonblocking(false).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
     }
-    for (from, to) in [(&mut one, &mut other)] {
-        std::thread::scope(|scope| {
-            scope.spawn(|| from.write_all(&vec![7; bytes]).unwrap());
-            to.read_exact(&mut vec![0; bytes]).unwrap();
-        });
-        to.write_all(&vec![8; bytes / 64]).unwrap();
-        from.read_exact(&mut vec![0; bytes / 64]).unwrap();
-    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| one.write_all(&vec![7; bytes]).unwrap());
+        other.read_exact(&mut vec![0; bytes]).unwrap();
+    });
+    other.write_all(&vec![8; bytes / 64]).unwrap();
+    one.read_exact(&mut vec![0; bytes / 64]).unwrap();
 }
 
 #[test]
@@ -298,6 +296,34 @@ fn sockets_of_the_proxy_pass_in_both_directions_with_large_segments() {
         assert_eq!(world.counter(Counter::GuardDropped), 0);
         assert_eq!(world.counter(Counter::OlderPassed), 0);
     }
+}
+
+#[test]
+fn resets_and_data_of_closed_sockets_of_the_proxy_pass() {
+    let world = World::new();
+    let exempt = |socket: &Socket| world.node.exempt(socket.as_fd()).map_err(io::Error::other);
+    let connect = || connect_with(&world.a.netns, at(B, PORT), exempt).unwrap();
+    let reset = connect();
+    let (mut server, _) = accept(&world.application).unwrap();
+    server.set_nonblocking(false).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    SockRef::from(&reset).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(reset);
+    assert_eq!(server.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    // More than fits into the peer's buffers: the rest leaves when no process has the socket any more.
+    let mut closed = connect();
+    let (mut server, _) = accept(&world.application).unwrap();
+    server.set_nonblocking(false).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    closed.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    while let Ok(written) = closed.write(&[7; 65536]) {
+        sent += written;
+    }
+    drop(closed);
+    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap(), sent);
+    drop(server);
+    assert_eq!(world.counter(Counter::GuardDropped), 0);
 }
 
 #[test]

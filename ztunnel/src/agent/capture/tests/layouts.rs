@@ -2,20 +2,39 @@
 
 use super::*;
 
-/// Plays what an agent of version 1 leaves: folders, and the names of maps and links in them.
-///
-/// The maps and programs are those of this version, which capture the same; of a pod's entry in the map of pods, which is
-/// shorter there, nothing is asked.
-fn version_one(scratch: &Scratch, pod: &TestPod, host: &TestPod, listeners: &ListenerSet) -> NodeCapture {
-    let elsewhere = scratch.bpffs().join("played");
-    fs::create_dir(&elsewhere).unwrap();
-    let node = NodeCapture::open(&elsewhere, &cgroup_root(), None, false).unwrap();
-    node.set_routes(pod.netns.cookie(), &everywhere()).unwrap();
-    let entry = entry(0);
-    let attachment = Attachment { uid: "uid/a", netns: &pod.netns, entry, listeners: listeners.borrow(), guard: None };
-    host.netns.run(|| node.attach_pod(attachment)).unwrap().unwrap();
-    fs::rename(elsewhere.join("v2"), scratch.bpffs().join("v1")).unwrap();
-    node
+/// The programs of layout 1, as they were released.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("layout1.bpf.o");
+
+/// What an agent of version 1 leaves of an enrolled pod: its programs, attached and pinned, and their maps.
+fn version_one(scratch: &Scratch, pod: &TestPod, listeners: &ListenerSet) {
+    let root = scratch.bpffs().join("v1");
+    let (node, folder) = (root.join("node"), root.join("pods").join(folder_name("uid/a")));
+    for path in [&node, &folder] {
+        fs::create_dir_all(path).unwrap();
+    }
+    let mut loader = aya::EbpfLoader::new();
+    loader.override_global(abi::GLOBAL_LOG_LEVEL, &0_u8, true);
+    for map in [abi::MAP_PODS, abi::MAP_EXEMPT, abi::MAP_COUNTERS, abi::MAP_LOGS] {
+        loader.map_pin_path(map, node.join(map));
+    }
+    for map in [abi::MAP_SOCKETS, abi::MAP_POD] {
+        loader.map_pin_path(map, folder.join(map));
+    }
+    let mut object = loader.load(OBJECT).unwrap();
+    // Four IPv4 addresses, flags, and a word in reserve.
+    let mut entry = [0; 24];
+    entry[..4].copy_from_slice(&A.octets());
+    let mut map: aya::maps::Array<MapData, [u8; 24]> = take(&mut object, abi::MAP_POD).unwrap();
+    map.set(0, entry, 0).unwrap();
+    let mut sockets: aya::maps::SockMap<MapData> = take(&mut object, abi::MAP_SOCKETS).unwrap();
+    sockets.set(abi::SOCKET_OUTBOUND, &Raw(listeners.outbound.as_fd()), 0).unwrap();
+    let lookup: &mut aya::programs::SkLookup = object.program_mut(abi::PROGRAM_LOOKUP).unwrap().try_into().unwrap();
+    lookup.load().unwrap();
+    let id = lookup.attach(pod.netns.as_fd()).unwrap();
+    loader::pin(lookup.take_link(id).unwrap().into(), &folder.join("link")).unwrap();
+    let mut pods: Pods<24> = take(&mut object, abi::MAP_PODS).unwrap();
+    pods.insert(pod.netns.cookie(), entry, 0).unwrap();
+    cgroup::connect_hooks(&mut object, &node, &cgroup_root()).unwrap();
 }
 
 #[test]
@@ -31,7 +50,7 @@ fn pods_of_layout_one_are_captured_all_the_time() {
         assert!(accept(&outbound).is_some(), "{when}");
         assert!(accept_within(&application, Duration::ZERO).is_none(), "{when}");
     };
-    drop(version_one(&scratch, &a, &b, &listeners));
+    version_one(&scratch, &a, &listeners);
     captured("no agent");
 
     let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
@@ -49,6 +68,8 @@ fn pods_of_layout_one_are_captured_all_the_time() {
     captured("both");
     node.remove_layout(1).unwrap();
     captured("this version alone");
+    connect(&a.netns, at(B6, PORT)).unwrap();
+    assert!(accept(&outbound).is_some(), "IPv6, which the former one left alone");
     assert_eq!(node.former_layouts(), Vec::<u32>::new());
     assert!(!scratch.bpffs().join("v1").exists());
     assert_eq!(node.counter(Counter::GuardDropped).unwrap(), 0);
