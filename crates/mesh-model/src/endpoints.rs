@@ -136,6 +136,14 @@ impl ServiceEndpoints {
         groups.iter().filter(|(key, _)| group_depth(key) == longest).flat_map(|(_, set)| set.iter()).collect()
     }
 
+    /// As [`Self::ready`] for any port, at most `limit`.
+    pub(crate) fn some_ready(&self, limit: usize) -> Vec<&Arc<Workload>> {
+        let Some(layout) = &self.layout else { return Vec::new() };
+        let longest = layout.preference.len() + 1;
+        let groups = self.ready.iter().filter(|(key, _)| group_depth(key) == longest);
+        groups.flat_map(|(_, set)| set.iter()).take(limit).collect()
+    }
+
     fn groups(&self, layout: &Layout, port: Option<u16>) -> Option<&Groups> {
         match port {
             Some(port) if layout.endpoint_ports.binary_search(&port).is_ok() => self.ready_by_port.get(&port),

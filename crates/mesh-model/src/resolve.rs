@@ -137,6 +137,12 @@ impl Snapshot {
         self.endpoints_of(service.key())?.pick(None, from, random)
     }
 
+    /// Endpoints of the service of that key that are ready for anything, in any network; at most `limit`, of each network
+    /// the first by uid.
+    pub fn some_ready_endpoints(&self, service: &str, limit: usize) -> Vec<&Arc<Workload>> {
+        self.endpoints_of(service).map_or_else(Vec::new, |endpoints| endpoints.some_ready(limit))
+    }
+
     /// Every endpoint of the service of that key that is ready for `service_port`, in any network; ready for anything
     /// with None. For listings: it walks all of them.
     pub fn ready_endpoints(&self, service: &str, service_port: Option<u16>) -> Vec<&Arc<Workload>> {

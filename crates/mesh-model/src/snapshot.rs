@@ -29,6 +29,8 @@ pub struct Snapshot {
     services: HashMap<Arc<str>, Arc<Service>>,
     /// Of every network; the one that wins first.
     services_by_block: Blocks<Service>,
+    /// By host name in lower case; the one that wins first.
+    services_by_host: HashMap<Arc<str>, Arc<[Arc<Service>]>>,
     /// Never of a name that `workloads` or `services` has.
     unusable: UnusableSet,
     endpoints: HashMap<Arc<str>, ServiceEndpoints>,
@@ -191,6 +193,7 @@ impl Snapshot {
         for vip in &service.addresses {
             self.services_by_block.insert(vip.block, &service, |a, b| block_rank(a).cmp(&block_rank(b)));
         }
+        add_to(&mut self.services_by_host, host_key(&service), &service, |a, b| block_rank(a).cmp(&block_rank(b)));
         self.endpoints.entry(Arc::clone(service.key())).or_default().set_service(Some(&service));
     }
 
@@ -283,6 +286,7 @@ impl Snapshot {
         for vip in &service.addresses {
             self.services_by_block.remove(&vip.block, |other| other.key() == service.key());
         }
+        remove_from(&mut self.services_by_host, &host_key(service), |other| other.key() == service.key());
     }
 }
 
@@ -302,6 +306,11 @@ impl Snapshot {
     /// The service of that key, `<namespace>/<hostname>`.
     pub fn service_by_name(&self, key: &str) -> Option<&Arc<Service>> {
         self.services.get(key)
+    }
+
+    /// The services of that host name, in lower case and without a dot at its end; the canonical one first, then by key.
+    pub fn services_by_host(&self, host: &str) -> impl Iterator<Item = &Arc<Service>> {
+        self.services_by_host.get(host).into_iter().flat_map(|services| services.iter())
     }
 
     /// The service that has `ip` as a virtual address in `network`. Where several do, the narrowest block wins, then
@@ -369,6 +378,14 @@ impl Snapshot {
 
 fn address_rank(workload: &Workload) -> (bool, bool, &str) {
     workload_rank(&workload.uid, workload.tunnel_protocol == TunnelProtocol::Hbone)
+}
+
+fn host_key(service: &Service) -> Arc<str> {
+    let host = service.hostname.trim_end_matches('.');
+    if host.len() == service.hostname.len() && !host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return Arc::clone(&service.hostname);
+    }
+    host.to_ascii_lowercase().into()
 }
 
 fn block_rank(service: &Service) -> (bool, &str) {

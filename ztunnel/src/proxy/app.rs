@@ -21,6 +21,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Error;
 use super::config::Config;
 use super::discovery::{self, ControlPlane, DiscoveryMetrics};
+use super::dns::{Dns, DnsMetrics};
 use super::dump::Dump;
 use super::guard;
 use super::handover::Handover;
@@ -67,6 +68,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
         tunnels: Tunnels::default(),
         addresses: Arc::default(),
         hbone: mesh_hbone::Options::default(),
+        dns: Dns::new(&config.cluster_domain, DnsMetrics::register(&registry)),
         network: config.network.clone(),
         node: config.node.clone(),
         cluster_id: config.cluster_id.clone(),

@@ -46,6 +46,10 @@ pub struct Config {
     #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
     pub trust_domain: String,
 
+    /// Domain that the names of this cluster's services end in.
+    #[arg(long, env = "CULVERT_CLUSTER_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
+    pub cluster_domain: String,
+
     /// Network that this node's pods are on; empty for a mesh of one network.
     #[arg(long, env = "CULVERT_NETWORK", default_value = "", value_name = "NAME")]
     pub network: String,
@@ -136,6 +140,12 @@ impl Config {
         if self.trust_domain.is_empty() || self.trust_domain.contains('/') {
             wrong.push(format!("--trust-domain is {:?}: it must be a name such as cluster.local", self.trust_domain));
         }
+        if !is_domain(&self.cluster_domain) {
+            wrong.push(format!(
+                "--cluster-domain is {:?}: it must be a name such as cluster.local",
+                self.cluster_domain
+            ));
+        }
         if !self.admin_addr.ip().is_loopback() {
             wrong.push(format!("--admin-addr is {}: it must be a loopback address", self.admin_addr));
         }
@@ -165,6 +175,15 @@ impl Config {
     }
 }
 
+/// Whether it is a domain name as hosts have it, perhaps with a dot at its end.
+fn is_domain(text: &str) -> bool {
+    let label = |label: &str| {
+        let usual = label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        (1..=63).contains(&label.len()) && usual
+    };
+    text.len() <= 200 && text.strip_suffix('.').unwrap_or(text).split('.').all(label)
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: u32 = text.parse().map_err(|_| format!("{text:?} is not a whole number of seconds"))?;
     Ok(Duration::from_secs(seconds.into()))
@@ -191,14 +210,32 @@ mod tests {
     }
 
     #[test]
+    fn addresses_may_be_of_either_family() {
+        let flags = ["proxy", "--node", "a", "--admin-addr", "[::1]:15000", "--metrics-addr", "[::]:15020"];
+        let more = ["--ready-addr", "[::]:15021", "--instance-ip", "2001:db8::1"];
+        let config = Command::try_parse_from(flags.iter().chain(&more)).unwrap().config;
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(config.ready_addr, "[::]:15021".parse().unwrap());
+    }
+
+    #[test]
     fn every_mistake_is_reported_at_once() {
         let flags = ["proxy", "--node", "", "--xds-address", "http://x:1", "--uid", "0", "--workers", "0"];
         let more = ["--admin-addr", "0.0.0.0:1", "--ca-address", "x:1", "--trust-domain", "a/b"];
-        let config = Command::try_parse_from(flags.iter().chain(&more)).unwrap().config;
+        let more = more.iter().chain(&["--cluster-domain", "a..b"]);
+        let config = Command::try_parse_from(flags.iter().chain(more)).unwrap().config;
         let wrong = config.check().unwrap_err();
-        assert_eq!(wrong.0.len(), 7, "{wrong}");
-        for flag in ["--node", "--xds-address", "--ca-address", "--uid", "--workers", "--admin-addr", "--trust-domain"]
-        {
+        assert_eq!(wrong.0.len(), 8, "{wrong}");
+        for flag in [
+            "--node",
+            "--xds-address",
+            "--ca-address",
+            "--uid",
+            "--workers",
+            "--admin-addr",
+            "--trust-domain",
+            "--cluster-domain",
+        ] {
             assert!(wrong.to_string().contains(flag), "{flag} is missing in {wrong}");
         }
     }

@@ -46,6 +46,7 @@ impl Dump {
             "pods": self.pods.pods().iter().map(|one| self.pod(one)).collect::<Vec<_>>(),
             "tunnels": self.shared.tunnels.all().iter().map(|one| tunnel(one)).collect::<Vec<_>>(),
             "stockedSockets": self.cap.idle(),
+            "dns": self.shared.dns.metrics.json(),
         })
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use mesh_model::{Snapshot, SpiffeId, Viewpoint, Workload};
 
 /// Ports that the mesh itself listens on in every enrolled pod: no connection is carried to them.
-const FORBIDDEN_PORTS: [u16; 3] = [15001, 15006, 15008];
+const FORBIDDEN_PORTS: [u16; 4] = [15001, 15006, 15008, 15053];
 
 /// Whether `port` of an enrolled pod belongs to the mesh itself.
 pub fn is_forbidden(port: u16) -> bool {

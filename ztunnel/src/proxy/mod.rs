@@ -9,6 +9,7 @@ pub mod config;
 pub mod connect;
 pub mod dial;
 pub mod discovery;
+pub mod dns;
 pub mod dump;
 pub mod error;
 pub mod guard;

@@ -33,6 +33,11 @@ impl State {
         self.complete.send_replace(true);
     }
 
+    /// Whether decisions may be made.
+    pub fn is_complete(&self) -> bool {
+        *self.complete.borrow()
+    }
+
     /// Resolves once decisions may be made. Before that everything would look like something that the mesh does not know,
     /// and would be let out in plain.
     pub async fn complete(&self) {

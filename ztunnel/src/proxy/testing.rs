@@ -19,6 +19,7 @@ use prost::Message;
 use tokio::net::TcpListener;
 
 use super::dial::DeliveryPorts;
+use super::dns::{Dns, DnsMetrics};
 use super::live::Live;
 use super::local::fixture;
 use super::metrics::Metrics;
@@ -27,6 +28,10 @@ use super::sockets::{Family, SocketKind, SocketSource, TakeError, prepare};
 use super::state::{Discovery, State};
 use super::tunnels::Tunnels;
 use super::worker::{Shared, Worker, accept};
+
+/// Where queries of tests are sent to, and where resolvers of tests listen: any user may bind these.
+pub const DNS_TEST_PORT: u16 = 15353;
+pub const DNS_TEST_UPSTREAM_PORT: u16 = 15354;
 
 /// Longest that a test waits for anything.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -161,6 +166,11 @@ impl Mesh {
             tunnels: Tunnels::default(),
             addresses: Arc::default(),
             hbone: mesh_hbone::Options::default(),
+            dns: Dns {
+                port: DNS_TEST_PORT,
+                upstream_port: DNS_TEST_UPSTREAM_PORT,
+                ..Dns::new("cluster.local", DnsMetrics::register(&registry))
+            },
             network: String::new(),
             node: "node".into(),
             cluster_id: "Kubernetes".into(),

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -17,10 +18,12 @@ use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use super::dns::{self, Dns};
 use super::error::ConnectionError;
 use super::local::{Listed, LocalAddresses, LocalPod};
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
+use super::record::Direction;
 use super::sockets::tune;
 use super::sources::{Source, Sources};
 use super::state::State;
@@ -37,6 +40,12 @@ const WAITING: usize = 1024;
 
 /// Tunnels that one thread serves at a time for one pod.
 const TUNNELS: usize = 4096;
+
+/// Longest that the last bytes in tunnels may take when the proxy ends.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Time between two looks whether they are gone.
+const FLUSH_STEP: Duration = Duration::from_millis(5);
 
 /// Pause after a failed accept, which is a shortage of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -55,6 +64,8 @@ pub struct Shared {
     pub addresses: Arc<LocalAddresses>,
     /// Limits and times of tunnels.
     pub hbone: mesh_hbone::Options,
+    /// What answers the pods' queries for names.
+    pub dns: Dns,
     /// Network of this node.
     pub network: String,
     /// Name of this node.
@@ -138,6 +149,8 @@ pub struct Workers {
     serve: Vec<mpsc::UnboundedSender<Serve>>,
     stop: watch::Sender<bool>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Whose turn it is to serve a socket that only one thread serves.
+    turn: AtomicUsize,
     shared: Arc<Shared>,
 }
 
@@ -158,7 +171,13 @@ impl Workers {
             threads.push(thread.spawn(move || runtime.block_on(main))?);
             serve.push(sender);
         }
-        Ok(Arc::new(Self { serve, stop, threads: Mutex::new(threads), shared: Arc::clone(shared) }))
+        Ok(Arc::new(Self {
+            serve,
+            stop,
+            threads: Mutex::new(threads),
+            turn: AtomicUsize::new(0),
+            shared: Arc::clone(shared),
+        }))
     }
 
     /// Ends all threads, and what they still carry.
@@ -178,6 +197,13 @@ impl Host for Arc<Workers> {
         let mut all = Vec::new();
         for (port, listener) in listeners {
             if port == Port::DnsUdp {
+                // Datagrams need no second thread, and every one that waits for them is woken by each.
+                dns::udp::prepare(&listener)?;
+                let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.serve.len().max(1);
+                if let Some(worker) = self.serve.get(turn) {
+                    // A worker that is gone: the proxy is ending.
+                    let _ = worker.send(Serve { pod: Arc::clone(pod), port, listener });
+                }
                 continue;
             }
             let known = SockRef::from(&listener);
@@ -228,6 +254,11 @@ async fn run(
             next = serve.recv() => next,
         };
         let Some(Serve { pod, port, listener }) = next else { break };
+        if port == Port::DnsUdp {
+            let turn = worker.turns.of(&pod.uid);
+            tokio::spawn(turn.run(dns::udp::serve(Arc::clone(&worker), pod, listener, drain.clone())));
+            continue;
+        }
         match TcpListener::from_std(std::net::TcpListener::from(listener)) {
             Ok(listener) => {
                 let turn = worker.turns.of(&pod.uid);
@@ -241,6 +272,16 @@ async fn run(
     drop(serve);
     // What was begun goes on until the owner says stop.
     let _ = stop.wait_for(|stop| *stop).await;
+    // The last bytes of connections that have ended may still wait in their tunnels, which end once nobody has them.
+    worker.pool.retain(|_| false);
+    let tunnels = &worker.shared.tunnels;
+    let flushed = async {
+        while tunnels.all().iter().any(|tunnel| tunnel.direction == Direction::Outbound) {
+            tokio::time::sleep(FLUSH_STEP).await;
+        }
+    };
+    // A peer that reads nothing more is not waited for.
+    let _ = tokio::time::timeout(FLUSH, flushed).await;
 }
 
 /// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
@@ -343,9 +384,14 @@ pub struct Permits {
 fn spawn(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, accepted: Accepted, permits: Permits, drain: Watcher) {
     let turn = worker.turns.of(&pod.uid);
     match port {
-        Port::Outbound | Port::DnsTcp | Port::DnsUdp => tokio::spawn(turn.run(async move {
+        Port::Outbound => tokio::spawn(turn.run(async move {
             let _token = drain;
             outbound::serve(&worker, &pod, accepted).await;
+        })),
+        // Streams do not come to the socket of datagrams.
+        Port::DnsTcp | Port::DnsUdp => tokio::spawn(turn.run(async move {
+            let _token = drain;
+            dns::tcp::serve(&worker, &pod, accepted).await;
         })),
         Port::Plaintext => tokio::spawn(turn.run(async move {
             let _token = drain;

@@ -214,3 +214,35 @@ fn what_cannot_be_taken_takes_no_address_that_was_not_its_own() {
     snapshot.remove_address("Kubernetes//Pod/shop/web");
     assert_eq!(seen(&snapshot, "10.0.0.1"), "!entry");
 }
+
+#[test]
+fn services_are_found_by_host_in_any_case() {
+    let named = |namespace: &str, hostname: &str, canonical| wire::Service {
+        namespace: namespace.into(),
+        hostname: hostname.into(),
+        canonical,
+        ..service("web", &[], &[])
+    };
+    let mut snapshot = snapshot(&[], &[named("b", "Web.Example.com.", false), named("a", "web.example.com", false)]);
+    let found = |snapshot: &Snapshot, host: &str| {
+        snapshot.services_by_host(host).map(|service| service.namespace.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(found(&snapshot, "web.example.com"), ["a", "b"]);
+    snapshot.upsert_service((&named("c", "web.example.com", true)).try_into().unwrap());
+    assert_eq!(found(&snapshot, "web.example.com"), ["c", "a", "b"]);
+    snapshot.remove_address("b/Web.Example.com.");
+    snapshot.remove_address("c/web.example.com");
+    assert_eq!(found(&snapshot, "web.example.com"), ["a"]);
+    snapshot.remove_address("a/web.example.com");
+    assert_eq!(found(&snapshot, "web.example.com"), Vec::<String>::new());
+}
+
+#[test]
+fn some_endpoints_are_no_more_than_asked_for() {
+    let pods: Vec<_> =
+        (1..6).map(|i| in_service(pod(&format!("web-{i}"), &[&format!("10.0.0.{i}")]), "web", &[])).collect();
+    let snapshot = snapshot(&pods, &[service("web", &[], &[(80, 80)])]);
+    assert_eq!(snapshot.some_ready_endpoints("shop/web", 3).len(), 3);
+    assert_eq!(snapshot.some_ready_endpoints("shop/web", 9).len(), 5);
+    assert_eq!(snapshot.some_ready_endpoints("shop/none", 9).len(), 0);
+}

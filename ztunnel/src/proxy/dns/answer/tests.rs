@@ -1,0 +1,171 @@
+use hickory_proto::op::ResponseCode;
+use mesh_proto::workload as wire;
+use proptest::prelude::*;
+
+use super::*;
+use crate::proxy::local::fixture::{id, in_service, ip, local, mesh, network_address, pod, service};
+
+/// `reviews` has an IPv4 address, `many` is headless with 100 endpoints, `api.example.com` is of the outside.
+fn shop() -> Snapshot {
+    let many = wire::Service { addresses: Vec::new(), ..service("many", "10.96.0.9", &[]) };
+    let pods: Vec<_> =
+        (1..=100).map(|i| in_service(pod(&format!("many-{i}"), &[&format!("10.0.1.{i}")]), "many", &[])).collect();
+    let outside = wire::Service {
+        hostname: "api.example.com".into(),
+        addresses: vec![network_address("240.0.0.1"), network_address("2001:db8:f::1")],
+        ..service("api", "240.0.0.1", &[])
+    };
+    mesh(&pods, &[service("reviews", "10.96.0.1", &[]), many, outside])
+}
+
+fn decide_at(snapshot: Option<&Snapshot>, query: &[u8], transport: Transport) -> Decision {
+    let (identity, addresses) = (id("shop", "client"), [ip("10.0.0.1")]);
+    let client = local("client", &identity, &addresses);
+    decide(snapshot, &client, "cluster.local", query, transport, &mut fastrand::Rng::with_seed(3))
+}
+
+fn query(name: &str, of_type: RecordType) -> Message {
+    let mut message = Message::new(4711, MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.queries.push(Query::query(Name::from_ascii(name).unwrap(), of_type));
+    message
+}
+
+fn with_edns(mut message: Message, size: u16, version: u8) -> Message {
+    let mut edns = Edns::new();
+    edns.set_max_payload(size).set_version(version).set_dnssec_ok(true);
+    message.edns = Some(edns);
+    message
+}
+
+/// The answer, over UDP.
+fn answered(message: &Message) -> (Message, usize, Outcome) {
+    answered_over(message, Transport::Udp)
+}
+
+fn answered_over(message: &Message, transport: Transport) -> (Message, usize, Outcome) {
+    let bytes = message.to_vec().unwrap();
+    match decide_at(Some(&shop()), &bytes, transport) {
+        Decision::Answer(answer, outcome) => {
+            assert!(message::answers(&bytes, &answer));
+            (Message::from_vec(&answer).unwrap(), answer.len(), outcome)
+        }
+        other => panic!("{:?} is not answered: {other:?}", message.queries),
+    }
+}
+
+fn forwarded(message: &Message) -> bool {
+    decide_at(Some(&shop()), &message.to_vec().unwrap(), Transport::Udp) == Decision::Forward
+}
+
+#[test]
+fn an_address_is_told_with_the_letters_of_the_question() {
+    let name = Name::from_ascii("rEviEws.Shop.svc.CLUSTER.local.").unwrap();
+    let (answer, _, outcome) = answered(&query(&name.to_ascii(), RecordType::A));
+    assert_eq!(outcome, Outcome::Answered);
+    assert!(answer.queries[0].name.eq_case(&name) && answer.answers[0].name.eq_case(&name));
+    assert_eq!(answer.answers[0].data, RData::A(A([10, 96, 0, 1].into())));
+    assert_eq!((answer.answers.len(), answer.answers[0].ttl), (1, TTL));
+    let flags = answer.metadata;
+    assert!(flags.authoritative && flags.recursion_desired && flags.recursion_available && !flags.authentic_data);
+    assert_eq!((flags.id, flags.response_code), (4711, ResponseCode::NoError));
+    assert!(answer.edns.is_none(), "not asked for");
+}
+
+#[test]
+fn the_other_family_has_no_data_rather_than_no_name() {
+    let (answer, _, outcome) = answered(&query("reviews.shop.svc.cluster.local.", RecordType::AAAA));
+    assert_eq!((outcome, answer.metadata.response_code), (Outcome::NoData, ResponseCode::NoError));
+    assert_eq!(answer.answers.len(), 0);
+    let [soa] = answer.authorities.as_slice() else { panic!("{answer:?}") };
+    assert_eq!(soa.name, Name::from_ascii("cluster.local.").unwrap());
+    assert!(matches!(&soa.data, RData::SOA(soa) if soa.minimum == TTL));
+    let (answer, _, outcome) = answered(&query("api.example.com.", RecordType::AAAA));
+    assert_eq!(outcome, Outcome::Answered);
+    assert!(matches!(answer.answers[0].data, RData::AAAA(_)));
+}
+
+#[test]
+fn a_search_domain_too_much_is_an_alias() {
+    let (answer, ..) = answered(&query("api.example.com.shop.svc.cluster.local.", RecordType::A));
+    let api = Name::from_ascii("api.example.com.").unwrap();
+    assert_eq!(answer.answers[0].data, RData::CNAME(CNAME(api.clone())));
+    assert_eq!(answer.answers[1].name, api);
+    assert_eq!(answer.answers[1].data, RData::A(A([240, 0, 0, 1].into())));
+}
+
+#[test]
+fn what_is_not_known_fully_is_forwarded() {
+    let known = "reviews.shop.svc.cluster.local.";
+    let unknown = ["example.com.", "none.shop.svc.cluster.local.", ".", "local.", "*.shop.svc.cluster.local."];
+    for name in unknown {
+        assert!(forwarded(&query(name, RecordType::A)), "{name}");
+    }
+    for of_type in [RecordType::SRV, RecordType::TXT, RecordType::PTR, RecordType::ANY, RecordType::HTTPS] {
+        assert!(forwarded(&query(known, of_type)), "{of_type}");
+    }
+    let mut chaos = query(known, RecordType::A);
+    chaos.queries[0].query_class = DNSClass::CH;
+    let mut two = query(known, RecordType::A);
+    two.queries.push(two.queries[0].clone());
+    let mut notify = query(known, RecordType::A);
+    notify.metadata.op_code = OpCode::Notify;
+    let mut more = query(known, RecordType::A);
+    more.additionals.push(Record::from_rdata(Name::root(), 1, RData::A(A([1, 2, 3, 4].into()))));
+    for odd in [chaos, two, notify, more, with_edns(query(known, RecordType::A), 1232, 1)] {
+        assert!(forwarded(&odd), "{odd:?}");
+    }
+    let bytes = query(known, RecordType::A).to_vec().unwrap();
+    assert_eq!(decide_at(None, &bytes, Transport::Udp), Decision::Forward, "nothing is known yet");
+}
+
+#[test]
+fn what_is_no_query_is_dropped() {
+    let mut answer = query("reviews.", RecordType::A);
+    answer.metadata.message_type = MessageType::Response;
+    let answer = answer.to_vec().unwrap();
+    for bytes in [&[][..], &[0; 11], &answer] {
+        assert_eq!(decide_at(Some(&shop()), bytes, Transport::Udp), Decision::Drop);
+    }
+}
+
+#[test]
+fn an_answer_is_as_long_as_the_client_takes() {
+    let many = || query("many.shop.svc.cluster.local.", RecordType::A);
+    let (cut, length, _) = answered(&many());
+    assert!(cut.metadata.truncation && length <= 512 && cut.answers.len() > 20, "{length}: {}", cut.answers.len());
+    let (cut, length, _) = answered(&with_edns(many(), 1232, 0));
+    assert!(cut.metadata.truncation && (1000..=1232).contains(&length), "{length}");
+    let edns = cut.edns.unwrap();
+    assert_eq!((edns.max_payload(), edns.flags().dnssec_ok, edns.version()), (OUR_UDP, true, 0));
+    let (whole, length, _) = answered(&with_edns(many(), 4096, 0));
+    assert!(!whole.metadata.truncation && whole.answers.len() == 100, "{length}");
+    let (cut, length, _) = answered(&with_edns(many(), 0, 0));
+    assert!(cut.metadata.truncation && length <= 512, "{length}");
+    let (whole, ..) = answered_over(&many(), Transport::Tcp);
+    assert_eq!((whole.metadata.truncation, whole.answers.len()), (false, 100));
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_decided_on_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let _ = decide_at(Some(&mesh(&[], &[])), &bytes, Transport::Udp);
+    }
+
+    /// A good query with some bytes changed: whatever is answered, it is this very question.
+    #[test]
+    fn an_answer_is_one_to_the_question(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4)) {
+        let snapshot = mesh(&[], &[service("reviews", "10.96.0.1", &[])]);
+        let query = with_edns(query("reviews.shop.svc.cluster.local.", RecordType::A), 1232, 0);
+        let mut bytes = query.to_vec().unwrap();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Decision::Answer(answer, _) = decide_at(Some(&snapshot), &bytes, Transport::Udp) {
+            prop_assert!(message::answers(&bytes, &answer));
+            let question = message::question(&bytes).unwrap();
+            prop_assert_eq!(&answer[question.clone()], &bytes[question]);
+        }
+    }
+}
