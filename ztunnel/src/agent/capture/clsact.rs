@@ -77,8 +77,8 @@ pub fn remove(folder: &Path) -> Result<(), CaptureError> {
     if !path.exists() {
         return Ok(());
     }
-    disarm(folder)?;
     let place = folder.join(PLACE);
+    let mut found = false;
     if let Some((index, side)) = fs::read_link(&place).ok().as_deref().and_then(Path::to_str).and_then(parse)
         && let Ok(interface) = sys::interface_name(index)
     {
@@ -86,7 +86,11 @@ pub fn remove(folder: &Path) -> Result<(), CaptureError> {
         for handle in filters(folder, index, side)? {
             let link = SchedClassifierLink::attached(&interface, side, PRIORITY, handle, None).map_err(at(&place))?;
             link.detach().map_err(&refused)?;
+            found = true;
         }
+    }
+    if !found {
+        disarm(folder)?;
     }
     for path in [path, place] {
         match fs::remove_file(&path) {

@@ -366,7 +366,7 @@ fn guard_at_the_pods_end_does_the_same() {
 fn guard_is_a_filter_where_the_kernel_has_no_links_for_it() {
     let world = World::new();
     let (pod, folder) = (&world.a.netns, world.node.pod_folder("uid/a"));
-    guard::remove(&folder).unwrap();
+    world.b.netns.run(|| guard::remove(&folder)).unwrap().unwrap();
     assert!(world.b.netns.run(|| world.capture.verify_guard(pod, Some(world.guard))).unwrap().is_err());
     let mut object = world.node.loader.pod(&folder, 1).unwrap();
     let attached = world
@@ -387,7 +387,7 @@ fn guard_is_a_filter_where_the_kernel_has_no_links_for_it() {
     attach(&world.node, pod, &world.b.netns, FLAG_DNS, &world.listeners, moved);
     send_frames(pod, &[frame([8, 0], &packet(0x18, b"secret-frame"))]);
     assert_eq!(world.counter(Counter::GuardDropped), 2);
-    guard::remove(&folder).unwrap();
+    pod.run(|| guard::remove(&folder)).unwrap().unwrap();
     let attached = world.b.netns.run(|| {
         let mut object = world.node.loader.pod(&folder, 1).unwrap();
         guard::attach_by(guard::Means::Filter, guard::load(&mut object).unwrap(), &folder, world.guard, pod)
