@@ -25,19 +25,32 @@ impl Drop for Cgroup {
     }
 }
 
-/// A process in a cgroup and a namespace that connects, says "probe", shows what it is answered, and ends.
+/// What tells the process of [`prober`] where it belongs and whom to ask.
+const CGROUP: &str = "CULVERT_TEST_CGROUP";
+const TARGET: &str = "CULVERT_TEST_TARGET";
+
+/// A process in a cgroup and a namespace that connects, says "probe", waits for "alive", and ends: this program, with
+/// another test.
 fn prober(cgroup: &Cgroup, netns: &Netns, to: SocketAddr) -> Child {
-    let script = format!(
-        "echo $$ > {}/cgroup.procs && exec 3<>/dev/tcp/{}/{} && echo probe >&3 && head -c 6 <&3",
-        cgroup.0.display(),
-        to.ip(),
-        to.port()
-    );
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", &format!("{module}::probe"), "--ignored"]);
+    command.env(CGROUP, &cgroup.0).env(TARGET, to.to_string()).stdout(Stdio::null());
     // A child is born in the network namespace of the thread that starts it.
-    netns
-        .run(|| Command::new("bash").args(["-c", &script]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn())
-        .unwrap()
-        .unwrap()
+    netns.run(|| command.spawn()).unwrap().unwrap()
+}
+
+#[test]
+#[ignore = "is run by another test, in a process of its own"]
+fn probe() {
+    let cgroup = PathBuf::from(std::env::var_os(CGROUP).unwrap());
+    fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+    let mut stream = TcpStream::connect(std::env::var(TARGET).unwrap()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(b"probe").unwrap();
+    let mut bytes = [0; 5];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"alive");
 }
 
 #[test]
@@ -47,20 +60,20 @@ fn kubelets_connections_pass_and_those_of_others_are_steered() {
     let world = World::of(a, b, FLAG_DNS, false, Some(&kubelet.0));
     let own = listen(&world.a.netns, PORT);
     for address in [IpAddr::from(A), A6.into()] {
-        let child = prober(&kubelet, &world.b.netns, at(address, PORT));
+        let mut child = prober(&kubelet, &world.b.netns, at(address, PORT));
         let (mut application, _) = accept(&own).expect("straight to the application");
         application.set_nonblocking(false).unwrap();
-        let mut bytes = [0; 6];
+        let mut bytes = [0; 5];
         application.read_exact(&mut bytes).unwrap();
-        assert_eq!(&bytes, b"probe\n");
+        assert_eq!(&bytes, b"probe");
         // The answer passes the guard, though the socket is the application's.
-        application.write_all(b"alive\n").unwrap();
+        application.write_all(b"alive").unwrap();
         drop(application);
-        assert_eq!(child.wait_with_output().unwrap().stdout, b"alive\n");
+        assert!(child.wait().unwrap().success());
 
         let mut child = prober(&other, &world.b.netns, at(address, PORT));
         assert_eq!(world.accepted(&world.listeners.inbound_plaintext).0, at(address, PORT));
-        child.wait().unwrap();
+        assert!(!child.wait().unwrap().success(), "nobody answered it");
         assert!(accept_within(&own, Duration::ZERO).is_none(), "the application's own listener did not get it");
     }
     assert!(world.counter(Counter::ProbesPassed) >= 2);
