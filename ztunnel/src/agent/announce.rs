@@ -10,13 +10,14 @@ use mesh_runtime::seqpacket::{self, Listener, Socket};
 use prost::Message as _;
 use tokio::sync::Semaphore;
 
+use super::enrolment::{Admission, Admitted, Checked, Enrolment};
 use super::manager::Manager;
 use super::pod::{PodInfo, Sandbox};
 
 /// The version of the protocol.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest request.
-const MAX_MESSAGE: usize = 16 << 10;
+const MAX_MESSAGE: usize = seqpacket::MAX_MESSAGE;
 /// Longest path of a namespace.
 const MAX_PATH: usize = 4096;
 /// Longest id of a sandbox; runtimes use 64 digits.
@@ -29,14 +30,14 @@ const PAUSE: Duration = Duration::from_millis(200);
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Serves requests until the task is aborted.
-pub async fn serve(listener: Listener, manager: Manager) {
+pub async fn serve(listener: Listener, enrolment: Enrolment) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let socket = accept(&listener).await;
-        let manager = manager.clone();
+        let enrolment = enrolment.clone();
         tokio::spawn(async move {
-            match tokio::time::timeout(IDLE * 10, connection(&socket, &manager)).await {
+            match tokio::time::timeout(IDLE * 10, connection(&socket, &enrolment)).await {
                 Ok(Ok(()) | Err(seqpacket::Error::Closed)) | Err(_) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "connection of an announcer ended"),
             }
@@ -58,7 +59,7 @@ pub(super) async fn accept(listener: &Listener) -> Socket {
     }
 }
 
-async fn connection(socket: &Socket, manager: &Manager) -> Result<(), seqpacket::Error> {
+async fn connection(socket: &Socket, enrolment: &Enrolment) -> Result<(), seqpacket::Error> {
     let uid = socket.peer()?.uid;
     if uid != 0 {
         tracing::warn!(uid, "only root may announce pods");
@@ -68,7 +69,7 @@ async fn connection(socket: &Socket, manager: &Manager) -> Result<(), seqpacket:
         let Ok(received) = tokio::time::timeout(IDLE, socket.recv(MAX_MESSAGE)).await else { return Ok(()) };
         let (bytes, fds) = received?;
         let response = match node::PodRequest::decode(bytes) {
-            Ok(request) => respond(request, fds, manager).await,
+            Ok(request) => respond(request, fds, enrolment).await,
             Err(error) => refusal(format!("not a request: {error}")),
         };
         let bytes = fit(response).encode_to_vec();
@@ -77,49 +78,100 @@ async fn connection(socket: &Socket, manager: &Manager) -> Result<(), seqpacket:
     }
 }
 
-async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, manager: &Manager) -> node::PodResponse {
+async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, enrolment: &Enrolment) -> node::PodResponse {
     match request.kind {
-        Some(pod_request::Kind::Enrol(request)) => {
-            let done = enrol(request, fds, manager).await;
-            response(done.err().unwrap_or_default(), Vec::new())
-        }
+        Some(pod_request::Kind::Enrol(request)) => match enrol(request, fds, enrolment.manager()).await {
+            Ok(()) => response(Vec::new()),
+            Err(error) => refusal(error),
+        },
         Some(pod_request::Kind::Withdraw(request)) => {
-            let done = manager.withdraw(request.pod_uid, request.container_id).await;
-            let error = done.err().map(|error| error.to_string()).unwrap_or_default();
-            response(error, Vec::new())
+            match enrolment.delete(request.pod_uid, request.container_id, 0).await {
+                Ok(()) => response(Vec::new()),
+                Err(error) => refusal(error.to_string()),
+            }
         }
-        Some(pod_request::Kind::List(node::ListPods {})) => match manager.list().await {
-            Ok(pods) => response(String::new(), pods.into_iter().map(Into::into).collect()),
+        Some(pod_request::Kind::List(node::ListPods {})) => match enrolment.manager().list().await {
+            Ok(pods) => response(pods.into_iter().map(Into::into).collect()),
             Err(error) => refusal(error.to_string()),
         },
+        Some(pod_request::Kind::Admit(request)) => admit(request, fds, enrolment).await,
+        Some(pod_request::Kind::Delete(request)) => {
+            match enrolment.delete(request.pod_uid, request.container_id, request.asked_at_ms).await {
+                Ok(()) => response(Vec::new()),
+                Err(error) => refusal(error.to_string()),
+            }
+        }
+        Some(pod_request::Kind::Check(request)) => check(&request, enrolment).await,
+        Some(pod_request::Kind::Prune(request)) => {
+            match enrolment.prune(request.container_ids, request.asked_at_ms).await {
+                Ok(_) => response(Vec::new()),
+                Err(error) => refusal(error.to_string()),
+            }
+        }
+        Some(pod_request::Kind::Ping(node::Ping {})) => response(Vec::new()),
         None => refusal(String::from("a request of an unknown kind")),
     }
 }
 
 async fn enrol(request: node::EnrolPod, fds: Vec<OwnedFd>, manager: &Manager) -> Result<(), String> {
     let info = PodInfo::try_from(request.pod).map_err(|error| error.to_string())?;
-    let [netns] = <[OwnedFd; 1]>::try_from(fds)
-        .map_err(|fds| format!("{} descriptors; one, of the network namespace, is wanted", fds.len()))?;
-    if request.netns_path.len() > MAX_PATH {
-        return Err(String::from("the path of the network namespace is too long"));
-    }
-    let path = PathBuf::from(request.netns_path);
-    if !path.as_os_str().is_empty() && !path.is_absolute() {
-        return Err(String::from("the path of the network namespace is not absolute"));
-    }
-    if request.container_id.len() > MAX_SANDBOX {
-        return Err(String::from("the id of the sandbox is too long"));
-    }
-    let sandbox = Sandbox { id: request.container_id, path };
+    let (netns, sandbox) = place(fds, request.netns_path, request.container_id)?;
     manager.enrol(info, netns, sandbox).await.map_err(|error| error.to_string())
 }
 
-fn refusal(error: String) -> node::PodResponse {
-    response(error, Vec::new())
+async fn admit(request: node::AdmitPod, fds: Vec<OwnedFd>, enrolment: &Enrolment) -> node::PodResponse {
+    let (netns, sandbox) = match place(fds, request.netns_path, request.container_id) {
+        Ok(place) => place,
+        Err(error) => return refusal(error),
+    };
+    let Some(pod) = request.pod else { return refusal(String::from("the request names no pod")) };
+    let admission = Admission { pod, netns_path: sandbox.path, sandbox: sandbox.id, asked_at_ms: request.asked_at_ms };
+    match enrolment.admit(admission, netns).await {
+        Ok(Admitted::Enrolled(why)) => decided(node::Decision::Enrolled, why),
+        Ok(Admitted::Passed(why)) => decided(node::Decision::Passed, why.to_string()),
+        Err(error) => node::PodResponse { try_again: error.may_pass(), ..refusal(error.to_string()) },
+    }
 }
 
-fn response(error: String, pods: Vec<node::PodState>) -> node::PodResponse {
-    node::PodResponse { error, pods, version: VERSION }
+async fn check(request: &node::CheckPod, enrolment: &Enrolment) -> node::PodResponse {
+    match enrolment.check(&request.pod_uid, &request.container_id).await {
+        Ok(Some(Checked::Enrolled(listed))) => {
+            let decided = decided(node::Decision::Enrolled, String::new());
+            node::PodResponse { pods: vec![listed.into()], ..decided }
+        }
+        Ok(Some(Checked::Passed(why))) => decided(node::Decision::Passed, why),
+        Ok(None) => response(Vec::new()),
+        Err(error) => refusal(error.to_string()),
+    }
+}
+
+/// Where a pod runs: its network namespace, the path of that and the sandbox's id.
+fn place(fds: Vec<OwnedFd>, path: String, id: String) -> Result<(OwnedFd, Sandbox), String> {
+    let [netns] = <[OwnedFd; 1]>::try_from(fds)
+        .map_err(|fds| format!("{} descriptors; one, of the network namespace, is wanted", fds.len()))?;
+    if path.len() > MAX_PATH {
+        return Err(String::from("the path of the network namespace is too long"));
+    }
+    let path = PathBuf::from(path);
+    if !path.as_os_str().is_empty() && !path.is_absolute() {
+        return Err(String::from("the path of the network namespace is not absolute"));
+    }
+    if id.len() > MAX_SANDBOX {
+        return Err(String::from("the id of the sandbox is too long"));
+    }
+    Ok((netns, Sandbox { id, path }))
+}
+
+fn refusal(error: String) -> node::PodResponse {
+    node::PodResponse { error, ..response(Vec::new()) }
+}
+
+fn decided(decision: node::Decision, reason: String) -> node::PodResponse {
+    node::PodResponse { decision: decision.into(), reason, ..response(Vec::new()) }
+}
+
+fn response(pods: Vec<node::PodState>) -> node::PodResponse {
+    node::PodResponse { pods, version: VERSION, ..node::PodResponse::default() }
 }
 
 /// A list that is too long for one message is cut, and says so.

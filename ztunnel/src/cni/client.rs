@@ -1,4 +1,4 @@
-//! Announcing pods to the agent, for programs without a runtime.
+//! Asking the agent, for a program without a runtime.
 
 use std::fs::File;
 use std::io;
@@ -10,14 +10,14 @@ use mesh_proto::node::{self, pod_request};
 use mesh_runtime::seqpacket::{self, BlockingSocket};
 use prost::Message as _;
 
-/// How long the agent may take for one request.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The first version of the protocol in which the agent decides.
+const VERSION: u32 = 2;
 
 /// Why the agent could not be asked, or what it refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The agent cannot be reached: it is worth trying again.
-    #[error("cannot reach the agent at {}: {source}", path.display())]
+    /// The agent cannot be reached.
+    #[error("the mesh's agent does not answer at {}: {source}", path.display())]
     Unreachable {
         /// Its socket.
         path: PathBuf,
@@ -26,7 +26,7 @@ pub enum ClientError {
         source: seqpacket::Error,
     },
     /// The pod's network namespace cannot be opened.
-    #[error("{}: {source}", path.display())]
+    #[error("its network namespace {}: {source}", path.display())]
     Netns {
         /// Its path.
         path: PathBuf,
@@ -35,11 +35,31 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The agent answered something else than an answer.
-    #[error("the agent's answer is not understood: {0}")]
+    #[error("the mesh's agent is not understood: {0}")]
     Answer(#[from] prost::DecodeError),
+    /// An agent that is about to be replaced.
+    #[error("the mesh's agent is of an earlier version than the plugin, {0}")]
+    Earlier(u32),
     /// The agent said no.
-    #[error("the agent refused: {0}")]
-    Refused(String),
+    #[error("the mesh's agent says: {text}")]
+    Refused {
+        /// What it said.
+        text: String,
+        /// It may go away by itself.
+        try_again: bool,
+    },
+}
+
+impl ClientError {
+    /// Whether asking again may help.
+    #[must_use]
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::Earlier(_) | Self::Answer(_) => true,
+            Self::Refused { try_again, .. } => *try_again,
+            Self::Netns { .. } => false,
+        }
+    }
 }
 
 /// A connection to the agent.
@@ -50,47 +70,32 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the agent's `cni.sock`.
+    /// Connects to the agent's `cni.sock`; each later request may take `patience`.
     ///
     /// # Errors
     /// When nobody listens there.
-    pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let socket = BlockingSocket::connect(path, PATIENCE)
+    pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
+        let socket = BlockingSocket::connect(path, patience)
             .map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;
         Ok(Self { socket, path: path.to_owned() })
     }
 
-    /// Enrols a pod by the path of its network namespace, in the sandbox with this id (empty: unknown); when this returns
-    /// its capture is in force.
+    /// Has the agent decide about a pod that is about to start; when this returns, what it decided is in force.
     ///
     /// # Errors
-    /// When the agent refuses or cannot be asked.
-    pub fn enrol(&self, pod: node::Pod, netns: &Path, sandbox: &str) -> Result<(), ClientError> {
-        let file = File::open(netns).map_err(|source| ClientError::Netns { path: netns.to_owned(), source })?;
-        let request = node::EnrolPod {
-            pod: Some(pod),
-            netns_path: netns.display().to_string(),
-            container_id: sandbox.to_owned(),
-        };
-        self.ask(pod_request::Kind::Enrol(request), &[file.as_fd()]).map(drop)
+    /// When the pod may not start, or the agent cannot be asked.
+    pub fn admit(&self, request: node::AdmitPod) -> Result<node::PodResponse, ClientError> {
+        let path = PathBuf::from(&request.netns_path);
+        let file = File::open(&path).map_err(|source| ClientError::Netns { path, source })?;
+        self.ask(pod_request::Kind::Admit(request), &[file.as_fd()])
     }
 
-    /// Withdraws a pod from the sandbox with this id (empty: from any); one that is not enrolled there is withdrawn
-    /// already.
+    /// Any other request.
     ///
     /// # Errors
     /// When the agent refuses or cannot be asked.
-    pub fn withdraw(&self, uid: &str, sandbox: &str) -> Result<(), ClientError> {
-        let request = node::WithdrawPod { pod_uid: uid.to_owned(), container_id: sandbox.to_owned() };
-        self.ask(pod_request::Kind::Withdraw(request), &[]).map(drop)
-    }
-
-    /// All pods that the agent knows, checked in the kernel now.
-    ///
-    /// # Errors
-    /// When the agent refuses or cannot be asked.
-    pub fn list(&self) -> Result<Vec<node::PodState>, ClientError> {
-        Ok(self.ask(pod_request::Kind::List(node::ListPods {}), &[])?.pods)
+    pub fn request(&self, kind: pod_request::Kind) -> Result<node::PodResponse, ClientError> {
+        self.ask(kind, &[])
     }
 
     fn ask(&self, kind: pod_request::Kind, fds: &[BorrowedFd<'_>]) -> Result<node::PodResponse, ClientError> {
@@ -99,6 +104,13 @@ impl Client {
         self.socket.send(&request, fds).map_err(unreachable)?;
         let (answer, _) = self.socket.recv(seqpacket::MAX_MESSAGE).map_err(unreachable)?;
         let answer = node::PodResponse::decode(answer)?;
-        if answer.error.is_empty() { Ok(answer) } else { Err(ClientError::Refused(answer.error)) }
+        if answer.version < VERSION {
+            return Err(ClientError::Earlier(answer.version));
+        }
+        if answer.error.is_empty() {
+            Ok(answer)
+        } else {
+            Err(ClientError::Refused { text: answer.error, try_again: answer.try_again })
+        }
     }
 }

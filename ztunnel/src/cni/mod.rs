@@ -1,101 +1,72 @@
-//! The CNI plugin: chained behind the one that makes the pod's network, it has the agent enrol the pod before any of
-//! its containers starts. Parameters and results as the CNI specification 1.0 and 1.1 has them.
+//! The CNI plugin: chained behind the one that makes the pod's network, it has the agent decide about the pod, and enrol
+//! it, before any of its containers starts. Parameters and results as the CNI specification 1.0 and 1.1 has them.
 //!
-//! Configuration, beside the usual fields:
+//! Configuration, beside the usual fields, with the defaults:
 //!
 //! ```json
-//! { "type": "ztunnel", "culvert": { "agentSocket": "/run/culvert/cni.sock", "enrolled": true } }
+//! { "type": "ztunnel", "culvert": {
+//!   "agentSocket": "/run/culvert/cni.sock", "systemNamespace": "culvert-system",
+//!   "excludedNamespaces": ["kube-system", "culvert-system"], "patienceSeconds": 30, "maxAgeSeconds": 86400,
+//!   "logFile": "/run/culvert/cni.log", "enrolled": true, "serviceAccount": "" } }
 //! ```
 //!
-//! `enrolled` (default true) says whether pods of this network are enrolled; `serviceAccount` there, or
-//! `K8S_SERVICE_ACCOUNT` in CNI_ARGS, is the pod's service account (default `default`). Deciding by labels comes with
-//! the Kubernetes source.
+//! The order of decisions is [`decide`]'s. Labels come from the agent; while it is away, from what it left on disk
+//! ([`knowledge`]), which can only let a pod pass, and only if it is known for certain. Everybody else waits for the
+//! agent, up to `patienceSeconds`, and is then refused with the code for "try again later".
 
 pub mod client;
+pub mod config;
+pub mod decide;
+pub mod error;
+pub mod files;
+pub mod knowledge;
+mod log;
+pub mod passed;
 
-use std::collections::HashMap;
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use mesh_proto::node;
+use mesh_proto::node::{self, pod_request};
 use serde_json::{Value, json};
 
 use client::{Client, ClientError};
+use config::{Attachment, Configuration, Lookup, NEWEST, Own, VERSIONS, addresses};
+use decide::{Decision, Pass};
+use error::CniError;
+use log::Log;
+use passed::{Folder, Passed, PassedPod, uptime_ms};
 
-/// Versions of the specification that the plugin follows.
-const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
 /// Largest configuration, with the result of the plugins before this one.
 const MAX_CONFIGURATION: u64 = 1 << 20;
-/// Where the agent listens unless the configuration says otherwise.
-const DEFAULT_SOCKET: &str = "/run/culvert/cni.sock";
-
-/// What goes to the runtime: code and text. Codes from 100 on are this plugin's own.
-#[derive(Debug, thiserror::Error)]
-pub enum CniError {
-    /// The runtime asks for another version.
-    #[error("CNI version {0:?} is not supported")]
-    Version(String),
-    /// A variable of the environment is missing or invalid.
-    #[error("{0} is missing or invalid in the environment")]
-    Environment(&'static str),
-    /// Standard input could not be read.
-    #[error("cannot read the configuration: {0}")]
-    Read(#[from] io::Error),
-    /// The configuration is not JSON.
-    #[error("cannot decode the configuration: {0}")]
-    Decode(#[from] serde_json::Error),
-    /// The configuration lacks something.
-    #[error("invalid configuration: {0}")]
-    Configuration(&'static str),
-    /// The agent is not there (yet).
-    #[error("{0}")]
-    TryLater(#[source] ClientError),
-    /// The agent refused.
-    #[error("{0}")]
-    Refused(#[source] ClientError),
-    /// CHECK: the pod is not enrolled.
-    #[error("not enrolled: {0}")]
-    NotEnrolled(String),
-}
-
-impl CniError {
-    /// Codes 1 to 11 are the specification's.
-    const fn code(&self) -> u32 {
-        match self {
-            Self::Version(_) => 1,
-            Self::Environment(_) => 4,
-            Self::Read(_) => 5,
-            Self::Decode(_) => 6,
-            Self::Configuration(_) => 7,
-            Self::TryLater(_) => 11,
-            Self::Refused(_) => 100,
-            Self::NotEnrolled(_) => 101,
-        }
-    }
-}
-
-impl From<ClientError> for CniError {
-    fn from(error: ClientError) -> Self {
-        match error {
-            ClientError::Unreachable { .. } => Self::TryLater(error),
-            ClientError::Netns { .. } | ClientError::Answer(_) | ClientError::Refused(_) => Self::Refused(error),
-        }
-    }
-}
+/// Wait before the agent is asked again.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Longest wait for the answer to one request of ADD; a new agent may be there by then.
+const ANSWER: Duration = Duration::from_secs(15);
+/// Shortest: the agent itself waits for its source for some of it, and its reason is worth more than that it was slow.
+const LEAST: Duration = Duration::from_secs(4);
+/// For how long the other commands ask the agent.
+const SHORT: Duration = Duration::from_secs(10);
 
 /// Runs the plugin: environment and standard input in, result on standard output, exit code.
 #[must_use]
 pub fn run() -> ExitCode {
+    let asked_at_ms = uptime_ms();
+    let lookup = |name: &'static str| match std::env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(std::env::VarError::NotUnicode(_)) => Err(CniError::Environment(name)),
+    };
     let mut text = Vec::new();
-    let read = io::stdin().take(MAX_CONFIGURATION).read_to_end(&mut text).map_err(CniError::from);
-    let environment = |name: &str| std::env::var(name).ok();
-    let (result, code) = match read.and_then(|_| execute(&environment, &text)) {
+    let read = io::stdin().take(MAX_CONFIGURATION + 1).read_to_end(&mut text);
+    let done = read.map_err(CniError::from).and_then(|_| execute(&lookup, &text, asked_at_ms));
+    let (result, code) = match done {
         Ok(result) => (result, ExitCode::SUCCESS),
-        Err(error) => {
-            (json!({ "cniVersion": "1.1.0", "code": error.code(), "msg": error.to_string() }), ExitCode::FAILURE)
-        }
+        Err(error) => (failure(&error, &text), ExitCode::FAILURE),
     };
     if !result.is_null() {
         // A runtime that closed its end has no use for a complaint.
@@ -104,173 +75,254 @@ pub fn run() -> ExitCode {
     code
 }
 
+/// An error as the runtime wants it, in the version that it speaks.
+fn failure(error: &CniError, text: &[u8]) -> Value {
+    json!({ "cniVersion": version(text), "code": error.code(), "msg": error.to_string() })
+}
+
+/// The version that the runtime speaks, if the plugin does too; else the newest.
+fn version(text: &[u8]) -> String {
+    let all = serde_json::from_slice::<Value>(text).unwrap_or_default();
+    let asked = all.get("cniVersion").and_then(Value::as_str);
+    asked.filter(|asked| VERSIONS.contains(asked)).unwrap_or(NEWEST).to_owned()
+}
+
 /// One command. `Null`: nothing is to be printed.
-fn execute(environment: &dyn Fn(&str) -> Option<String>, text: &[u8]) -> Result<Value, CniError> {
-    let command = environment("CNI_COMMAND").ok_or(CniError::Environment("CNI_COMMAND"))?;
+fn execute(lookup: Lookup<'_>, text: &[u8], asked_at_ms: u64) -> Result<Value, CniError> {
+    let command = lookup("CNI_COMMAND")?.ok_or(CniError::Environment("CNI_COMMAND"))?;
     if command == "VERSION" {
-        return Ok(json!({ "cniVersion": "1.1.0", "supportedVersions": VERSIONS }));
+        return Ok(json!({ "cniVersion": version(text), "supportedVersions": VERSIONS }));
+    }
+    if !matches!(command.as_str(), "ADD" | "DEL" | "CHECK" | "GC" | "STATUS") {
+        return Err(CniError::Environment("CNI_COMMAND"));
+    }
+    if text.len() as u64 > MAX_CONFIGURATION {
+        return Err(CniError::Configuration(format!("it is longer than {MAX_CONFIGURATION} bytes")));
     }
     let configuration = Configuration::parse(text)?;
-    match command.as_str() {
-        "ADD" => add(environment, configuration),
-        "DEL" => delete(environment, &configuration),
-        "CHECK" => check(environment, &configuration),
-        // STATUS: ready if the agent answers. GC: the agent finds dead namespaces by itself, and a list of attachments
-        // that are valid cannot make it give up a pod that lives.
-        "STATUS" => {
-            Client::connect(&configuration.socket)?.list()?;
-            Ok(Value::Null)
-        }
-        "GC" => Ok(Value::Null),
-        _ => Err(CniError::Environment("CNI_COMMAND")),
-    }
-}
-
-fn add(environment: &dyn Fn(&str) -> Option<String>, configuration: Configuration) -> Result<Value, CniError> {
-    let previous = configuration.previous.clone().ok_or(CniError::Configuration(
-        "there is no prevResult: the plugin must be chained behind one that gives the pod its address",
-    ))?;
-    if configuration.enrolled {
-        let pod = pod(environment, &configuration, &previous)?;
-        let netns = environment("CNI_NETNS").filter(|path| !path.is_empty());
-        let netns = PathBuf::from(netns.ok_or(CniError::Environment("CNI_NETNS"))?);
-        Client::connect(&configuration.socket)?.enrol(pod, &netns, &sandbox(environment))?;
-    }
-    // What the plugins before this one did is the result; this one adds no interface.
-    let mut result = previous;
-    if let Some(fields) = result.as_object_mut() {
-        fields.insert(String::from("cniVersion"), Value::String(configuration.version));
-    }
-    Ok(result)
-}
-
-/// Must succeed when there is nothing to do, and when it is asked twice: also for a sandbox in whose place the pod has
-/// another by now, which stays enrolled.
-fn delete(environment: &dyn Fn(&str) -> Option<String>, configuration: &Configuration) -> Result<Value, CniError> {
-    if configuration.enrolled
-        && let Ok(uid) = uid(environment)
-    {
-        Client::connect(&configuration.socket)?.withdraw(&uid, &sandbox(environment))?;
-    }
-    Ok(Value::Null)
-}
-
-fn check(environment: &dyn Fn(&str) -> Option<String>, configuration: &Configuration) -> Result<Value, CniError> {
-    if !configuration.enrolled {
-        return Ok(Value::Null);
-    }
-    let uid = uid(environment)?;
-    let pods = Client::connect(&configuration.socket)?.list()?;
-    let state = pods.into_iter().find(|state| state.pod.as_ref().is_some_and(|pod| pod.uid == uid));
-    let sandbox = sandbox(environment);
-    if let Some(other) = state.as_ref().map(|state| &state.container_id)
-        && !other.is_empty()
-        && !sandbox.is_empty()
-        && *other != sandbox
-    {
-        return Err(CniError::NotEnrolled(format!("the agent serves the pod in another sandbox, {other}")));
-    }
-    match state.map(|state| state.not_enrolled_reason) {
-        None => Err(CniError::NotEnrolled(String::from("the agent does not know the pod"))),
-        Some(reason) if !reason.is_empty() => Err(CniError::NotEnrolled(reason)),
-        Some(_) => Ok(Value::Null),
-    }
-}
-
-/// What the plugin takes from its configuration.
-struct Configuration {
-    version: String,
-    socket: PathBuf,
-    enrolled: bool,
-    service_account: Option<String>,
-    previous: Option<Value>,
-}
-
-impl Configuration {
-    fn parse(text: &[u8]) -> Result<Self, CniError> {
-        let all: Value = serde_json::from_slice(text)?;
-        let version = all.get("cniVersion").and_then(Value::as_str).unwrap_or("1.0.0").to_owned();
-        if !VERSIONS.contains(&version.as_str()) {
-            return Err(CniError::Version(version));
-        }
-        let own = all.get("culvert").unwrap_or(&Value::Null);
-        let text_of = |name: &str| own.get(name).and_then(Value::as_str).map(str::to_owned);
-        let enrolled = match own.get("enrolled") {
-            None => true,
-            Some(Value::Bool(enrolled)) => *enrolled,
-            Some(_) => return Err(CniError::Configuration("culvert.enrolled is not a boolean")),
-        };
-        Ok(Self {
-            version,
-            socket: text_of("agentSocket").unwrap_or_else(|| String::from(DEFAULT_SOCKET)).into(),
-            enrolled,
-            service_account: text_of("serviceAccount"),
-            previous: all.get("prevResult").filter(|result| result.is_object()).cloned(),
-        })
-    }
-}
-
-fn pod(
-    environment: &dyn Fn(&str) -> Option<String>,
-    configuration: &Configuration,
-    previous: &Value,
-) -> Result<node::Pod, CniError> {
-    let arguments = arguments(environment);
-    let argument = |name: &'static str| arguments.get(name).cloned().ok_or(CniError::Environment(name));
-    let service_account = arguments
-        .get("K8S_SERVICE_ACCOUNT")
-        .or(configuration.service_account.as_ref())
-        .cloned()
-        .unwrap_or_else(|| String::from("default"));
-    let addresses = addresses(previous);
-    if addresses.is_empty() {
-        return Err(CniError::Configuration("prevResult gives the pod no address"));
-    }
-    Ok(node::Pod {
-        uid: uid(environment)?,
-        name: argument("K8S_POD_NAME")?,
-        namespace: argument("K8S_POD_NAMESPACE")?,
-        service_account,
-        addresses,
-    })
-}
-
-/// Kubernetes' UID of the pod; a runtime that gives none is asked by its sandbox.
-fn uid(environment: &dyn Fn(&str) -> Option<String>) -> Result<String, CniError> {
-    let uid = arguments(environment).get("K8S_POD_UID").cloned();
-    uid.or_else(|| environment("CNI_CONTAINERID"))
-        .filter(|uid| !uid.is_empty())
-        .ok_or(CniError::Environment("K8S_POD_UID in CNI_ARGS, or CNI_CONTAINERID,"))
-}
-
-/// The runtime's id of the sandbox; empty if it gives none.
-fn sandbox(environment: &dyn Fn(&str) -> Option<String>) -> String {
-    environment("CNI_CONTAINERID").unwrap_or_default()
-}
-
-/// `CNI_ARGS`: `KEY=value;KEY=value`.
-fn arguments(environment: &dyn Fn(&str) -> Option<String>) -> HashMap<String, String> {
-    let text = environment("CNI_ARGS").unwrap_or_default();
-    let pairs = text.split(';').filter_map(|pair| pair.split_once('='));
-    pairs.map(|(key, value)| (key.trim().to_owned(), value.trim().to_owned())).collect()
-}
-
-/// The addresses of the pod's own interfaces: `ips` whose interface has a sandbox, or that name no interface.
-fn addresses(previous: &Value) -> Vec<Vec<u8>> {
-    let interfaces = previous.get("interfaces").and_then(Value::as_array);
-    let in_pod = |ip: &Value| {
-        let index = ip.get("interface").and_then(Value::as_u64).and_then(|index| usize::try_from(index).ok());
-        let interface = index.and_then(|index| interfaces?.get(index));
-        interface.is_none_or(|found| found.get("sandbox").and_then(Value::as_str).is_some_and(|path| !path.is_empty()))
+    let own = &configuration.own;
+    let path = own.log_file.clone().unwrap_or_else(|| own.run_dir().join("cni.log"));
+    let plugin = Plugin { log: Log::new(path), configuration, asked_at_ms };
+    let done = match command.as_str() {
+        "ADD" => Attachment::read(lookup).and_then(|attachment| plugin.add(&attachment)),
+        "DEL" => Attachment::read(lookup).map(|attachment| plugin.delete(&attachment)),
+        "CHECK" => Attachment::read(lookup).and_then(|attachment| plugin.check(&attachment)),
+        "GC" => plugin.prune(),
+        _ => plugin.status(),
     };
-    let ips = previous.get("ips").and_then(Value::as_array).into_iter().flatten();
-    ips.filter(|ip| in_pod(ip))
-        .filter_map(|ip| ip.get("address")?.as_str()?.split('/').next()?.parse::<IpAddr>().ok())
-        .map(|address| match address {
-            IpAddr::V4(v4) => v4.octets().to_vec(),
-            IpAddr::V6(v6) => v6.octets().to_vec(),
+    if let Err(error) = &done {
+        plugin.log.write(&format!("{command}: {error}"));
+    }
+    done
+}
+
+/// One call of the plugin.
+struct Plugin {
+    configuration: Configuration,
+    log: Log,
+    /// When it was called, in milliseconds since the machine booted.
+    asked_at_ms: u64,
+}
+
+impl Plugin {
+    const fn own(&self) -> &Own {
+        &self.configuration.own
+    }
+
+    /// What the plugins before this one did is the result; this one adds no interface.
+    fn add(&self, attachment: &Attachment) -> Result<Value, CniError> {
+        let Some(previous) = &self.configuration.previous else {
+            return Err(CniError::Configuration(String::from(
+                "there is no prevResult: the plugin must be chained behind one that gives the pod its address",
+            )));
+        };
+        attachment.require_netns()?;
+        attachment.require_pod()?;
+        let addresses = addresses(previous)?;
+        let decided = if self.own().enrolled {
+            self.admit(attachment, addresses)?
+        } else {
+            String::from("passes: this network's pods are not enrolled")
+        };
+        self.log.write(&format!("ADD: {} ({}): {decided}", attachment.label(), attachment.sandbox));
+        let mut result = previous.clone();
+        if let Some(fields) = result.as_object_mut() {
+            fields.entry("cniVersion").or_insert_with(|| Value::String(self.configuration.version.clone()));
+        }
+        Ok(result)
+    }
+
+    /// Returns what was decided, for the log.
+    fn admit(&self, attachment: &Attachment, addresses: Vec<IpAddr>) -> Result<String, CniError> {
+        let nothing = knowledge::Knowledge::default();
+        if let Decision::Pass(pass) = nothing.decide(attachment.pod(), &self.own().exclusions()) {
+            return Ok(format!("passes: {pass}"));
+        }
+        let deadline = Instant::now() + self.own().patience();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).clamp(LEAST, ANSWER);
+            let error = match self.ask_to_admit(attachment, &addresses, left) {
+                Ok(answer) if answer.decision() == node::Decision::Passed => {
+                    return Ok(format!("passes: {}", answer.reason));
+                }
+                Ok(answer) => return Ok(format!("enrolled: {}", answer.reason)),
+                Err(error) => error,
+            };
+            if !error.may_pass() {
+                return Err(CniError::Refused { pod: attachment.label(), source: error });
+            }
+            let known = self.known(attachment);
+            if let (ClientError::Unreachable { .. }, Decision::Pass(pass)) = (&error, known) {
+                self.remember(attachment, addresses);
+                return Ok(format!("passes: {pass}, as the agent left word; {error}"));
+            }
+            if Instant::now() + PAUSE >= deadline {
+                let why = match known {
+                    Decision::Enrol(why) if why.is_certain() => "by its labels it is to be enrolled",
+                    Decision::Enrol(_) | Decision::Pass(_) => "it is not known whether it is to be enrolled",
+                };
+                let seconds = self.own().patience_seconds;
+                return Err(CniError::NotYet { pod: attachment.label(), why, seconds, source: error });
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    fn ask_to_admit(
+        &self,
+        attachment: &Attachment,
+        addresses: &[IpAddr],
+        patience: Duration,
+    ) -> Result<node::PodResponse, ClientError> {
+        let own_account = &self.own().service_account;
+        let account = if attachment.service_account.is_empty() { own_account } else { &attachment.service_account };
+        let pod = node::Pod {
+            uid: attachment.uid_or_sandbox().to_owned(),
+            name: attachment.name.clone(),
+            namespace: attachment.namespace.clone(),
+            service_account: account.clone(),
+            addresses: addresses.iter().copied().map(octets).collect(),
+        };
+        Client::connect(&self.own().agent_socket, patience)?.admit(node::AdmitPod {
+            pod: Some(pod),
+            netns_path: attachment.netns.display().to_string(),
+            container_id: attachment.sandbox.clone(),
+            asked_at_ms: self.asked_at_ms,
         })
-        .collect()
+    }
+
+    /// What the agent left word of.
+    fn known(&self, attachment: &Attachment) -> Decision {
+        let path = knowledge::path(self.own().run_dir());
+        let max_age = Duration::from_secs(self.own().max_age_seconds);
+        let known = match knowledge::load(&path, max_age) {
+            Ok(known) => known.unwrap_or_default(),
+            Err(error) => {
+                if !error.is_absence() {
+                    self.log.write(&format!("what the agent left cannot be used: {error}"));
+                }
+                knowledge::Knowledge::default()
+            }
+        };
+        known.decide(attachment.pod(), &self.own().exclusions())
+    }
+
+    /// So that the next agent can enrol the pod when it gets the label. What fails is only logged: it passes all the same.
+    fn remember(&self, attachment: &Attachment, addresses: Vec<IpAddr>) {
+        let pod = PassedPod {
+            uid: attachment.uid_or_sandbox().to_owned(),
+            name: attachment.name.clone(),
+            namespace: attachment.namespace.clone(),
+            service_account: attachment.service_account.clone(),
+            addresses,
+        };
+        let inode = fs::metadata(&attachment.netns).map_or(0, |found| found.ino());
+        let passed = Passed::new(pod, &attachment.sandbox, &attachment.netns, inode);
+        if let Err(error) = Folder::new(self.own().run_dir()).save(&passed) {
+            self.log.write(&format!("{}: cannot be remembered for the agent: {error}", attachment.label()));
+        }
+    }
+
+    /// Succeeds when there is nothing to do, when it is asked twice, also for a sandbox in whose place the pod has another
+    /// by now, and when the agent is away: the next one finds that the namespace is gone.
+    fn delete(&self, attachment: &Attachment) -> Value {
+        let request = node::DeletePod {
+            pod_uid: attachment.uid_or_sandbox().to_owned(),
+            container_id: attachment.sandbox.clone(),
+            asked_at_ms: self.asked_at_ms,
+        };
+        let what = format!("DEL: {} ({})", attachment.label(), attachment.sandbox);
+        match self.ask(pod_request::Kind::Delete(request)) {
+            Ok(_) => self.log.write(&format!("{what}: done")),
+            Err(error) => {
+                self.log.write(&format!("{what}: left to the agent: {error}"));
+                if let Err(error) = Folder::new(self.own().run_dir()).remove(&attachment.sandbox) {
+                    self.log.write(&format!("{what}: cannot be forgotten: {error}"));
+                }
+            }
+        }
+        Value::Null
+    }
+
+    fn check(&self, attachment: &Attachment) -> Result<Value, CniError> {
+        if self.configuration.previous.is_none() {
+            return Err(CniError::Configuration(String::from("there is no prevResult")));
+        }
+        attachment.require_netns()?;
+        attachment.require_pod()?;
+        let known = self.known(attachment);
+        if !self.own().enrolled || matches!(known, Decision::Pass(Pass::Own | Pass::ExcludedNamespace)) {
+            return Ok(Value::Null);
+        }
+        let request = node::CheckPod {
+            pod_uid: attachment.uid_or_sandbox().to_owned(),
+            container_id: attachment.sandbox.clone(),
+        };
+        let answer = match (self.ask(pod_request::Kind::Check(request)), known) {
+            (Err(ClientError::Unreachable { .. }), Decision::Pass(_)) => return Ok(Value::Null),
+            (answer, _) => answer.map_err(CniError::TryLater)?,
+        };
+        let wrong = |reason: String| Err(CniError::NotEnrolled { pod: attachment.label(), reason });
+        if answer.decision() == node::Decision::Passed {
+            return Ok(Value::Null);
+        }
+        match answer.pods.into_iter().next() {
+            None => wrong(String::from("the agent does not know it")),
+            Some(state) if !state.container_id.is_empty() && state.container_id != attachment.sandbox => {
+                wrong(format!("the agent serves it in another sandbox, {}", state.container_id))
+            }
+            Some(state) if !state.not_enrolled_reason.is_empty() => wrong(state.not_enrolled_reason),
+            Some(_) => Ok(Value::Null),
+        }
+    }
+
+    fn prune(&self) -> Result<Value, CniError> {
+        self.configuration.at_least("1.1.0")?;
+        let Some(valid) = self.configuration.valid.clone() else {
+            // Without a list nothing can be said to have ended.
+            return Err(CniError::Configuration(String::from("cni.dev/valid-attachments is missing")));
+        };
+        let request = node::PrunePods { container_ids: valid, asked_at_ms: self.asked_at_ms };
+        self.ask(pod_request::Kind::Prune(request)).map_err(CniError::TryLater)?;
+        Ok(Value::Null)
+    }
+
+    fn status(&self) -> Result<Value, CniError> {
+        self.configuration.at_least("1.1.0")?;
+        self.ask(pod_request::Kind::Ping(node::Ping {})).map_err(CniError::NotAvailable)?;
+        Ok(Value::Null)
+    }
+
+    fn ask(&self, kind: pod_request::Kind) -> Result<node::PodResponse, ClientError> {
+        Client::connect(&self.own().agent_socket, SHORT)?.request(kind)
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,437 @@
+//! The one task that decides: pods as they start, pods as their labels change, and sandboxes as they end, one after the
+//! other, so that no decision overtakes another.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::node;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::{Admission, AdmissionError, Admitted, Checked, Known, NOBODY, Origin, name};
+use crate::agent::manager::{Manager, ManagerError};
+use crate::agent::netns::{inode_at, is_gone};
+use crate::agent::pod::{EnrolError, Pod, PodInfo, Sandbox};
+use crate::cni::decide::{Decision, Pass};
+use crate::cni::knowledge::{self, PodName};
+use crate::cni::passed::{Folder, Passed, PassedPod};
+
+/// How often what failed is tried again, and namespaces that are gone are forgotten.
+const ROUND: Duration = Duration::from_secs(5);
+/// Longest wait before something that failed is tried again.
+const LONGEST: Duration = Duration::from_secs(60);
+/// How often the file for the plugin is written although nothing changed: the plugin does not believe an old one.
+const REFRESH: Duration = Duration::from_mins(15);
+/// Ends of sandboxes that are remembered.
+const MAX_ENDED: usize = 1024;
+
+/// What the task is asked.
+pub enum Command {
+    /// A pod is about to start.
+    Admit { admission: Box<Admission>, netns: OwnedFd, done: oneshot::Sender<Result<Admitted, AdmissionError>> },
+    /// A sandbox ends.
+    Delete { uid: String, sandbox: String, asked_at_ms: u64, done: oneshot::Sender<Result<(), ManagerError>> },
+    /// What is known of a pod that is not enrolled.
+    Check { sandbox: String, done: oneshot::Sender<Option<Checked>> },
+    /// All sandboxes but these have ended.
+    Prune { valid: Vec<String>, asked_at_ms: u64, done: oneshot::Sender<usize> },
+}
+
+/// The task's state.
+pub struct Task {
+    manager: Manager,
+    known: watch::Receiver<Arc<Known>>,
+    file: PathBuf,
+    written: Option<Instant>,
+    folder: Folder,
+    has_source: bool,
+    /// By sandbox.
+    passed: BTreeMap<String, Passed>,
+    /// Sandboxes that ended, and when the runtime said so.
+    ended: VecDeque<(String, u64)>,
+    /// When the runtime asked for the sandboxes that this agent admitted.
+    asked: HashMap<String, u64>,
+    /// By UID.
+    failures: HashMap<String, Failure>,
+}
+
+/// Why labels could not be followed, and when it is tried again.
+struct Failure {
+    reason: String,
+    wait: Duration,
+    next: Instant,
+}
+
+impl Task {
+    pub(super) fn new(
+        manager: Manager,
+        known: watch::Receiver<Arc<Known>>,
+        file: PathBuf,
+        folder: Folder,
+        has_source: bool,
+    ) -> Self {
+        Self {
+            manager,
+            known,
+            file,
+            written: None,
+            folder,
+            has_source,
+            passed: BTreeMap::new(),
+            ended: VecDeque::new(),
+            asked: HashMap::new(),
+            failures: HashMap::new(),
+        }
+    }
+
+    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Command>) {
+        let mut rounds = tokio::time::interval(ROUND);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut followed = self.has_source;
+        loop {
+            tokio::select! {
+                command = queue.recv() => match command {
+                    Some(command) => self.carry_out(command).await,
+                    None => return,
+                },
+                changed = self.known.changed(), if followed => {
+                    if changed.is_err() {
+                        tracing::error!("the source of labels ended; what it said last stays in force");
+                        followed = false;
+                    }
+                    self.write().await;
+                    self.follow().await;
+                }
+                _ = rounds.tick() => {
+                    self.look_after_passed().await;
+                    self.write_if_old().await;
+                    self.follow().await;
+                }
+            }
+        }
+    }
+
+    /// An answer that nobody waits for any more is dropped: the work is done all the same.
+    async fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::Admit { admission, netns, done } => {
+                let (uid, sandbox) = (admission.pod.uid.clone(), admission.sandbox.clone());
+                let admitted = self.admit(*admission, netns).await;
+                match &admitted {
+                    Ok(Admitted::Enrolled(why)) => tracing::info!(pod = uid, sandbox, why, "admitted: enrolled"),
+                    Ok(Admitted::Passed(why)) => tracing::info!(pod = uid, sandbox, %why, "admitted: passes"),
+                    Err(error) => tracing::warn!(pod = uid, sandbox, %error, "not admitted"),
+                }
+                let _ = done.send(admitted);
+            }
+            Command::Delete { uid, sandbox, asked_at_ms, done } => {
+                let _ = done.send(self.delete(uid, sandbox, asked_at_ms).await);
+            }
+            Command::Check { sandbox, done } => {
+                let _ = done.send(self.check(&sandbox));
+            }
+            Command::Prune { valid, asked_at_ms, done } => {
+                let _ = done.send(self.prune(&valid, asked_at_ms).await);
+            }
+        }
+    }
+
+    fn known(&self) -> Arc<Known> {
+        Arc::clone(&self.known.borrow())
+    }
+
+    async fn admit(&mut self, admission: Admission, netns: OwnedFd) -> Result<Admitted, AdmissionError> {
+        if self.ended.iter().any(|(ended, at)| *ended == admission.sandbox && *at > admission.asked_at_ms) {
+            return Err(AdmissionError::Ended);
+        }
+        self.asked.insert(admission.sandbox.clone(), admission.asked_at_ms);
+        let known = self.known();
+        match known.knowledge.decide(name(&admission), &NOBODY) {
+            Decision::Pass(pass) => self.pass(admission, netns, pass).await,
+            Decision::Enrol(why) => {
+                let account = known.knowledge.pod(name(&admission)).map(|known| known.service_account.clone());
+                let account = account.unwrap_or(admission.pod.service_account);
+                if account.is_empty() {
+                    return Err(AdmissionError::NoIdentity(self.has_source));
+                }
+                let pod = node::Pod { service_account: account, ..admission.pod };
+                let uid = pod.uid.clone();
+                let info = PodInfo::try_from(Some(pod)).map_err(|error| ManagerError::from(EnrolError::from(error)))?;
+                let sandbox = Sandbox { id: admission.sandbox, path: admission.netns_path };
+                self.manager.enrol(info, netns, sandbox).await?;
+                self.forget_passed(&uid);
+                Ok(Admitted::Enrolled(why.to_string()))
+            }
+        }
+    }
+
+    /// Remembered before it starts: an agent that is ended here finds it again.
+    async fn pass(&mut self, admission: Admission, netns: OwnedFd, pass: Pass) -> Result<Admitted, AdmissionError> {
+        let inode = File::from(netns).metadata().map_err(AdmissionError::Netns)?.ino();
+        let Admission { pod, mut netns_path, sandbox, .. } = admission;
+        if inode_at(&netns_path) != Some(inode) {
+            tracing::warn!(
+                pod = pod.uid,
+                "its network namespace is not at the path given; a later label needs a restart"
+            );
+            netns_path = PathBuf::new();
+        }
+        // It may have been enrolled in an earlier sandbox, under earlier labels.
+        self.manager.withdraw(pod.uid.clone(), String::new()).await?;
+        self.forget_passed(&pod.uid);
+        let addresses = pod.addresses.iter().filter_map(|bytes| address(bytes)).collect();
+        let remembered = PassedPod {
+            uid: pod.uid,
+            name: pod.name,
+            namespace: pod.namespace,
+            service_account: pod.service_account,
+            addresses,
+        };
+        self.remember(Passed::new(remembered, &sandbox, &netns_path, inode));
+        Ok(Admitted::Passed(pass))
+    }
+
+    fn remember(&mut self, passed: Passed) {
+        if let Err(error) = self.folder.save(&passed) {
+            tracing::error!(pod = passed.uid, %error, "cannot be remembered over a restart of the agent");
+        }
+        self.passed.insert(passed.sandbox.clone(), passed);
+    }
+
+    fn forget_passed(&mut self, uid: &str) {
+        self.failures.remove(uid);
+        let sandboxes: Vec<String> =
+            self.passed.values().filter(|passed| passed.uid == uid).map(|passed| passed.sandbox.clone()).collect();
+        for sandbox in sandboxes {
+            self.forget_sandbox(&sandbox);
+        }
+    }
+
+    fn forget_sandbox(&mut self, sandbox: &str) {
+        self.passed.remove(sandbox);
+        if let Err(error) = self.folder.remove(sandbox) {
+            tracing::warn!(sandbox, %error, "cannot be forgotten");
+        }
+    }
+
+    async fn delete(&mut self, uid: String, sandbox: String, asked_at_ms: u64) -> Result<(), ManagerError> {
+        if sandbox.is_empty() {
+            self.forget_passed(&uid);
+        } else {
+            self.asked.remove(&sandbox);
+            if self.passed.contains_key(&sandbox) {
+                self.forget_sandbox(&sandbox);
+            }
+            self.ended.retain(|(ended, _)| *ended != sandbox);
+            self.ended.push_back((sandbox.clone(), asked_at_ms));
+            if self.ended.len() > MAX_ENDED {
+                self.ended.pop_front();
+            }
+        }
+        self.manager.withdraw(uid, sandbox).await
+    }
+
+    fn check(&self, sandbox: &str) -> Option<Checked> {
+        let passed = self.passed.get(sandbox)?;
+        match self.known().knowledge.decide(named(passed), &NOBODY) {
+            Decision::Pass(pass) => Some(Checked::Passed(pass.to_string())),
+            // It will be enrolled shortly; until then it is not as it should be.
+            Decision::Enrol(_) => None,
+        }
+    }
+
+    async fn prune(&mut self, valid: &[String], asked_at_ms: u64) -> usize {
+        let valid: HashSet<&str> = valid.iter().map(String::as_str).collect();
+        let mut ended = Vec::new();
+        for pod in self.manager.pods() {
+            ended.push((pod.info.uid.clone(), pod.sandbox().id, pod.netns().inode()));
+        }
+        ended.extend(self.passed.values().map(|one| (one.uid.clone(), one.sandbox.clone(), one.netns_inode)));
+        ended.retain(|(_, sandbox, _)| {
+            let is_later = self.asked.get(sandbox).is_some_and(|asked| *asked > asked_at_ms);
+            !sandbox.is_empty() && !valid.contains(sandbox.as_str()) && !is_later
+        });
+        let mut pruned = 0;
+        for (uid, sandbox, inode) in ended {
+            // Without a path the question is whether a process is in it.
+            if !has_left(PathBuf::new(), inode).await {
+                tracing::warn!(pod = uid, sandbox, "said to have ended, but processes run in it; it stays as it is");
+                continue;
+            }
+            tracing::info!(pod = uid, sandbox, "ended, as the runtime's list says");
+            match self.delete(uid.clone(), sandbox, asked_at_ms).await {
+                Ok(()) => pruned += 1,
+                Err(error) => tracing::warn!(pod = uid, %error, "cannot be withdrawn"),
+            }
+        }
+        pruned
+    }
+
+    /// Takes note of pods that the plugin let pass without an agent, and forgets those that are gone.
+    async fn look_after_passed(&mut self) {
+        let (folder, known) = (self.folder.clone(), self.passed.keys().cloned().collect::<HashSet<_>>());
+        let loaded = tokio::task::spawn_blocking(move || folder.load(|sandbox| !known.contains(sandbox))).await;
+        match loaded {
+            Ok(Ok(loaded)) => self.passed.extend(loaded.into_iter().map(|passed| (passed.sandbox.clone(), passed))),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot read which pods passed"),
+            // The runtime ends.
+            Err(_) => return,
+        }
+        for passed in self.passed.values().cloned().collect::<Vec<_>>() {
+            if has_left(passed.netns_path, passed.netns_inode).await {
+                self.forget_sandbox(&passed.sandbox);
+            }
+        }
+        let (passed, manager) = (&self.passed, &self.manager);
+        self.failures.retain(|uid, _| manager.pod(uid).is_some() || passed.values().any(|one| one.uid == *uid));
+        let enrolled: HashSet<String> = manager.pods().iter().map(|pod| pod.sandbox().id).collect();
+        self.asked.retain(|sandbox, _| passed.contains_key(sandbox) || enrolled.contains(sandbox));
+    }
+
+    /// Leaves what is known to the plugin.
+    async fn write(&mut self) {
+        let (known, file) = (self.known(), self.file.clone());
+        if known.origin != Origin::Source {
+            return;
+        }
+        match tokio::task::spawn_blocking(move || knowledge::save(&file, &known.knowledge)).await {
+            Ok(Ok(())) => self.written = Some(Instant::now()),
+            Ok(Err(error)) => tracing::error!(%error, "cannot leave labels to the plugin"),
+            // The runtime ends.
+            Err(_) => {}
+        }
+    }
+
+    async fn write_if_old(&mut self) {
+        if self.written.is_none_or(|written| written.elapsed() > REFRESH) {
+            self.write().await;
+        }
+    }
+
+    /// Brings pods that run to where their labels say. Only what the source says for certain moves a pod.
+    async fn follow(&mut self) {
+        let known = self.known();
+        if known.origin != Origin::Source {
+            return;
+        }
+        for pod in self.manager.pods() {
+            let info = &pod.info;
+            let uid = Some(info.uid.as_str()).filter(|uid| *uid != pod.sandbox().id);
+            let named = PodName { namespace: &info.namespace, name: &info.name, uid };
+            if let Decision::Pass(pass) = known.knowledge.decide(named, &NOBODY)
+                && self.is_due(&info.uid)
+            {
+                let done = self.withdraw(&pod, pass).await;
+                self.note(&info.uid, done);
+            }
+        }
+        for passed in self.passed.values().cloned().collect::<Vec<_>>() {
+            if let Some(pod) = self.manager.pod(&passed.uid) {
+                // Here: an agent was ended before it forgot that the pod had passed. In another sandbox: that one counts.
+                let is_wanted = !matches!(known.knowledge.decide(named(&passed), &NOBODY), Decision::Pass(_));
+                if is_wanted && pod.sandbox().id == passed.sandbox {
+                    self.forget_sandbox(&passed.sandbox);
+                }
+                continue;
+            }
+            if let Decision::Enrol(why) = known.knowledge.decide(named(&passed), &NOBODY)
+                && why.is_certain()
+                && self.is_due(&passed.uid)
+            {
+                let account = known.knowledge.pod(named(&passed)).map(|pod| pod.service_account.clone());
+                let uid = passed.uid.clone();
+                tracing::info!(pod = uid, name = passed.name, namespace = passed.namespace, %why, "to be enrolled while it runs");
+                let done = self.enrol_late(passed, account.unwrap_or_default()).await;
+                self.note(&uid, done);
+            }
+        }
+    }
+
+    /// A pod that runs has lost its label.
+    async fn withdraw(&mut self, pod: &Pod, pass: Pass) -> Result<(), String> {
+        let (info, sandbox) = (&pod.info, pod.sandbox());
+        tracing::info!(pod = info.uid, name = info.name, namespace = info.namespace, why = %pass, "to be withdrawn while it runs");
+        let remembered = PassedPod {
+            uid: info.uid.clone(),
+            name: info.name.clone(),
+            namespace: info.namespace.clone(),
+            service_account: info.service_account.clone(),
+            addresses: info.addresses.clone(),
+        };
+        if sandbox.id.is_empty() {
+            tracing::warn!(pod = info.uid, "its sandbox is not known; a later label needs a restart");
+        } else {
+            // First: an agent that is ended here finds it again, and finds it enrolled.
+            self.remember(Passed::new(remembered, &sandbox.id, &sandbox.path, pod.netns().inode()));
+        }
+        self.manager.withdraw(info.uid.clone(), String::new()).await.map_err(|error| error.to_string())
+    }
+
+    /// A pod that runs has got the label.
+    async fn enrol_late(&mut self, passed: Passed, service_account: String) -> Result<(), String> {
+        let path = passed.netns_path.clone();
+        if path.as_os_str().is_empty() || inode_at(&path) != Some(passed.netns_inode) {
+            return Err(String::from(
+                "its network namespace is not known or not at its path any more; restart the pod",
+            ));
+        }
+        let netns = File::open(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        if netns.metadata().map_err(|error| error.to_string())?.ino() != passed.netns_inode {
+            return Err(String::from("its network namespace was replaced"));
+        }
+        let info = PodInfo {
+            uid: passed.uid,
+            name: passed.name,
+            namespace: passed.namespace,
+            service_account,
+            addresses: passed.addresses,
+        };
+        let info = PodInfo::try_from(Some(info.to_wire())).map_err(|error| error.to_string())?;
+        let sandbox = Sandbox { id: passed.sandbox.clone(), path };
+        self.manager.enrol(info, netns.into(), sandbox).await.map_err(|error| error.to_string())?;
+        self.forget_sandbox(&passed.sandbox);
+        Ok(())
+    }
+
+    fn is_due(&self, uid: &str) -> bool {
+        self.failures.get(uid).is_none_or(|failure| failure.next <= Instant::now())
+    }
+
+    /// Logs what became of a change, the same reason once.
+    fn note(&mut self, uid: &str, done: Result<(), String>) {
+        let Err(reason) = done else {
+            self.failures.remove(uid);
+            tracing::info!(pod = uid, "done, as its labels say");
+            return;
+        };
+        let before = self.failures.get(uid);
+        if before.is_none_or(|before| before.reason != reason) {
+            tracing::error!(pod = uid, reason, "cannot be brought to where its labels say; trying again");
+        }
+        let wait = before.map_or(ROUND, |before| (before.wait * 2).min(LONGEST));
+        self.failures.insert(uid.to_owned(), Failure { reason, wait, next: Instant::now() + wait });
+    }
+}
+
+fn named(passed: &Passed) -> PodName<'_> {
+    let uid = (passed.uid != passed.sandbox).then_some(passed.uid.as_str());
+    PodName { namespace: &passed.namespace, name: &passed.name, uid }
+}
+
+/// Whether a namespace has left its path and no process is in it. What cannot be found out counts as no.
+async fn has_left(path: PathBuf, inode: u64) -> bool {
+    tokio::task::spawn_blocking(move || is_gone(Path::new(&path), inode)).await.unwrap_or(false)
+}
+
+fn address(bytes: &[u8]) -> Option<std::net::IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(Into::into),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(Into::into),
+        _ => None,
+    }
+}

@@ -1,0 +1,1 @@
+//! Agent with a source.
