@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tests::netns::NetNs;
@@ -96,7 +97,12 @@ impl Peer {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
         let mut config = match certificate {
-            Some(Forged { chain, key }) => builder.with_client_auth_cert(chain.clone(), key.clone_key()).unwrap(),
+            Some(Forged { chain, key }) => {
+                let key = aws_lc_rs::default_provider().key_provider.load_private_key(key.clone_key()).unwrap();
+                // Whatever it is: nothing looks at it on this side.
+                let resolver = SingleCertAndKey::from(CertifiedKey::new(chain.clone(), key));
+                builder.with_client_cert_resolver(Arc::new(resolver))
+            }
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
