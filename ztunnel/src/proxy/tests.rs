@@ -22,6 +22,7 @@ use super::{guard, plaintext};
 
 mod discovery;
 mod handover;
+mod restart;
 mod retry;
 
 /// The client's pod, the server's pod and the service's address, by their last byte.

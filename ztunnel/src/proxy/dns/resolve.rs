@@ -33,25 +33,18 @@ pub fn resolve(snapshot: &Snapshot, client: &LocalPod<'_>, domain: &str, name: &
     let workload = client.workload(snapshot);
     let from = client.viewpoint(workload);
     let resolver = Resolver { snapshot, from, domain };
-    if let Some(addresses) = resolver.exactly(name) {
-        return Some(Found { addresses, alias_of: None });
-    }
     // The search domains that Kubernetes gives a pod.
     let searched = [format!("{}.svc.{domain}", client.namespace), format!("svc.{domain}"), domain.to_owned()];
-    if name.split('.').count() <= SHORT {
-        for search in &searched {
-            if let Some(addresses) = resolver.in_cluster(&format!("{name}.{search}")) {
-                return Some(Found { addresses, alias_of: None });
-            }
-        }
+    if let Some((addresses, _)) = resolver.as_typed(name, &searched) {
+        return Some(Found { addresses, alias_of: None });
     }
     for search in &searched {
         let Some(meant) = name.strip_suffix(search.as_str()).and_then(|rest| rest.strip_suffix('.')) else { continue };
         // One label is a service of the cluster or nothing.
         if meant.contains('.')
-            && let Some(addresses) = resolver.exactly(meant)
+            && let Some((addresses, full)) = resolver.as_typed(meant, &searched)
         {
-            return Some(Found { addresses, alias_of: Some(meant.to_owned()) });
+            return Some(Found { addresses, alias_of: Some(full) });
         }
     }
     None
@@ -64,6 +57,20 @@ struct Resolver<'a> {
 }
 
 impl<'a> Resolver<'a> {
+    /// Addresses of a name that may be short, with the full name.
+    fn as_typed(&self, name: &str, searched: &[String]) -> Option<(Vec<IpAddr>, String)> {
+        if let Some(addresses) = self.exactly(name) {
+            return Some((addresses, name.to_owned()));
+        }
+        if name.split('.').count() > SHORT {
+            return None;
+        }
+        searched.iter().find_map(|search| {
+            let full = format!("{name}.{search}");
+            self.in_cluster(&full).map(|addresses| (addresses, full))
+        })
+    }
+
     /// Addresses of a full name.
     fn exactly(&self, name: &str) -> Option<Vec<IpAddr>> {
         self.in_cluster(name).or_else(|| {

@@ -89,6 +89,9 @@ fn names_and_what_they_mean() {
             "reviews.shop.svc.cluster.local.shop.svc.cluster.local",
             &format!("reviews.shop.svc.cluster.local: {reviews}"),
         ),
+        // A short name that the first search domain was appended to.
+        ("ledger.bank.shop.svc.cluster.local", "ledger.bank.svc.cluster.local: 10.96.0.3"),
+        ("reviews.shop.shop.svc.cluster.local", &format!("reviews.shop.svc.cluster.local: {reviews}")),
         ("api.example.com", "240.0.0.1"),
         ("api.example.com.shop.svc.cluster.local", "api.example.com: 240.0.0.1"),
         ("api.example.com.svc.cluster.local", "api.example.com: 240.0.0.1"),
