@@ -276,13 +276,15 @@ impl Cluster {
     }
 }
 
-/// Removes what is in a folder, but for the folders that other processes were given by a bind mount: they are emptied.
+/// Removes what is in a folder. The folder that proxies were given by a bind mount is emptied.
 fn wipe(folder: &Path) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         match entry.file_type()?.is_dir() {
             true if entry.file_name() == "proxy" => wipe(&entry.path())?,
             true => std::fs::remove_dir_all(entry.path())?,
+            // The kernel's own, in every BPF filesystem.
+            false if ["maps.debug", "progs.debug"].iter().any(|own| entry.file_name() == *own) => {}
             false => std::fs::remove_file(entry.path())?,
         }
     }

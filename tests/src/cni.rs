@@ -40,12 +40,13 @@ impl Cni {
         Self { program, socket: node.run_dir().join("cni.sock"), node: node.index }
     }
 
-    /// One call. The sandbox has the pod's UID for its id.
+    /// One call, for the one sandbox that the pod ever has.
     ///
     /// # Errors
     /// The plugin cannot be run, or prints something else than JSON.
     pub fn call(&self, command: &str, pod: &PodRecord, network: &NetNs) -> Result<Answer, Error> {
         let path = network.path();
+        let sandbox = format!("sandbox-{}", pod.uid);
         let ips: Vec<Value> =
             pod.ips.iter().map(|ip| json!({"address": format!("{ip}/{}", width(ip)), "interface": 0})).collect();
         let configuration = json!({
@@ -56,11 +57,11 @@ impl Cni {
             },
         });
         let args = format!(
-            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={};K8S_POD_INFRA_CONTAINER_ID={}",
-            pod.namespace, pod.name, pod.uid, pod.uid
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={};K8S_POD_INFRA_CONTAINER_ID={sandbox}",
+            pod.namespace, pod.name, pod.uid
         );
         let mut child = Command::new(&self.program);
-        child.arg("cni").env("CNI_COMMAND", command).env("CNI_CONTAINERID", &pod.uid).env("CNI_NETNS", &path);
+        child.arg("cni").env("CNI_COMMAND", command).env("CNI_CONTAINERID", &sandbox).env("CNI_NETNS", &path);
         child.env("CNI_IFNAME", "eth0").env("CNI_ARGS", args).env("CNI_PATH", "/opt/cni/bin");
         child.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let what = || format!("calling the CNI plugin ({command})");
@@ -85,13 +86,19 @@ impl Cni {
     /// # Errors
     /// It is refused for good, or for 40 s.
     pub fn add(&self, pod: &PodRecord, network: &NetNs) -> Result<(), Error> {
-        wait::try_until(&format!("CNI ADD of {}", pod.name), PATIENCE, || {
+        let mut last = Value::Null;
+        let done = wait::try_until(&format!("CNI ADD of {}", pod.name), PATIENCE, || {
             let answer = self.call("ADD", pod, network)?;
+            last = answer.output.clone();
             match answer.output["code"].as_u64() {
                 _ if answer.ok => Ok(Some(())),
                 Some(LATER) => Ok(None),
                 _ => Err(self.refused(pod, &answer)),
             }
+        });
+        done.map_err(|error| match error {
+            Error::Timeout { what, waited, .. } => Error::Timeout { what, waited, log: format!(": {last}") },
+            other => other,
         })
     }
 

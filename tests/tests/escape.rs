@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{beyond_its_link, counter, dial, echo_any, until_connected};
+use common::{beyond_its_link, connect, counter, dial, echo_any, until_connected};
 use tests::Error;
 use tests::cluster::Cluster;
 use tests::families::Families;
@@ -26,9 +26,10 @@ fn raw(from: &Pod, to: SocketAddr, how: &str, more: &[&str]) -> serde_json::Valu
     from.run_json(args.iter().chain(more)).unwrap()
 }
 
-/// Both ways of a pod's link hold the segment, so that the neighbour's address is known to packet sockets.
+/// So that the neighbour's address is known to packet sockets.
 fn warm(from: &Pod, to: SocketAddr) {
-    let _ = dial(from, to, &[]);
+    let seen = connect(from, &to.to_string(), &["--send", "hello", "--read", "5"]);
+    assert!(seen.ok, "{seen:?}");
 }
 
 #[test]

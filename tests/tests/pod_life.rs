@@ -39,7 +39,8 @@ fn carried_to_open(cluster: &Cluster) -> f64 {
 #[test]
 fn the_first_instruction_of_a_pod_is_captured() -> Result<(), Error> {
     let cluster = Cluster::builder().cni().families(Families::Dual).capture(MARKER).also_look_for(CHANGED).start()?;
-    let server = echo_any(&cluster, "server", 2).enrolled(true).start()?;
+    let server = echo_any(&cluster, "server", 2).enrolled(true).start();
+    let server = server.inspect_err(|_| eprintln!("{}", cluster.logs(30)))?;
     let open = echo_any(&cluster, "open", 1).enrolled(false).start()?;
     let probe = cluster.pod("probe").node(1).enrolled(true).start()?;
     until_connected(&probe, &server.at(7000).to_string());

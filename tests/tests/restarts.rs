@@ -40,7 +40,7 @@ struct Stage {
 
 impl Stage {
     fn start() -> Result<Self, Error> {
-        let cluster = Cluster::builder().families(Families::V4).start()?;
+        let cluster = Cluster::builder().families(Families::Dual).start()?;
         let server = |name: &str, node| {
             let pod = cluster.pod(name).node(node).service_account(name).enrolled(true);
             pod.command(["numbered", "--listen", "[::]:7000"]).start()
@@ -67,6 +67,9 @@ impl Stage {
         }
         let (report, counts) = storm.finish()?;
         eprintln!("{what}: {} rounds, {report:?}; at the servers {counts:?}", rounds());
+        if !report.failures.is_empty() {
+            eprintln!("{}", self.cluster.logs(40));
+        }
         assert_eq!((report.gaps, counts.gaps, counts.duplicates), (0, 0, 0), "{what}");
         let lost: u64 = report.failures.values().sum();
         assert_eq!(report.attempts, report.succeeded + lost, "{what}");
