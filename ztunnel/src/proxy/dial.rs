@@ -41,6 +41,9 @@ const MORE_PORTS: Range<u16> = 10_000..32_768;
 /// Ports tried on one socket before the next socket is taken.
 const BINDS: usize = 16;
 
+/// Ports looked at for one delivery: nobody may make the search long by using very many.
+const NEXT: usize = 64;
+
 /// Sockets tried for one delivery.
 const DELIVERIES: usize = 8;
 
@@ -69,7 +72,7 @@ impl DeliveryPorts {
     /// The next port of `range` that `client` itself does not use.
     fn next(&self, range: &Range<u16>, client: IpAddr) -> u16 {
         let taken = self.taken();
-        for _ in range.clone() {
+        for _ in 0..NEXT {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed) % u32::from(range.end - range.start);
             // Every port of the range fits.
             if let Ok(port) = u16::try_from(u32::from(range.start) + turn)
@@ -78,7 +81,7 @@ impl DeliveryPorts {
                 return port;
             }
         }
-        // A client that uses every port of the range has only itself to blame if they meet.
+        // A client that uses so many has only itself to blame if they meet; another range is tried then.
         range.start
     }
 

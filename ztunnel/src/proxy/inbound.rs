@@ -101,8 +101,12 @@ async fn authenticate(
     }
     // The peer's own share first, so that nobody waits with one of those that all share. Neither is ever closed; without a
     // permit nothing would be bounded.
-    let _own = source.handshake().await.ok_or(ConnectionError::Dropped)?;
-    let _handshake = handshakes.acquire_owned().await.map_err(|_| ConnectionError::Dropped)?;
+    let permits = async {
+        let own = source.handshake().await?;
+        Some((own, handshakes.acquire_owned().await.ok()?))
+    };
+    let permits = timeout(handshake::TIMEOUT, permits).await.map_err(|_| ConnectionError::TooManyFromPeer)?;
+    let _permits = permits.ok_or(ConnectionError::Dropped)?;
     drop(waiting);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;

@@ -83,12 +83,17 @@ pub enum Error {
 ///
 /// # Errors
 /// Why it did not start.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
     sys::keep_freed_memory();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
     let file_limit = mesh_runtime::limits::raise_open_files();
+    if let Ok(files) = &file_limit {
+        // One pod gets half of them at most, or its peers could take the sockets of all others.
+        let share = usize::try_from(*files / 4).unwrap_or(usize::MAX).max(1);
+        config.max_connections_per_pod = config.max_connections_per_pod.min(share);
+    }
     jail::enter(config.uid)?;
     let unreadable = app::check_files(&config);
     if !unreadable.is_empty() {
