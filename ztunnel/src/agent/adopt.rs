@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::capture::{NodeCapture, PodCapture, folder_name};
+use super::capture::{PodCapture, folder_name};
+use super::host::Host;
 use super::netns::Netns;
 use super::pod::{EnrolError, Pod};
 use super::sockets::ListenerSet;
@@ -38,15 +39,15 @@ pub enum Adoption {
     Failed(String),
 }
 
-/// Pods by UID: those that are adopted, and those that are not.
-type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>);
+/// Pods by UID: those that are adopted, and those that are not; and whether every pod that may be captured is among them.
+type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>, bool);
 
 /// Takes over the pods of an earlier agent. Those that cannot be served are stranded; their capture stays. What is left
 /// of others is removed.
 ///
 /// # Errors
 /// When the folder of the pods' files cannot be read.
-pub fn all(node: &NodeCapture, state: &State) -> Result<Adopted, StateError> {
+pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
     let (mut pods, mut stranded) = (HashMap::new(), BTreeMap::new());
     let (mut folders, mut cookies) = (BTreeSet::new(), BTreeSet::new());
     // Whether every pod that may be captured is known.
@@ -63,14 +64,14 @@ pub fn all(node: &NodeCapture, state: &State) -> Result<Adopted, StateError> {
         let uid = saved.pod.uid.clone();
         folders.insert(folder_name(&uid));
         cookies.insert(saved.netns_cookie);
-        match one(node, &saved, None) {
+        match one(host, &saved, None) {
             Adoption::Adopted(pod) => {
                 tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "adopted");
                 pods.insert(uid, Arc::from(pod));
             }
             Adoption::Gone => {
                 tracing::info!(pod = uid, "gone while no agent ran");
-                bury(node, state, &saved);
+                bury(host, state, &saved);
             }
             Adoption::Failed(reason) => {
                 tracing::error!(pod = uid, reason, "cannot adopt; its capture stays as it is");
@@ -78,35 +79,35 @@ pub fn all(node: &NodeCapture, state: &State) -> Result<Adopted, StateError> {
             }
         }
     }
-    let complete = complete & sweep_pins(node, &folders);
+    let complete = complete & sweep_pins(host, &folders);
     if complete {
-        sweep_map(node, &cookies);
+        sweep_map(host, &cookies);
     }
-    Ok((pods, stranded))
+    Ok((pods, stranded, complete))
 }
 
 /// Takes over one pod, with the listeners that a proxy returned, if one did. Blocks shortly.
-pub fn one(node: &NodeCapture, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Adoption {
+pub fn one(host: &Host, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Adoption {
     let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
-        let dead = node.adopt_pod(&saved.pod.uid).is_none_or(|capture| capture.is_dead().unwrap_or(false));
+        let dead = host.capture.adopt_pod(&saved.pod.uid).is_none_or(|capture| capture.is_dead().unwrap_or(false));
         return if dead {
             Adoption::Gone
         } else {
             Adoption::Failed(String::from("its network namespace was not found"))
         };
     };
-    match Pod::adopt(node, saved, netns, returned) {
+    match Pod::adopt(host, saved, netns, returned) {
         Ok(pod) => Adoption::Adopted(Box::new(pod)),
         Err(error) => Adoption::Failed(error.to_string()),
     }
 }
 
 /// Removes the pins of namespaces that are gone. Returns whether no other is pinned than those that are known.
-fn sweep_pins(node: &NodeCapture, known: &BTreeSet<String>) -> bool {
-    let Ok(pinned) = node.pinned() else { return false };
+fn sweep_pins(host: &Host, known: &BTreeSet<String>) -> bool {
+    let Ok(pinned) = host.capture.pinned() else { return false };
     let mut complete = true;
     for folder in pinned.into_iter().filter(|folder| !known.contains(folder)) {
-        let capture = PodCapture::named(node, &folder);
+        let capture = PodCapture::named(&host.capture, &folder);
         match capture.is_dead() {
             Ok(false) => {
                 tracing::warn!(folder, "pinned for a pod that this agent knows nothing of; left in force");
@@ -126,10 +127,10 @@ fn sweep_pins(node: &NodeCapture, known: &BTreeSet<String>) -> bool {
 }
 
 /// Removes namespaces from the map of pods that belong to none: cookies are not used twice, but the map has an end.
-fn sweep_map(node: &NodeCapture, known: &BTreeSet<u64>) {
-    let stale = node.cookies().unwrap_or_default().into_iter().filter(|cookie| !known.contains(cookie));
+fn sweep_map(host: &Host, known: &BTreeSet<u64>) {
+    let stale = host.capture.cookies().unwrap_or_default().into_iter().filter(|cookie| !known.contains(cookie));
     for cookie in stale {
-        match node.release(cookie) {
+        match host.capture.release(cookie) {
             Ok(()) => tracing::info!(cookie, "removed a namespace of no known pod from the map of pods"),
             Err(error) => tracing::warn!(cookie, %error, "cannot remove a namespace from the map of pods"),
         }
@@ -137,11 +138,11 @@ fn sweep_map(node: &NodeCapture, known: &BTreeSet<u64>) {
 }
 
 /// Removes what is left of a pod whose namespace is gone.
-fn bury(node: &NodeCapture, state: &State, saved: &Saved) {
+fn bury(host: &Host, state: &State, saved: &Saved) {
     let uid = &saved.pod.uid;
     let steps = [
-        node.release(saved.netns_cookie).map_err(EnrolError::from),
-        node.unpin_pod(uid).map_err(EnrolError::from),
+        host.capture.release(saved.netns_cookie).map_err(EnrolError::from),
+        host.capture.unpin_pod(uid).map_err(EnrolError::from),
         state.remove(uid).map_err(EnrolError::from),
     ];
     for error in steps.into_iter().filter_map(Result::err) {

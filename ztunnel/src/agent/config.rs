@@ -22,6 +22,40 @@ pub struct Config {
     #[arg(long, env = "CULVERT_PROXY_UID", value_name = "UID", default_value_t = 1337)]
     pub proxy_uid: u32,
 
+    /// Directory of YAML with the Namespaces and Pods whose labels say which pods are enrolled; it is followed. Without it
+    /// every pod that the CNI plugin asks for is enrolled.
+    #[arg(long, env = "CULVERT_SOURCE_DIR", value_name = "DIR")]
+    pub source_dir: Option<PathBuf>,
+
+    /// Name of this node: pods that run on another one are not looked at. Without it all are.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+
+    /// Cgroup (v2) of the kubelet, as a path of the host. The probes that it makes reach enrolled pods without the mesh;
+    /// without this they are plaintext from outside like any other, which strict mutual TLS refuses.
+    #[arg(long, env = "CULVERT_KUBELET_CGROUP", value_name = "DIR")]
+    pub kubelet_cgroup: Option<PathBuf>,
+
+    /// Whether the proxy answers the pods' DNS queries for names that the mesh knows. Off: pods ask their resolvers directly.
+    #[arg(long, env = "CULVERT_DNS", value_name = "on|off", default_value = "on", hide_possible_values = true)]
+    pub dns: Switch,
+
+    /// What becomes of connections that a pod opened before it was enrolled. `allow`: they live on, unencrypted, and are
+    /// counted. `deny`: they can send nothing more.
+    #[arg(
+        long,
+        env = "CULVERT_OLDER_CONNECTIONS",
+        value_name = "allow|deny",
+        default_value = "allow",
+        hide_possible_values = true
+    )]
+    pub older_connections: OlderConnections,
+
+    /// Names of eBPF programs of others that may stand on the node's connect hooks, because they do not rewrite addresses.
+    /// While there is any other, no pod is reported enrolled.
+    #[arg(long, env = "CULVERT_ALLOW_FOREIGN_PROGRAMS", value_name = "NAMES", value_delimiter = ',')]
+    pub allow_foreign_programs: Vec<String>,
+
     /// Address of the admin and metrics pages, on the loopback device. No TCP port is opened without it.
     #[arg(long, env = "CULVERT_AGENT_ADMIN_ADDR", value_name = "ADDR")]
     pub admin_addr: Option<SocketAddr>,
@@ -43,4 +77,24 @@ pub struct Config {
     /// are opened afterwards are no longer carried by the mesh.
     #[arg(long, visible_alias = "purge")]
     pub uninstall: bool,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// On.
+    #[default]
+    On,
+    /// Off.
+    Off,
+}
+
+/// What becomes of connections that are older than the enrolment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OlderConnections {
+    /// They live on.
+    #[default]
+    Allow,
+    /// They can send nothing more.
+    Deny,
 }

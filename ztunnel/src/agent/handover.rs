@@ -167,8 +167,8 @@ async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<
     }
     match notice {
         Notice::Added(info, listeners) => {
-            let message =
-                node::PodAdded { pod: Some(info.to_wire()), listeners: ListenerSet::KINDS.map(Into::into).to_vec() };
+            let kinds = listeners.kinds().into_iter().map(Into::into).collect();
+            let message = node::PodAdded { pod: Some(info.to_wire()), listeners: kinds };
             unacked.messages.push_back((info.uid, None));
             send(socket, agent_message::Kind::PodAdded(message), &listeners.descriptors()).await
         }
@@ -231,7 +231,7 @@ async fn answer(
 }
 
 async fn make(manager: &Manager, maker: &Maker, request: &node::SocketRequest) -> Result<Vec<OwnedFd>, String> {
-    let kind = Kind::try_from(request.kind).map_err(|error| error.to_string())?;
+    let kind = Kind::try_from(request).map_err(|error| error.to_string())?;
     let count = usize::try_from(request.count).unwrap_or(usize::MAX);
     if count == 0 || count > seqpacket::MAX_FDS {
         return Err(format!("1 to {} sockets can be asked for at a time", seqpacket::MAX_FDS));

@@ -1,5 +1,7 @@
 //! The pods of the node: one task that owns them, enrols and withdraws them one after the other, and tells the proxies.
 
+mod rounds;
+
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,19 +10,18 @@ use std::time::Duration;
 use mesh_proto::node;
 use tokio::sync::{mpsc, oneshot};
 
-use super::adopt::{self, Adoption, Stranded};
-use super::capture::NodeCapture;
-use super::netns::{self, Netns, inode_at};
-use super::pod::{EnrolError, Pod, PodInfo, Sandbox};
-use super::pod_network;
+use rounds::Schedule;
+
+use super::adopt::{self, Stranded};
+use super::host::Host;
+use super::netns::{Netns, inode_at};
+use super::pod::{self, EnrolError, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
 
 /// How long a proxy may take to close the sockets of a pod that is gone.
 const ACK_PATIENCE: Duration = Duration::from_secs(2);
-/// How often pods are looked after: namespaces that are gone, listeners that nobody returned.
-const ROUND: Duration = Duration::from_secs(5);
 /// Commands that wait.
 const QUEUE: usize = 256;
 /// Notices that wait for one proxy: more than all pods of a node. A proxy that lets them pile up is cut off.
@@ -84,18 +85,20 @@ impl Manager {
     ///
     /// # Errors
     /// When the state cannot be read.
-    pub fn start(node: Arc<NodeCapture>, state: State) -> Result<Self, StateError> {
+    pub fn start(host: Arc<Host>, state: State) -> Result<Self, StateError> {
         let pods = Shared::default();
-        let (adopted, stranded) = adopt::all(&node, &state)?;
+        let (adopted, stranded, complete) = adopt::all(&host, &state)?;
         *pods.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         let (commands, queue) = mpsc::channel(QUEUE);
         let task = Task {
-            node,
+            host,
             state,
             pods: Arc::clone(&pods),
             stranded,
             proxies: HashMap::new(),
             refusals: Refusals::default(),
+            schedule: Schedule::default(),
+            complete,
         };
         tokio::spawn(task.run(queue));
         Ok(Self { commands, pods })
@@ -158,6 +161,12 @@ impl Manager {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
     }
 
+    /// All enrolled pods.
+    #[must_use]
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
     /// How many pods are enrolled.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -172,18 +181,23 @@ impl Manager {
 }
 
 struct Task {
-    node: Arc<NodeCapture>,
+    host: Arc<Host>,
     state: State,
     pods: Shared,
     stranded: BTreeMap<String, Stranded>,
     proxies: HashMap<u64, mpsc::Sender<Notice>>,
     refusals: Refusals,
+    schedule: Schedule,
+    /// Whether no pod is captured that the agent does not know.
+    complete: bool,
 }
 
 impl Task {
     async fn run(mut self, mut queue: mpsc::Receiver<Command>) {
-        let mut rounds = tokio::time::interval(ROUND);
+        let mut rounds = tokio::time::interval(rounds::ROUND);
         rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ticks = tokio::time::interval(rounds::TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 command = queue.recv() => match command {
@@ -209,7 +223,8 @@ impl Task {
                     }
                     None => return,
                 },
-                _ = rounds.tick() => self.look_after().await,
+                _ = rounds.tick() => self.round().await,
+                _ = ticks.tick(), if self.has_pods() => self.tick().await,
             }
         }
     }
@@ -237,8 +252,8 @@ impl Task {
             }
             self.withdraw(&uid).await?;
         }
-        let (node, state) = (Arc::clone(&self.node), self.state.clone());
-        let enrolled = blocking(move || Pod::enrol(&node, &state, info, netns, sandbox)).await;
+        let (host, state) = (Arc::clone(&self.host), self.state.clone());
+        let enrolled = blocking(move || Pod::enrol(&host, &state, info, netns, sandbox)).await;
         let pod = match enrolled {
             Ok(pod) => Arc::new(pod),
             Err(error) => {
@@ -254,11 +269,11 @@ impl Task {
 
     /// A pod that is enrolled was announced once more. Whatever is missing, its capture is never given up here.
     async fn enrol_again(&self, pod: Arc<Pod>, sandbox: Sandbox) -> Result<(), ManagerError> {
-        let (node, state, mending) = (Arc::clone(&self.node), self.state.clone(), Arc::clone(&pod));
+        let (host, state, mending) = (Arc::clone(&self.host), self.state.clone(), Arc::clone(&pod));
         let had_listeners = pod.listeners().is_some();
         let done = blocking(move || {
             mending.announced(&state, sandbox)?;
-            mending.mend(&node)
+            mending.mend(&host)
         })
         .await;
         if !had_listeners {
@@ -277,9 +292,9 @@ impl Task {
         if saved.netns_cookie != netns.cookie() || saved.pod != *info {
             return self.withdraw(uid).await;
         }
-        let (node, saved, listeners) = (Arc::clone(&self.node), saved.clone(), listeners.clone());
+        let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
         let netns = netns.try_clone().map_err(EnrolError::from)?;
-        let pod = blocking(move || Pod::adopt(&node, &saved, netns, listeners)).await?;
+        let pod = blocking(move || Pod::adopt(&host, &saved, netns, listeners)).await?;
         self.adopted(pod);
         Ok(())
     }
@@ -308,12 +323,13 @@ impl Task {
 
     async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
         self.refusals.forget_pod(uid);
+        self.schedule.forget(uid);
         if let Some(stranded) = self.stranded.remove(uid) {
             return self.withdraw_stranded(uid, stranded).await;
         }
         let Some(pod) = self.lock().remove(uid) else { return Ok(()) };
-        let (node, releasing) = (Arc::clone(&self.node), Arc::clone(&pod));
-        let released = blocking(move || releasing.release(&node)).await;
+        let (host, releasing) = (Arc::clone(&self.host), Arc::clone(&pod));
+        let released = blocking(move || releasing.release(&host)).await;
         self.tell_removed(uid).await;
         let state = self.state.clone();
         let restored = blocking(move || pod.restore(&state)).await;
@@ -324,12 +340,15 @@ impl Task {
     /// As any pod, if its namespace is to be found by now; without it there are no rules to remove. When something
     /// fails it stays stranded.
     async fn withdraw_stranded(&mut self, uid: &str, mut stranded: Stranded) -> Result<(), ManagerError> {
-        let (node, saved) = (Arc::clone(&self.node), stranded.saved.clone());
+        let (host, saved) = (Arc::clone(&self.host), stranded.saved.clone());
         let released = blocking(move || {
             // Held, so that it stays to be restored when the proxy closes its sockets.
             let netns = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
-            node.release(saved.netns_cookie)?;
-            node.unpin_pod(&saved.pod.uid)?;
+            host.capture.release(saved.netns_cookie)?;
+            if let Some(netns) = &netns {
+                pod::end_captured(netns)?;
+            }
+            host.capture.unpin_pod(&saved.pod.uid)?;
             Ok(netns)
         })
         .await;
@@ -346,7 +365,7 @@ impl Task {
         let (state, saved) = (self.state.clone(), stranded.saved.clone());
         let restored = blocking(move || {
             if let Some(netns) = netns {
-                pod_network::restore(&netns, saved.before)?;
+                pod::restore(&netns, saved.before)?;
             } else {
                 tracing::warn!(pod = saved.pod.uid, "withdrawn without its network namespace, which was not found");
             }
@@ -386,11 +405,11 @@ impl Task {
     }
 
     async fn list(&self) -> Vec<Listed> {
-        let (node, pods) = (Arc::clone(&self.node), self.all());
+        let (host, pods) = (Arc::clone(&self.host), self.all());
         let checked = tokio::task::spawn_blocking(move || {
             pods.into_iter()
                 .map(|pod| {
-                    let reason = pod.verify(&node).err().map(|error| error.to_string()).unwrap_or_default();
+                    let reason = pod.verify(&host).err().map(|error| error.to_string()).unwrap_or_default();
                     Listed { info: pod.info.clone(), reason, sandbox: pod.sandbox().id }
                 })
                 .collect::<Vec<_>>()
@@ -436,68 +455,16 @@ impl Task {
         receiver
     }
 
-    /// Withdraws pods whose namespace is gone, opens listeners that nobody returned, tells proxies again of pods that
-    /// they refused, and tries stranded pods again.
-    async fn look_after(&mut self) {
-        for pod in self.all() {
-            if is_gone(&pod).await {
-                let (uid, path) = (pod.info.uid.clone(), pod.sandbox().path);
-                tracing::warn!(pod = uid, path = %path.display(), "its network namespace is gone and nobody withdrew it");
-                drop(pod);
-                if let Err(error) = self.withdraw(&uid).await {
-                    tracing::warn!(pod = uid, %error, "cannot withdraw");
-                }
-            } else if pod.listeners().is_none() {
-                let opening = Arc::clone(&pod);
-                match blocking(move || opening.open_listeners()).await {
-                    Ok(()) => {
-                        tracing::info!(pod = pod.info.uid, "listeners opened again");
-                        self.announce(&pod);
-                    }
-                    Err(error) => tracing::warn!(pod = pod.info.uid, %error, "no listeners yet"),
-                }
-            }
-        }
-        for (proxy, uid) in self.refusals.due(tokio::time::Instant::now()) {
-            let told = self.get(&uid).and_then(|pod| Some((pod.info.clone(), pod.listeners()?)));
-            if let (Some(notices), Some((info, listeners))) = (self.proxies.get(&proxy), told) {
-                // A full or closed channel: the connection is about to end.
-                let _ = notices.try_send(Notice::Added(info, listeners));
-            }
-        }
-        for uid in self.stranded.keys().cloned().collect::<Vec<_>>() {
-            self.look_after_stranded(&uid).await;
-        }
-    }
-
-    async fn look_after_stranded(&mut self, uid: &str) {
-        let Some(Stranded { saved, listeners, .. }) = self.stranded.get(uid) else { return };
-        let (node, saved, listeners) = (Arc::clone(&self.node), saved.clone(), listeners.clone());
-        match blocking(move || Ok(adopt::one(&node, &saved, listeners))).await {
-            Ok(Adoption::Adopted(pod)) => self.adopted(*pod),
-            Ok(Adoption::Gone) => {
-                if let Err(error) = self.withdraw(uid).await {
-                    tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
-                }
-            }
-            Ok(Adoption::Failed(reason)) => {
-                if let Some(stranded) = self.stranded.get_mut(uid)
-                    && stranded.reason != reason
-                {
-                    tracing::warn!(pod = uid, reason, "cannot adopt yet; its capture stays as it is");
-                    stranded.reason = reason;
-                }
-            }
-            Err(error) => tracing::warn!(pod = uid, %error, "cannot adopt yet"),
-        }
-    }
-
     fn announce(&self, pod: &Arc<Pod>) {
         let Some(listeners) = pod.listeners() else { return };
         for notices in self.proxies.values() {
             // A full or closed channel: the connection is about to end, and the next one gets a snapshot.
             let _ = notices.try_send(Notice::Added(pod.info.clone(), Arc::clone(&listeners)));
         }
+    }
+
+    fn has_pods(&self) -> bool {
+        !self.lock().is_empty()
     }
 
     fn get(&self, uid: &str) -> Option<Arc<Pod>> {
@@ -517,15 +484,6 @@ impl From<Listed> for node::PodState {
     fn from(listed: Listed) -> Self {
         Self { pod: Some(listed.info.to_wire()), not_enrolled_reason: listed.reason, container_id: listed.sandbox }
     }
-}
-
-/// Whether a pod's namespace, which had a path, is at none now and without processes: whoever made it removed it.
-async fn is_gone(pod: &Arc<Pod>) -> bool {
-    let (path, inode) = (pod.sandbox().path, pod.netns().inode());
-    if path.as_os_str().is_empty() || inode_at(&path) == Some(inode) {
-        return false;
-    }
-    blocking(move || Ok(netns::is_gone(&path, inode))).await.unwrap_or(false)
 }
 
 /// Runs system calls that block shortly, away from the runtime's threads.

@@ -11,48 +11,46 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use ztunnel_ebpf::Counter;
 
-use super::capture::NodeCapture;
+use super::drift::Drift;
+use super::host::Host;
 use super::manager::Manager;
 
 /// A registry with all of them.
-pub fn registry(node: Arc<NodeCapture>, manager: Manager) -> Registry {
+pub fn registry(host: Arc<Host>, manager: Manager) -> Registry {
     let registry = Registry::new();
-    registry.register(|registry| registry.register_collector(Box::new(Kernel { node, manager })));
+    registry.register(|registry| registry.register_collector(Box::new(Kernel { host, manager })));
     registry
 }
 
 struct Kernel {
-    node: Arc<NodeCapture>,
+    host: Arc<Host>,
     manager: Manager,
 }
 
 impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         for counter in Counter::ALL {
-            let Ok(value) = self.node.counter(counter) else { continue };
+            let Ok(value) = self.host.capture.counter(counter) else { continue };
             let name = format!("culvert_capture_{}", counter.name());
-            let metric = encoder.encode_descriptor(&name, help(counter), None, MetricType::Counter)?;
+            let metric = encoder.encode_descriptor(&name, counter.help(), None, MetricType::Counter)?;
             ConstCounter::new(value).encode(metric)?;
         }
         let pods = i64::try_from(self.manager.count()).unwrap_or(i64::MAX);
         let help = "Pods that are enrolled on this node";
         let metric = encoder.encode_descriptor("culvert_enrolled_pods", help, None, MetricType::Gauge)?;
-        ConstGauge::new(pods).encode(metric)
+        ConstGauge::new(pods).encode(metric)?;
+        let help = "Times that something of an enrolled pod was found missing in the kernel and mended";
+        let mut metric = encoder.encode_descriptor("culvert_agent_drift", help, None, MetricType::Counter)?;
+        for what in Drift::ALL {
+            let labels = [("what", what.name())];
+            ConstCounter::new(self.host.drift.get(what)).encode(metric.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Kernel")
-    }
-}
-
-const fn help(counter: Counter) -> &'static str {
-    match counter {
-        Counter::Captured => "Connections of enrolled pods that were marked for the proxy",
-        Counter::Denied => "Connections of enrolled pods that were refused because they could not be captured",
-        Counter::InboundSteered => "Connections from outside that were steered to the proxy",
-        Counter::OutboundSteered => "Captured connections that were steered to the proxy",
-        Counter::Dropped => "Packets dropped for want of a listener of the proxy, or addressed to one directly",
     }
 }

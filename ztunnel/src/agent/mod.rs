@@ -10,10 +10,14 @@ mod adopt;
 pub mod announce;
 pub mod capture;
 pub mod config;
+pub mod drift;
+pub mod enrolment;
 pub mod handover;
+pub mod host;
 pub mod maker;
 pub mod manager;
 mod metrics;
+pub mod netlink;
 pub mod netns;
 pub mod pod;
 pub mod pod_network;
@@ -21,9 +25,12 @@ pub mod preflight;
 mod refusals;
 pub mod run_dir;
 pub mod selftest;
+pub mod sock_diag;
 pub mod sockets;
 pub mod state;
 
+#[cfg(test)]
+mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -42,6 +49,8 @@ use tokio::task::JoinSet;
 pub use config::Config;
 
 use capture::{CaptureError, NodeCapture};
+use enrolment::{Directory, DirectoryError, Enrolment};
+use host::{Choices, Host};
 use maker::Maker;
 use manager::Manager;
 use netns::Netns;
@@ -71,6 +80,9 @@ pub enum Error {
     /// The pods' files.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Where labels come from.
+    #[error(transparent)]
+    Source(#[from] DirectoryError),
     /// A socket of the agent.
     #[error("{path}: {source}")]
     Socket {
@@ -102,6 +114,9 @@ pub enum Error {
     Task(#[from] tokio::task::JoinError),
 }
 
+/// Threads for system calls that block shortly: memory of each stays with the process.
+const BLOCKING_THREADS: usize = 4;
+
 /// Runs the agent until it is told to end. Capture stays in force after that.
 ///
 /// # Errors
@@ -115,38 +130,47 @@ pub fn run(config: &Config) -> Result<(), Error> {
     if let Err(error) = limits::raise_open_files() {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
-    let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
     if config.uninstall {
+        let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
         return uninstall(config, &run_dir);
     }
+    let run_dir = RunDir::open_when_free(&config.run_dir, config.proxy_uid)?;
     preflight::check(config)?;
-    let node = Arc::new(NodeCapture::open(&config.bpffs, &config.cgroup_root, config.ebpf_log)?);
-    warn_of_foreign_programs(&node, &config.cgroup_root);
-    selftest::run(&node)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Error::Start)?;
-    let result = runtime.block_on(serve(config, &run_dir, node, &log));
+    let kubelet = config.kubelet_cgroup.as_deref();
+    let capture = NodeCapture::open(&config.bpffs, &config.cgroup_root, kubelet, config.ebpf_log)?;
+    let host = Host::new(capture, config.cgroup_root.clone(), Choices::from(config)).map_err(Error::Start)?;
+    host.look_for_foreign_programs()?;
+    selftest::run(&host.capture)?;
+    // One thread is enough for what the agent does by itself; what blocks is done on a few others, which end when they are
+    // not needed for a while.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build()
+        .map_err(Error::Start)?;
+    let result = runtime.block_on(serve(config, &run_dir, Arc::new(host), &log));
     // Threads that wait for the kernel must not hold up the end.
     runtime.shutdown_background();
     result
 }
 
-async fn serve(config: &Config, run_dir: &RunDir, node: Arc<NodeCapture>, log: &LogHandle) -> Result<(), Error> {
+async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHandle) -> Result<(), Error> {
     let mut shutdown = Shutdown::new().map_err(Error::Start)?;
     let readiness = Readiness::new();
     let adopting = readiness.register("adopting pods");
     let mut tasks = Tasks::new();
     if config.ebpf_log {
-        let node = Arc::clone(&node);
-        tasks.spawn(async move { node.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
+        let host = Arc::clone(&host);
+        tasks.spawn(async move { host.capture.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
     }
-    let manager = start(run_dir, config.proxy_uid, &node, &mut tasks)?;
+    let source = config.source_dir.clone().map(|dir| Directory::open(dir, config.node_name.clone())).transpose()?;
+    let manager = start(run_dir, config.proxy_uid, &host, source, &mut tasks)?;
     if let Some(address) = config.admin_addr {
         let failed = |source| Error::Admin { address, source };
         let server = http::Server::bind(address).await.map_err(failed)?.local_only();
         let mut router = admin::routes(log, shutdown.requester());
         readiness.mount(&mut router);
-        metrics::registry(node, manager).mount(&mut router);
+        metrics::registry(host, manager).mount(&mut router);
         let router = admin::finish(router);
         tasks.spawn(async move {
             server.serve(router, std::future::pending()).await;
@@ -168,9 +192,15 @@ async fn serve(config: &Config, run_dir: &RunDir, node: Arc<NodeCapture>, log: &
 type Tasks = JoinSet<Result<(), Error>>;
 
 /// Adopts what is there and opens the agent's sockets. Needs a tokio runtime.
-fn start(run_dir: &RunDir, proxy_uid: u32, node: &Arc<NodeCapture>, tasks: &mut Tasks) -> Result<Manager, Error> {
-    let maker = Maker::start(Arc::clone(node)).map_err(Error::Start)?;
-    let manager = Manager::start(Arc::clone(node), State::new(run_dir.state()))?;
+fn start(
+    run_dir: &RunDir,
+    proxy_uid: u32,
+    host: &Arc<Host>,
+    source: Option<Directory>,
+    tasks: &mut Tasks,
+) -> Result<Manager, Error> {
+    let maker = Maker::start(Arc::clone(host)).map_err(Error::Start)?;
+    let manager = Manager::start(Arc::clone(host), State::new(run_dir.state()))?;
     // The proxy's socket first: whoever announces a pod may expect that it is served.
     let proxies = bind(&run_dir.proxy_socket())?;
     run_dir.give(&run_dir.proxy_socket(), proxy_uid)?;
@@ -180,9 +210,9 @@ fn start(run_dir: &RunDir, proxy_uid: u32, node: &Arc<NodeCapture>, tasks: &mut 
         handover::serve(proxies, proxy_uid, served, maker).await;
         Ok(())
     });
-    let served = manager.clone();
+    let enrolment = Enrolment::start(run_dir.path(), manager.clone(), source);
     tasks.spawn(async move {
-        announce::serve(announcers, served).await;
+        announce::serve(announcers, enrolment).await;
         Ok(())
     });
     Ok(manager)
@@ -190,19 +220,6 @@ fn start(run_dir: &RunDir, proxy_uid: u32, node: &Arc<NodeCapture>, tasks: &mut 
 
 fn bind(path: &Path) -> Result<seqpacket::Listener, Error> {
     seqpacket::Listener::bind(path, 0o600).map_err(|source| Error::Socket { path: path.display().to_string(), source })
-}
-
-/// Programs on the same hooks can rewrite a destination before it is seen here.
-fn warn_of_foreign_programs(node: &NodeCapture, cgroup_root: &Path) {
-    match node.foreign_programs(cgroup_root) {
-        Ok(ids) if ids.is_empty() => {}
-        Ok(ids) => tracing::warn!(
-            programs = ?ids,
-            "other programs are attached to connect4 or connect6 at the cgroup root; if one rewrites addresses (Cilium's \
-             socket load balancer does unless socketLB.hostNamespaceOnly=true), services are lost on pods of this node"
-        ),
-        Err(error) => tracing::warn!(%error, "cannot ask for other programs at the cgroup root"),
-    }
 }
 
 /// Releases every pod and removes all pins.
@@ -222,7 +239,7 @@ fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> {
         let uid = &saved.pod.uid;
         // A namespace that is gone needs nothing.
         if let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie)
-            && let Err(error) = pod_network::restore(&netns, saved.before)
+            && let Err(error) = pod::restore(&netns, saved.before)
         {
             tracing::warn!(pod = uid, %error, "a pod's rules stay in its namespace");
         }

@@ -5,11 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
 
 use super::capture::netns_cookie;
+use super::netlink::{self, Changes, Netlink};
 
 /// A network namespace kept open, with the names that the kernel knows it by.
 #[derive(Debug)]
@@ -17,6 +19,7 @@ pub struct Netns {
     fd: OwnedFd,
     cookie: u64,
     inode: u64,
+    route: Arc<Mutex<Netlink>>,
 }
 
 /// Why a namespace could not be used.
@@ -28,6 +31,9 @@ pub enum NetnsError {
     /// The cookie could not be read.
     #[error("cannot read the cookie of the network namespace (SO_NETNS_COOKIE, Linux 5.14): {0}")]
     Cookie(#[source] io::Error),
+    /// No netlink socket.
+    #[error("cannot open a netlink socket in the network namespace: {0}")]
+    Netlink(#[source] io::Error),
     /// It is the agent's own: capturing there would capture the node.
     #[error("this is the node's own network namespace (a host-network pod is never enrolled)")]
     Host,
@@ -47,12 +53,13 @@ impl Netns {
         if inode == own {
             return Err(NetnsError::Host);
         }
-        let cookie = within(fd.as_fd(), || {
-            let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
-            netns_cookie(socket.as_fd())
-        })?
-        .map_err(NetnsError::Cookie)?;
-        Ok(Self { fd, cookie, inode })
+        let (cookie, route) = within(fd.as_fd(), || {
+            let socket = || socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None);
+            let cookie = socket().and_then(|socket| netns_cookie(socket.as_fd())).map_err(NetnsError::Cookie)?;
+            let route = Netlink::open(netlink::ROUTE).map_err(NetnsError::Netlink)?;
+            Ok::<_, NetnsError>((cookie, route))
+        })??;
+        Ok(Self { fd, cookie, inode, route: Arc::new(Mutex::new(route)) })
     }
 
     /// The namespace at a path, if it is the one with this cookie; else the one of a process, if there is one.
@@ -85,7 +92,20 @@ impl Netns {
     /// When the process has no descriptor left.
     pub fn try_clone(&self) -> Result<Self, NetnsError> {
         let fd = self.fd.try_clone().map_err(NetnsError::Enter)?;
-        Ok(Self { fd, cookie: self.cookie, inode: self.inode })
+        Ok(Self { fd, cookie: self.cookie, inode: self.inode, route: Arc::clone(&self.route) })
+    }
+
+    /// The socket for links, addresses, routes and rules of the namespace. Usable from any thread.
+    pub fn route(&self) -> MutexGuard<'_, Netlink> {
+        self.route.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hears of changes of links, addresses, routes and rules in the namespace from now on. Blocks shortly.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered, or there is no socket.
+    pub fn changes(&self) -> Result<Changes, NetnsError> {
+        self.run(Changes::open)?.map_err(NetnsError::Netlink)
     }
 
     /// Runs a closure inside, on a thread that ends with it. Blocks; not for a runtime's thread.

@@ -1,150 +1,26 @@
-//! One pod: what is known of it, validated, and its enrolment in the kernel from the first step to the last.
+//! One pod's enrolment in the kernel, from the first step to the last.
 
-use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsFd as _;
+mod info;
+mod keep;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mesh_model::{InvalidSpiffeId, SpiffeId};
-use mesh_proto::node;
-use ztunnel_ebpf::{POD_ADDRESSES, PodEntry};
+use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND, PodEntry};
 
-use super::capture::{CaptureError, NodeCapture, PodCapture};
+use super::capture::{CaptureError, PodCapture, Route};
+use super::host::{ForeignPrograms, Host};
+use super::netlink::Changes;
 use super::netns::{Netns, NetnsError, inode_at};
-use super::pod_network::{self, Before, PodNetworkError};
+use super::pod_network::{self, Before, Needs, PodNetworkError};
+use super::sock_diag::{self, SockDiagError};
 use super::sockets::{ListenerSet, SocketError};
 use super::state::{Saved, State, StateError};
 
-/// Longest name, namespace, service account or UID: what Kubernetes allows of any.
-const MAX_NAME: usize = 253;
-/// Most addresses of a pod, of both families.
-const MAX_ADDRESSES: usize = 8;
+pub use info::{InvalidPod, PodInfo, Sandbox};
 
-/// A pod as it was announced.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct PodInfo {
-    /// Unique for ever; Kubernetes' UID of the pod.
-    pub uid: String,
-    /// Its name.
-    pub name: String,
-    /// Its namespace.
-    pub namespace: String,
-    /// Its service account: with the namespace, its identity.
-    pub service_account: String,
-    /// All addresses, the primary one first. At least one is IPv4.
-    pub addresses: Vec<IpAddr>,
-}
-
-/// Why an announced pod is not acceptable.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidPod {
-    /// The message has no pod.
-    #[error("the request names no pod")]
-    None,
-    /// A text is empty, too long or has characters that such a name cannot have.
-    #[error("the pod's {0} is empty, longer than {MAX_NAME} bytes or holds unusual characters")]
-    Text(&'static str),
-    /// Namespace and service account are no identity.
-    #[error(transparent)]
-    Identity(#[from] InvalidSpiffeId),
-    /// An address is not 4 or 16 bytes, or no address of a pod.
-    #[error("one of the pod's addresses is not a unicast IPv4 or IPv6 address")]
-    Address,
-    /// None, or more than [`MAX_ADDRESSES`], or more than [`POD_ADDRESSES`] of IPv4.
-    #[error("a pod has 1 to {POD_ADDRESSES} IPv4 addresses, and at most {MAX_ADDRESSES} in all")]
-    Addresses,
-}
-
-/// Where a pod runs, as it was announced.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sandbox {
-    /// The runtime's id; empty if it gave none.
-    pub id: String,
-    /// Where the network namespace is to be found; empty if it has no path.
-    pub path: PathBuf,
-}
-
-impl TryFrom<Option<node::Pod>> for PodInfo {
-    type Error = InvalidPod;
-
-    fn try_from(pod: Option<node::Pod>) -> Result<Self, InvalidPod> {
-        let pod = pod.ok_or(InvalidPod::None)?;
-        let addresses = pod.addresses.iter().map(|bytes| address(bytes)).collect::<Result<Vec<_>, _>>()?;
-        let info = Self {
-            uid: valid("uid", pod.uid, |byte| byte.is_ascii_graphic())?,
-            name: valid("name", pod.name, in_name)?,
-            namespace: valid("namespace", pod.namespace, in_name)?,
-            service_account: valid("service account", pod.service_account, in_name)?,
-            addresses,
-        };
-        // As the proxy will make it; the trust domain, which only the proxy knows, is not the pod's to choose.
-        SpiffeId::new("cluster.local", &info.namespace, &info.service_account)?;
-        let v4 = info.v4().count();
-        if v4 == 0 || v4 > POD_ADDRESSES || info.addresses.len() > MAX_ADDRESSES {
-            return Err(InvalidPod::Addresses);
-        }
-        Ok(info)
-    }
-}
-
-impl PodInfo {
-    /// The IPv4 addresses, the primary one first.
-    pub fn v4(&self) -> impl Iterator<Item = Ipv4Addr> {
-        self.addresses.iter().filter_map(|address| match address {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        })
-    }
-
-    /// As a message.
-    #[must_use]
-    pub fn to_wire(&self) -> node::Pod {
-        node::Pod {
-            uid: self.uid.clone(),
-            name: self.name.clone(),
-            namespace: self.namespace.clone(),
-            service_account: self.service_account.clone(),
-            addresses: self
-                .addresses
-                .iter()
-                .map(|address| match address {
-                    IpAddr::V4(v4) => v4.octets().to_vec(),
-                    IpAddr::V6(v6) => v6.octets().to_vec(),
-                })
-                .collect(),
-        }
-    }
-
-    fn entry(&self) -> Option<PodEntry> {
-        let octets: Vec<[u8; 4]> = self.v4().map(|address| address.octets()).collect();
-        PodEntry::new(&octets)
-    }
-}
-
-fn in_name(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
-}
-
-fn valid(what: &'static str, text: String, allowed: fn(u8) -> bool) -> Result<String, InvalidPod> {
-    if text.is_empty() || text.len() > MAX_NAME || !text.bytes().all(allowed) {
-        return Err(InvalidPod::Text(what));
-    }
-    Ok(text)
-}
-
-fn address(bytes: &[u8]) -> Result<IpAddr, InvalidPod> {
-    let address = match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).map(IpAddr::from),
-        16 => <[u8; 16]>::try_from(bytes).map(IpAddr::from),
-        _ => return Err(InvalidPod::Address),
-    };
-    let address = address.map_err(|_| InvalidPod::Address)?;
-    let unusable = address.is_unspecified()
-        || address.is_loopback()
-        || address.is_multicast()
-        || address == IpAddr::V4(Ipv4Addr::BROADCAST);
-    if unusable { Err(InvalidPod::Address) } else { Ok(address) }
-}
+/// Marks of sockets that only make sense while the pod's rules are there.
+const MARKS: [u32; 2] = [MARK_OUTBOUND, MARK_DELIVERY];
 
 /// Why a pod is not enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -158,12 +34,18 @@ pub enum EnrolError {
     /// Another pod has the namespace.
     #[error("its network namespace belongs to pod {0}, which is enrolled")]
     SameNamespace(String),
+    /// Connections of this node may not be seen as the pod made them.
+    #[error(transparent)]
+    Foreign(#[from] ForeignPrograms),
     /// Rules, routes or sysctl.
     #[error(transparent)]
     Network(#[from] PodNetworkError),
     /// Listeners.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Connections that it has.
+    #[error(transparent)]
+    Connections(#[from] SockDiagError),
     /// Programs and maps.
     #[error(transparent)]
     Capture(#[from] CaptureError),
@@ -182,15 +64,18 @@ pub struct Pod {
     /// As announced.
     pub info: PodInfo,
     netns: Netns,
+    changes: Changes,
     entry: PodEntry,
     before: Before,
     capture: PodCapture,
     sandbox: Mutex<Sandbox>,
     listeners: Mutex<Option<Arc<ListenerSet>>>,
+    /// The destinations that the programs were told last.
+    told: Mutex<Vec<Route>>,
 }
 
 impl Pod {
-    /// Enrols a pod: when this returns, the kernel was asked and everything is in force. Until the last step no
+    /// Enrols a pod: when this returns, the kernel was asked and everything is in force. Until the last steps no
     /// connection is captured; when a step fails all are taken back.
     ///
     /// Blocks; not for a runtime's thread.
@@ -198,33 +83,38 @@ impl Pod {
     /// # Errors
     /// When a step fails.
     pub fn enrol(
-        node: &NodeCapture,
+        host: &Host,
         state: &State,
         info: PodInfo,
         netns: Netns,
         sandbox: Sandbox,
     ) -> Result<Self, EnrolError> {
-        let entry = info.entry().ok_or(InvalidPod::Addresses)?;
-        let primary = info.v4().next().ok_or(InvalidPod::Addresses)?;
-        let before = pod_network::prepare(&netns, primary)?;
-        let steps = || {
-            let listeners = ListenerSet::open(&netns)?;
+        host.look_for_foreign_programs()?;
+        host.refuse_foreign_programs()?;
+        let entry = info.entry(host.flags()).ok_or(InvalidPod::Addresses)?;
+        // First of all, since it changes nothing: an address that is not the pod's.
+        pod_network::find_interface(&netns, info.primary()?, host.home())?;
+        let changes = netns.changes()?;
+        let before = pod_network::before(&netns, &needs(host, &info))?;
+        let steps = || -> Result<_, EnrolError> {
             state.save(&Saved::new(&info, &netns, &sandbox, before))?;
-            let capture = node.attach_pod(&info.uid, netns.as_fd(), entry, listeners.borrow())?;
-            node.enrol(netns.cookie(), entry)?;
-            Ok((listeners, capture))
+            pod_network::prepare(&netns, &needs(host, &info))?;
+            let listeners = ListenerSet::open(&netns, host.dns())?;
+            let (capture, told) = keep::attach(host, &info, &netns, entry, &listeners)?;
+            Ok((listeners, capture, told))
         };
-        let (listeners, capture) = match steps() {
+        let (listeners, capture, told) = match steps() {
             Ok(done) => done,
             Err(error) => {
-                undo(node, state, &info.uid, &netns, before);
+                undo(host, state, &info.uid, &netns, before);
                 return Err(error);
             }
         };
         let listeners = Mutex::new(Some(Arc::new(listeners)));
-        let pod = Self { info, netns, entry, before, capture, sandbox: Mutex::new(sandbox), listeners };
-        if let Err(error) = pod.verify(node) {
-            undo(node, state, &pod.info.uid, &pod.netns, before);
+        let (sandbox, told) = (Mutex::new(sandbox), Mutex::new(told));
+        let pod = Self { info, netns, changes, entry, before, capture, sandbox, listeners, told };
+        if let Err(error) = pod.verify(host) {
+            undo(host, state, &pod.info.uid, &pod.netns, before);
             return Err(error);
         }
         Ok(pod)
@@ -238,74 +128,31 @@ impl Pod {
     /// # Errors
     /// When it cannot be brought back in force; what is there of it stays.
     pub fn adopt(
-        node: &NodeCapture,
+        host: &Host,
         saved: &Saved,
         netns: Netns,
         returned: Option<Arc<ListenerSet>>,
     ) -> Result<Self, EnrolError> {
         let info = saved.pod.clone();
-        let entry = info.entry().ok_or(InvalidPod::Addresses)?;
-        let primary = info.v4().next().ok_or(InvalidPod::Addresses)?;
-        pod_network::mend(&netns, primary)?;
-        let capture = match node.adopt_pod(&info.uid).map(|capture| (capture.verify(netns.as_fd(), entry), capture)) {
-            Some((Ok(()), capture)) => Some(capture),
-            Some((Err(error), _)) if !error.is_absence() => return Err(error.into()),
-            Some((Err(_), _)) | None => None,
-        };
-        let (listeners, opened) = match returned {
-            Some(listeners) => (Some(listeners), false),
-            None => match ListenerSet::open(&netns) {
-                Ok(listeners) => (Some(Arc::new(listeners)), true),
-                Err(SocketError::PortInUse(_)) => (None, false),
+        let entry = info.entry(host.flags()).ok_or(InvalidPod::Addresses)?;
+        let changes = netns.changes()?;
+        pod_network::mend(&netns, &needs(host, &info))?;
+        let listeners = match returned {
+            Some(listeners) => Some(listeners),
+            None => match ListenerSet::open(&netns, host.dns()) {
+                Ok(listeners) => Some(Arc::new(listeners)),
+                Err(SocketError::PortInUse(_)) => None,
                 Err(error) => return Err(error.into()),
             },
         };
-        let capture = match (capture, &listeners) {
-            (Some(capture), Some(listeners)) => {
-                // Those that were returned are in the map.
-                if opened {
-                    capture.replace_listeners(listeners.borrow())?;
-                }
-                capture
-            }
-            (Some(capture), None) => capture,
-            (None, Some(listeners)) => node.attach_pod(&info.uid, netns.as_fd(), entry, listeners.borrow())?,
-            (None, None) => return Err(EnrolError::NoListeners),
-        };
-        node.enrol(netns.cookie(), entry)?;
+        let (capture, told) = keep::adopt(host, &info, &netns, entry, listeners.as_deref())?;
         let mut sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
         // A path that this agent cannot see, or that is another's by now, says nothing about the pod's end.
         if inode_at(&sandbox.path) != Some(netns.inode()) {
-            sandbox.path.clear();
+            sandbox.path = PathBuf::new();
         }
-        let (sandbox, listeners) = (Mutex::new(sandbox), Mutex::new(listeners));
-        Ok(Self { info, netns, entry, before: saved.before, capture, sandbox, listeners })
-    }
-
-    /// Sets what is missing of it in the kernel and opens listeners if nobody has any. What is in force stays so, also
-    /// when it fails. Blocks shortly.
-    ///
-    /// # Errors
-    /// When it is not wholly in force; [`EnrolError::NoListeners`]: it will be when the proxy returns them.
-    pub fn mend(&self, node: &NodeCapture) -> Result<(), EnrolError> {
-        if self.verify(node).is_ok() {
-            return Ok(());
-        }
-        let primary = self.info.v4().next().ok_or(InvalidPod::Addresses)?;
-        pod_network::mend(&self.netns, primary)?;
-        match (self.capture.verify(self.netns.as_fd(), self.entry), self.listeners()) {
-            (Ok(()), _) => {}
-            (Err(error), Some(listeners)) if error.is_absence() => {
-                node.attach_pod(&self.info.uid, self.netns.as_fd(), self.entry, listeners.borrow())?;
-            }
-            (Err(error), _) => return Err(error.into()),
-        }
-        node.enrol(self.netns.cookie(), self.entry)?;
-        match self.open_listeners() {
-            Err(EnrolError::Socket(SocketError::PortInUse(_))) => return Err(EnrolError::NoListeners),
-            opened => opened?,
-        }
-        self.verify(node)
+        let (sandbox, listeners, told) = (Mutex::new(sandbox), Mutex::new(listeners), Mutex::new(told));
+        Ok(Self { info, netns, changes, entry, before: saved.before, capture, sandbox, listeners, told })
     }
 
     /// Takes note of where it was announced to be now. What is not given stays as it was.
@@ -330,28 +177,18 @@ impl Pod {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks the kernel whether everything is in force. Blocks shortly.
-    ///
-    /// # Errors
-    /// What is not.
-    pub fn verify(&self, node: &NodeCapture) -> Result<(), EnrolError> {
-        self.capture.verify(self.netns.as_fd(), self.entry)?;
-        if node.enrolled(self.netns.cookie())? != Some(self.entry) {
-            return Err(CaptureError::NotInForce(String::from("the map of enrolled pods does not hold it")).into());
-        }
-        let primary = self.info.v4().next().ok_or(InvalidPod::Addresses)?;
-        pod_network::verify(&self.netns, primary)?;
-        if self.listeners().is_some() { Ok(()) } else { Err(EnrolError::NoListeners) }
-    }
-
-    /// First part of leaving: from now on nothing new is captured. Blocks shortly.
+    /// First part of leaving: from now on nothing new is captured, and what was captured has ended. Blocks shortly.
     ///
     /// # Errors
     /// When the kernel refuses; the other steps are done all the same.
-    pub fn release(&self, node: &NodeCapture) -> Result<(), EnrolError> {
-        let released = node.release(self.netns.cookie());
+    pub fn release(&self, host: &Host) -> Result<(), EnrolError> {
+        let released = host.capture.release(self.netns.cookie());
+        // While the guard still stands: what they would send again must not leave in clear.
+        let ended = end_captured(&self.netns);
         self.capture.unpin()?;
-        Ok(released?)
+        released?;
+        ended?;
+        Ok(())
     }
 
     /// Last part of leaving, when the proxy has closed its sockets: the namespace becomes what it was. Blocks shortly.
@@ -360,9 +197,9 @@ impl Pod {
     /// When the kernel refuses; the other steps are done all the same.
     pub fn restore(&self, state: &State) -> Result<(), EnrolError> {
         drop(self.lock().take());
-        let restored = pod_network::restore(&self.netns, self.before);
+        let restored = restore(&self.netns, self.before);
         state.remove(&self.info.uid)?;
-        Ok(restored?)
+        restored
     }
 
     /// Its namespace.
@@ -391,11 +228,11 @@ impl Pod {
     ///
     /// # Errors
     /// When a port is in use, or the kernel refuses.
-    pub fn open_listeners(&self) -> Result<(), EnrolError> {
+    pub fn open_listeners(&self, host: &Host) -> Result<(), EnrolError> {
         if self.lock().is_some() {
             return Ok(());
         }
-        let listeners = ListenerSet::open(&self.netns)?;
+        let listeners = ListenerSet::open(&self.netns, host.dns())?;
         self.capture.replace_listeners(listeners.borrow())?;
         *self.lock() = Some(Arc::new(listeners));
         Ok(())
@@ -406,12 +243,40 @@ impl Pod {
     }
 }
 
+/// Removes what is left of a pod in its namespace. Connections that were captured end first: without the rules they would
+/// be sent in clear.
+///
+/// # Errors
+/// When the kernel refuses; the other steps are done all the same.
+pub fn restore(netns: &Netns, before: Before) -> Result<(), EnrolError> {
+    let ended = end_captured(netns);
+    pod_network::restore(netns, before)?;
+    ended?;
+    Ok(())
+}
+
+/// Ends the connections of a pod that only work through the proxy. Blocks shortly.
+///
+/// # Errors
+/// When the kernel refuses, or some are still there after a while.
+pub fn end_captured(netns: &Netns) -> Result<(), EnrolError> {
+    let ended = sock_diag::destroy(netns, &MARKS)?;
+    if ended > 0 {
+        tracing::info!(connections = ended, "captured connections of a withdrawn pod ended");
+    }
+    Ok(())
+}
+
+fn needs<'a>(host: &Host, info: &'a PodInfo) -> Needs<'a> {
+    Needs { addresses: &info.addresses, dns: host.dns() }
+}
+
 /// Takes back a failed enrolment. What cannot be taken back is only logged: the first error is the one that matters.
-fn undo(node: &NodeCapture, state: &State, uid: &str, netns: &Netns, before: Before) {
+fn undo(host: &Host, state: &State, uid: &str, netns: &Netns, before: Before) {
     let steps = [
-        ("map of pods", node.release(netns.cookie()).map_err(EnrolError::from)),
-        ("programs", node.unpin_pod(uid).map_err(EnrolError::from)),
-        ("rules", pod_network::restore(netns, before).map_err(EnrolError::from)),
+        ("map of pods", host.capture.release(netns.cookie()).map_err(EnrolError::from)),
+        ("programs", host.capture.unpin_pod(uid).map_err(EnrolError::from)),
+        ("rules", restore(netns, before)),
         ("state", state.remove(uid).map_err(EnrolError::from)),
     ];
     for (what, done) in steps {
@@ -420,6 +285,3 @@ fn undo(node: &NodeCapture, state: &State, uid: &str, netns: &Netns, before: Bef
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

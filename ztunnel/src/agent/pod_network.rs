@@ -1,29 +1,68 @@
-//! Rules, route and sysctl that a pod's namespace needs, by rtnetlink: marked packets are delivered locally, or
+//! Rules, routes and sysctls that a pod's namespace needs, by rtnetlink: marked packets are delivered locally, or
 //! nowhere.
+//!
+//! For each family of which the pod has an address:
+//!
+//! | priority | rule | why |
+//! |---|---|---|
+//! | `RULE_PRIORITY - 1` | DNS mark → main table | the proxy's own queries leave (with DNS only) |
+//! | `RULE_PRIORITY` | outbound and delivery mark → table `ROUTE_TABLE` | to the proxy, or to the application |
+//! | `RULE_PRIORITY + 1` | the same marks → prohibit | what the table does not take must not leave |
+//! | `RULE_PRIORITY + 2` | UDP to port 53 from this machine → `ROUTE_TABLE` | queries reach the proxy (with DNS only) |
 
-use std::fs;
+mod interface;
+pub mod mirror;
+mod rules;
+mod sysctl;
+
+use std::fmt;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use futures_util::TryStreamExt as _;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
-use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND, ROUTE_TABLE, RULE_PRIORITY};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::address::AddressMessage;
+use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::packet_route::rule::RuleMessage;
+use rtnetlink::{AddressMessageBuilder, LinkUnspec};
+use ztunnel_ebpf::ROUTE_TABLE;
 
+use super::netlink::NetlinkError;
 use super::netns::{Netns, NetnsError};
 
-/// Makes replies to a marked SYN carry its mark, so that they go back to the proxy. Per network namespace.
-const ACCEPT_SYSCTL: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-/// The same for answers that no socket gives: without it the reset for a port on which nobody listens would be sent out
-/// of the pod to the real client, and the proxy would wait for its connection in vain.
-const REFLECT_SYSCTL: &str = "/proc/sys/net/ipv4/fwmark_reflect";
+pub use interface::{Interface, find as find_interface};
+pub use sysctl::Before;
+
 /// `lo` has this index in every namespace.
 const LOOPBACK: u32 = 1;
-const MARKS: [u32; 2] = [MARK_OUTBOUND, MARK_DELIVERY];
+/// How long addresses that were just added may take to become usable.
+const SETTLING: Duration = Duration::from_secs(3);
+
+/// What of a pod decides what its namespace needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Needs<'a> {
+    /// Its addresses; the first of each family is the source of what it sends through the proxy.
+    pub addresses: &'a [IpAddr],
+    /// Whether its DNS queries go to the proxy.
+    pub dns: bool,
+}
+
+impl Needs<'_> {
+    fn v4(&self) -> Option<Ipv4Addr> {
+        self.addresses.iter().find_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        })
+    }
+
+    fn v6(&self) -> Option<Ipv6Addr> {
+        self.addresses.iter().find_map(|address| match address {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(v6) => Some(*v6),
+        })
+    }
+}
 
 /// Why a pod's namespace could not be prepared or checked.
 #[derive(Debug, thiserror::Error)]
@@ -38,11 +77,8 @@ pub enum PodNetworkError {
         what: &'static str,
         /// What the kernel said.
         #[source]
-        source: rtnetlink::Error,
+        source: NetlinkError,
     },
-    /// No netlink socket, or no runtime for it.
-    #[error("cannot open a netlink socket: {0}")]
-    Open(#[source] io::Error),
     /// The sysctl could not be read or written.
     #[error("{path}: {source} (the agent needs /proc/sys writable)")]
     Sysctl {
@@ -52,235 +88,164 @@ pub enum PodNetworkError {
         #[source]
         source: io::Error,
     },
+    /// No interface has the address.
+    #[error("no interface of the pod's network namespace has its address {0}")]
+    NoInterface(IpAddr),
+    /// An interface was removed meanwhile.
+    #[error("the pod's interface {0} is gone")]
+    Gone(u32),
     /// What is there is not what was asked for.
     #[error("in the pod's network namespace there is no {0}")]
-    Missing(&'static str),
+    Missing(Missing),
 }
 
-/// What was there before, to be restored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Before {
-    /// Value of `net.ipv4.tcp_fwmark_accept`.
-    pub fwmark_accept: bool,
-    /// Value of `net.ipv4.fwmark_reflect`.
-    pub fwmark_reflect: bool,
+/// What a pod's namespace lacks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Policy rules.
+    pub rules: Vec<RuleMessage>,
+    /// Local routes in the proxy's table.
+    pub routes: Vec<RouteMessage>,
+    /// Sysctls that are off.
+    pub sysctls: Vec<&'static str>,
+    /// `lo` is down.
+    pub loopback: bool,
+}
+
+impl Missing {
+    /// Nothing is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        if !self.rules.is_empty() {
+            parts.push(format!(
+                "policy rule that sends the mesh's packets to its table, or nowhere ({})",
+                self.rules.len()
+            ));
+        }
+        if !self.routes.is_empty() {
+            parts.push(format!("local route in table {ROUTE_TABLE} ({})", self.routes.len()));
+        }
+        parts.extend(self.sysctls.iter().map(|name| format!("sysctl {name}")));
+        if self.loopback {
+            parts.push(String::from("device lo that is up"));
+        }
+        f.write_str(&parts.join(", no "))
+    }
+}
+
+/// Reads what [`prepare`] will change. Blocks shortly.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn before(netns: &Netns, needs: &Needs<'_>) -> Result<Before, PodNetworkError> {
+    netns.run(|| sysctl::read(needs.v6().is_some()))?
 }
 
 /// Prepares a namespace for capture: nothing is captured by this alone. Preparing it twice changes nothing.
 ///
-/// Blocks; not for a runtime's thread.
+/// Blocks, for [`SETTLING`] at most; not for a runtime's thread.
 ///
 /// # Errors
-/// When the kernel refuses; what was done is taken back.
-pub fn prepare(netns: &Netns, address: Ipv4Addr) -> Result<Before, PodNetworkError> {
-    let before = netns.run(read_before)??;
-    match mend(netns, address) {
-        Ok(()) => Ok(before),
-        Err(error) => {
-            // The cause of the failure is worth more than that of the cleaning.
-            let _ = restore(netns, before);
-            Err(error)
-        }
+/// When the kernel refuses; what was done stays, for [`restore`].
+pub fn prepare(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> {
+    let deadline = Instant::now() + SETTLING;
+    while interface::is_settling(netns, needs.addresses)? && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
     }
+    mend(netns, needs).map(drop)
 }
 
-/// Sets what is missing of it in a namespace that was prepared before, where connections may be captured: what is there
-/// stays, whatever fails.
+/// Asks the kernel what is missing. Blocks shortly.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn inspect(netns: &Netns, needs: &Needs<'_>) -> Result<Missing, PodNetworkError> {
+    let sysctls = netns.run(|| sysctl::off(needs.v6().is_some()))??;
+    let mut netlink = netns.route();
+    Ok(Missing {
+        rules: rules::missing_rules(needs, &rules::list_rules(&mut netlink)?),
+        routes: rules::missing_routes(needs, &rules::list_routes(&mut netlink, ROUTE_TABLE)?),
+        sysctls,
+        loopback: !interface::is_loopback_up(&mut netlink)?,
+    })
+}
+
+/// Sets what is missing in a namespace, where connections may be captured: what is there stays, whatever fails. Returns
+/// what was missing.
 ///
 /// Blocks; not for a runtime's thread.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn mend(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
-    netns.run(|| {
-        write_sysctl(ACCEPT_SYSCTL, true)?;
-        write_sysctl(REFLECT_SYSCTL, true)?;
-        netlink(async |handle| {
-            set_loopback_up(&handle).await?;
-            add_route(&handle, address).await?;
-            for mark in MARKS {
-                add_rule(&handle, to_table(mark)).await?;
-                add_rule(&handle, prohibit(mark)).await?;
-            }
-            Ok(())
-        })
-    })?
+pub fn mend(netns: &Netns, needs: &Needs<'_>) -> Result<Missing, PodNetworkError> {
+    let missing = inspect(netns, needs)?;
+    if !missing.sysctls.is_empty() {
+        netns.run(|| sysctl::switch_on(needs.v6().is_some()))??;
+    }
+    let mut netlink = netns.route();
+    if missing.loopback {
+        let up = RouteNetlinkMessage::SetLink(LinkUnspec::new_with_index(LOOPBACK).up().build());
+        netlink.change(up).map_err(failed("cannot set lo up"))?;
+    }
+    for route in missing.routes.clone() {
+        let what = "cannot add the local route (is the announced address one of the namespace?)";
+        netlink.replace(RouteNetlinkMessage::NewRoute(route)).map_err(failed(what))?;
+    }
+    for rule in missing.rules.clone() {
+        let what = "cannot add a policy rule (is CONFIG_IP_MULTIPLE_TABLES in this kernel?)";
+        netlink.add(RouteNetlinkMessage::NewRule(rule)).map_err(failed(what))?;
+    }
+    Ok(missing)
 }
 
 /// Reads back what [`prepare`] set.
 ///
 /// # Errors
-/// The first thing that is missing.
-pub fn verify(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
-    netns.run(|| {
-        let Before { fwmark_accept, fwmark_reflect } = read_before()?;
-        if !fwmark_accept {
-            return Err(PodNetworkError::Missing("net.ipv4.tcp_fwmark_accept=1"));
-        }
-        if !fwmark_reflect {
-            return Err(PodNetworkError::Missing("net.ipv4.fwmark_reflect=1"));
-        }
-        netlink(async |handle| {
-            let rules = rules(&handle).await?;
-            for mark in MARKS {
-                if !rules.iter().any(|rule| is_ours(rule, mark, RuleAction::ToTable)) {
-                    return Err(PodNetworkError::Missing("rule that sends the mark to the proxy's table"));
-                }
-                if !rules.iter().any(|rule| is_ours(rule, mark, RuleAction::Prohibit)) {
-                    return Err(PodNetworkError::Missing("rule that prohibits what the proxy's table does not take"));
-                }
-            }
-            let source = RouteAttribute::PrefSource(RouteAddress::Inet(address));
-            if routes(&handle).await?.iter().any(|route| route.attributes.contains(&source)) {
-                Ok(())
-            } else {
-                Err(PodNetworkError::Missing("local route in the proxy's table"))
-            }
-        })
-    })?
+/// What is missing.
+pub fn verify(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> {
+    let missing = inspect(netns, needs)?;
+    if missing.is_empty() { Ok(()) } else { Err(PodNetworkError::Missing(missing)) }
 }
 
-/// Removes what [`prepare`] set and puts back what was there before.
+/// Removes what [`prepare`] set, for both families, and puts back what was there before.
 ///
 /// # Errors
 /// When the kernel refuses; the rest is removed all the same.
 pub fn restore(netns: &Netns, before: Before) -> Result<(), PodNetworkError> {
-    netns.run(|| {
-        let accept = write_sysctl(ACCEPT_SYSCTL, before.fwmark_accept);
-        let sysctl = accept.and(write_sysctl(REFLECT_SYSCTL, before.fwmark_reflect));
-        let netlink = netlink(async |handle| {
-            for rule in rules(&handle).await? {
-                let ours = MARKS.iter().any(|mark| {
-                    is_ours(&rule, *mark, RuleAction::ToTable) || is_ours(&rule, *mark, RuleAction::Prohibit)
-                });
-                if ours {
-                    handle.rule().del(rule).execute().await.map_err(failed("cannot remove a policy rule"))?;
-                }
-            }
-            for route in routes(&handle).await? {
-                handle.route().del(route).execute().await.map_err(failed("cannot remove the route"))?;
-            }
-            Ok(())
-        });
-        netlink.and(sysctl)
-    })?
+    let sysctls = netns.run(|| sysctl::write(before)).map_err(PodNetworkError::from).flatten();
+    let mut netlink = netns.route();
+    let mut first = Ok(());
+    for rule in rules::our_rules(rules::list_rules(&mut netlink)?) {
+        let removed = netlink.change(RouteNetlinkMessage::DelRule(rule)).map_err(failed("cannot remove a policy rule"));
+        first = first.and(removed);
+    }
+    for route in rules::list_routes(&mut netlink, ROUTE_TABLE)? {
+        let removed = netlink.change(RouteNetlinkMessage::DelRoute(route)).map_err(failed("cannot remove a route"));
+        first = first.and(removed);
+    }
+    first.and(sysctls)
 }
 
 /// Gives `lo` another address, for a namespace that has no other device.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn add_loopback_address(netns: &Netns, address: Ipv4Addr) -> Result<(), PodNetworkError> {
-    netns.run(|| {
-        netlink(async |handle| {
-            let request = handle.address().add(LOOPBACK, address.into(), 32);
-            request.execute().await.map_err(failed("cannot add an address to lo"))
-        })
-    })?
-}
-
-/// Runs requests on a netlink socket of the calling thread's namespace.
-fn netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, PodNetworkError>) -> Result<T, PodNetworkError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(PodNetworkError::Open)?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(PodNetworkError::Open)?;
-        let connection = tokio::spawn(connection);
-        let result = work(handle).await;
-        connection.abort();
-        result
-    })
-}
-
-async fn set_loopback_up(handle: &Handle) -> Result<(), PodNetworkError> {
-    let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
-    handle.link().set(up).execute().await.map_err(failed("cannot set lo up"))
-}
-
-async fn add_route(handle: &Handle, address: Ipv4Addr) -> Result<(), PodNetworkError> {
-    // Without a preferred source the kernel would take the destination for one.
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-        .output_interface(LOOPBACK)
-        .pref_source(address)
-        .table_id(ROUTE_TABLE)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .protocol(RouteProtocol::Static)
-        .build();
-    handle
-        .route()
-        .add(route)
-        .replace()
-        .execute()
-        .await
-        .map_err(failed("cannot add the local route (is the announced address one of the namespace?)"))
-}
-
-async fn add_rule(handle: &Handle, rule: RuleMessage) -> Result<(), PodNetworkError> {
-    let mut request = handle.rule().add();
-    *request.message_mut() = rule;
-    match request.execute().await {
-        Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::EEXIST => Ok(()),
-        other => other.map_err(failed("cannot add a policy rule (is CONFIG_IP_MULTIPLE_TABLES in this kernel?)")),
-    }
-}
-
-fn to_table(mark: u32) -> RuleMessage {
-    let mut rule = marked(mark, RuleAction::ToTable, RULE_PRIORITY);
-    rule.attributes.push(RuleAttribute::Table(ROUTE_TABLE));
-    rule
-}
-
-/// What the table does not take must not leave by another.
-fn prohibit(mark: u32) -> RuleMessage {
-    marked(mark, RuleAction::Prohibit, RULE_PRIORITY + 1)
-}
-
-fn marked(mark: u32, action: RuleAction, priority: u32) -> RuleMessage {
-    let mut rule = RuleMessage::default();
-    rule.header.family = AddressFamily::Inet;
-    rule.header.action = action;
-    rule.attributes =
-        vec![RuleAttribute::FwMark(mark), RuleAttribute::FwMask(u32::MAX), RuleAttribute::Priority(priority)];
-    rule
-}
-
-fn is_ours(rule: &RuleMessage, mark: u32, action: RuleAction) -> bool {
-    let wanted = match action {
-        RuleAction::ToTable => to_table(mark),
-        _ => prohibit(mark),
+pub fn add_loopback_address(netns: &Netns, address: IpAddr) -> Result<(), PodNetworkError> {
+    let message: AddressMessage = match address {
+        IpAddr::V4(v4) => AddressMessageBuilder::<Ipv4Addr>::new().index(LOOPBACK).address(v4, 32).build(),
+        IpAddr::V6(v6) => AddressMessageBuilder::<Ipv6Addr>::new().index(LOOPBACK).address(v6, 128).build(),
     };
-    rule.header.action == action && wanted.attributes.iter().all(|attribute| rule.attributes.contains(attribute))
+    let added = netns.route().add(RouteNetlinkMessage::NewAddress(message));
+    added.map_err(failed("cannot add an address to lo"))
 }
 
-async fn rules(handle: &Handle) -> Result<Vec<RuleMessage>, PodNetworkError> {
-    handle.rule().get(IpVersion::V4).execute().try_collect().await.map_err(failed("cannot list policy rules"))
-}
-
-/// The routes of the proxy's table.
-async fn routes(handle: &Handle) -> Result<Vec<RouteMessage>, PodNetworkError> {
-    let mut query = RouteMessage::default();
-    query.header.address_family = AddressFamily::Inet;
-    query.header.table = RouteHeader::RT_TABLE_UNSPEC;
-    let all: Vec<RouteMessage> =
-        handle.route().get(query).execute().try_collect().await.map_err(failed("cannot list routes"))?;
-    let table = RouteAttribute::Table(ROUTE_TABLE);
-    Ok(all.into_iter().filter(|route| route.attributes.contains(&table)).collect())
-}
-
-fn failed(what: &'static str) -> impl Fn(rtnetlink::Error) -> PodNetworkError {
+fn failed(what: &'static str) -> impl Fn(NetlinkError) -> PodNetworkError {
     move |source| PodNetworkError::Netlink { what, source }
-}
-
-fn read_before() -> Result<Before, PodNetworkError> {
-    Ok(Before { fwmark_accept: read_sysctl(ACCEPT_SYSCTL)?, fwmark_reflect: read_sysctl(REFLECT_SYSCTL)? })
-}
-
-fn read_sysctl(path: &'static str) -> Result<bool, PodNetworkError> {
-    let text = fs::read_to_string(path).map_err(|source| PodNetworkError::Sysctl { path, source })?;
-    Ok(text.trim() != "0")
-}
-
-fn write_sysctl(path: &'static str, on: bool) -> Result<(), PodNetworkError> {
-    fs::write(path, if on { "1" } else { "0" }).map_err(|source| PodNetworkError::Sysctl { path, source })
 }

@@ -6,8 +6,13 @@ use std::os::unix::fs::{
     DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown, lchown,
 };
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+
+/// How often a successor looks whether the agent before it has ended.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The folder, locked: one agent at a time.
 #[derive(Debug)]
@@ -62,6 +67,33 @@ impl RunDir {
         make(&dir.state(), 0o700, 0)?;
         make(&dir.path.join("proxy"), 0o700, proxy_uid)?;
         Ok(dir)
+    }
+
+    /// As [`Self::open`], but waits until the agent that runs has ended: a successor starts before its predecessor ends, and
+    /// the node is never long without one.
+    ///
+    /// # Errors
+    /// When the folder is not safe.
+    pub fn open_when_free(path: &Path, proxy_uid: u32) -> Result<Self, RunDirError> {
+        let mut told = false;
+        loop {
+            match Self::open(path, proxy_uid) {
+                Err(RunDirError::Locked(lock)) => {
+                    if !told {
+                        tracing::info!(lock = %lock.display(), "another agent runs; waiting until it ends");
+                        told = true;
+                    }
+                    thread::sleep(PAUSE);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Where the proxy connects: `proxy/agent.sock`, in a folder of the proxy's own.
@@ -136,6 +168,21 @@ mod tests {
         assert!(matches!(RunDir::open(&path, 1337), Err(RunDirError::Locked(_))));
         drop(first);
         RunDir::open(&path, 1337).unwrap();
+    }
+
+    #[test]
+    fn successor_waits_for_the_end_of_its_predecessor() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let first = RunDir::open(&path, 1337).unwrap();
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || RunDir::open_when_free(&path, 1337).map(drop)
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished());
+        drop(first);
+        waiting.join().unwrap().unwrap();
     }
 
     #[test]

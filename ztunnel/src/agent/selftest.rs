@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::thread;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use ztunnel_ebpf::PodEntry;
 
-use super::capture::{CaptureError, NodeCapture};
+use super::capture::{Attachment, CaptureError, NodeCapture, Route};
 use super::netns::{Netns, NetnsError};
-use super::pod_network::{self, PodNetworkError};
+use super::pod_network::{self, Needs, PodNetworkError};
 use super::sockets::{ListenerSet, SocketError};
 
 /// The address of the pod that is played (RFC 5737: for documentation).
@@ -56,17 +56,21 @@ pub enum SelfTestError {
 /// When the connection did not reach the listener of a proxy, or could not be made.
 pub fn run(node: &NodeCapture) -> Result<(), SelfTestError> {
     let netns = Netns::new(new_netns()?)?;
-    pod_network::add_loopback_address(&netns, POD)?;
-    pod_network::prepare(&netns, POD)?;
-    let listeners = ListenerSet::open(&netns)?;
+    let address = IpAddr::V4(POD);
+    pod_network::add_loopback_address(&netns, address)?;
+    pod_network::prepare(&netns, &Needs { addresses: &[address], dns: false })?;
+    let listeners = ListenerSet::open(&netns, false)?;
     let uid = format!("self-test-{}", std::process::id());
-    let entry = PodEntry::new(&[POD.octets()]).unwrap_or_default();
-    let capture = node.attach_pod(&uid, netns.as_fd(), entry, listeners.borrow())?;
-    let enrolled = node.enrol(netns.cookie(), entry);
+    let entry = PodEntry::new(&[address], 0).unwrap_or_default();
+    let everywhere = Route { address: Ipv4Addr::UNSPECIFIED.into(), prefix: 0, captured: true };
+    let told = node.set_routes(netns.cookie(), &[everywhere]);
+    // Nothing leaves a namespace without a device: it needs no guard.
+    let attachment = Attachment { uid: &uid, netns: &netns, entry, listeners: listeners.borrow(), guard: None };
+    let capture = told.and_then(|()| node.attach_pod(attachment));
     let captured = netns.run(|| connect(listeners.outbound));
     // Both are undone whatever came of the connection; the namespace takes the rest with it.
-    let (released, unpinned) = (node.release(netns.cookie()), capture.unpin());
-    enrolled?;
+    let (released, unpinned) = (node.release(netns.cookie()), node.unpin_pod(&uid));
+    capture?;
     captured?.map_err(SelfTestError::NotCaptured)?;
     released?;
     Ok(unpinned?)
@@ -91,7 +95,9 @@ fn connect(listener: OwnedFd) -> io::Result<()> {
     let timeout = PollTimeout::try_from(PATIENCE).map_err(io::Error::other)?;
     poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout)?;
     let (accepted, peer) = listener.accept()?;
-    if accepted.local_addr()? == destination && peer == client.local_addr()? {
+    // A socket for both families tells IPv4 as IPv6 has it.
+    let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    if canonical(accepted.local_addr()?) == destination && canonical(peer) == client.local_addr()? {
         Ok(())
     } else {
         Err(io::Error::other("another connection arrived"))
@@ -106,7 +112,7 @@ mod tests {
     #[test]
     fn connection_is_captured_and_nothing_is_left() {
         let scratch = Scratch::new();
-        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap();
+        let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
         run(&node).unwrap();
         assert_eq!(node.cookies().unwrap(), Vec::<u64>::new());
         assert_eq!(node.pinned().unwrap(), Vec::<String>::new());
@@ -117,7 +123,7 @@ mod tests {
         let scratch = Scratch::new();
         let elsewhere = cgroup_root().join(format!("culvert-agent-test-{}", std::process::id()));
         std::fs::create_dir(&elsewhere).unwrap();
-        let node = NodeCapture::open(&scratch.bpffs(), &elsewhere, false);
+        let node = NodeCapture::open(&scratch.bpffs(), &elsewhere, None, false);
         let result = node.map(|node| (run(&node), node.pinned(), node.cookies()));
         std::fs::remove_dir(&elsewhere).unwrap();
         let (result, pinned, cookies) = result.unwrap();

@@ -2,13 +2,15 @@
 //! connections.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use mesh_proto::node::Listener;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{SetSockOpt, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use ztunnel_ebpf::{MARK_DELIVERY, PORT_INBOUND_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND};
+use ztunnel_ebpf::{
+    MARK_DELIVERY, MARK_DNS, PORT_DNS, PORT_INBOUND_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PORT_RESOLVER,
+};
 
 use super::capture::{Listeners, netns_cookie};
 use super::netns::{Netns, NetnsError};
@@ -25,6 +27,9 @@ pub enum SocketError {
     /// Somebody listens on the proxy's port in the pod: the proxy of a former agent, or an application.
     #[error("port {0} is in use in the pod")]
     PortInUse(u16),
+    /// Answers of a resolver with this address cannot be sent in the pod.
+    #[error("{0} is no address of a resolver whose answers could come from outside")]
+    Resolver(IpAddr),
     /// The system call failed.
     #[error("cannot {what}: {source}")]
     Socket {
@@ -36,7 +41,7 @@ pub enum SocketError {
     },
 }
 
-/// The listening sockets of one pod. The proxy has duplicates.
+/// The listening sockets of one pod, each for both families. The proxy has duplicates.
 #[derive(Debug)]
 pub struct ListenerSet {
     /// 15001.
@@ -45,44 +50,70 @@ pub struct ListenerSet {
     pub inbound_plaintext: OwnedFd,
     /// 15008.
     pub inbound_hbone: OwnedFd,
+    /// 15053, UDP and TCP; none where DNS is not the mesh's.
+    pub dns: Option<DnsListeners>,
+}
+
+/// The listening sockets for DNS.
+#[derive(Debug)]
+pub struct DnsListeners {
+    /// Queries, each with the address of the resolver that was asked (`IP_RECVORIGDSTADDR`).
+    pub udp: OwnedFd,
+    /// Captured connections to port 53.
+    pub tcp: OwnedFd,
 }
 
 impl ListenerSet {
-    /// The kinds, in the order in which they are announced.
-    pub const KINDS: [Listener; 3] = [Listener::Outbound, Listener::InboundPlaintext, Listener::InboundHbone];
-
     /// Opens them in a pod's namespace. Blocks shortly.
     ///
     /// # Errors
     /// [`SocketError::PortInUse`] is to be expected where a proxy outlived its agent.
-    pub fn open(netns: &Netns) -> Result<Self, SocketError> {
+    pub fn open(netns: &Netns, dns: bool) -> Result<Self, SocketError> {
         netns.run(|| {
             Ok(Self {
                 outbound: listen(PORT_OUTBOUND, true)?,
                 inbound_plaintext: listen(PORT_INBOUND_PLAINTEXT, true)?,
                 inbound_hbone: listen(PORT_INBOUND_HBONE, false)?,
+                dns: if dns { Some(DnsListeners::open_here()?) } else { None },
             })
         })?
     }
 
-    /// Listeners that a proxy returned: one of each kind, on its port. Others are closed.
+    /// Listeners that a proxy returned: one of each kind, on its port; those for DNS may be missing. Others are closed.
     #[must_use]
     pub fn returned(sockets: Vec<(Listener, OwnedFd)>) -> Option<Self> {
         let (mut outbound, mut inbound_plaintext, mut inbound_hbone) = (None, None, None);
+        let (mut dns_udp, mut dns_tcp) = (None, None);
         for (kind, socket) in sockets {
             let (slot, port) = match kind {
                 Listener::Outbound => (&mut outbound, PORT_OUTBOUND),
                 Listener::InboundPlaintext => (&mut inbound_plaintext, PORT_INBOUND_PLAINTEXT),
                 Listener::InboundHbone => (&mut inbound_hbone, PORT_INBOUND_HBONE),
-                Listener::DnsUdp | Listener::DnsTcp | Listener::Unspecified => continue,
+                Listener::DnsUdp => (&mut dns_udp, PORT_DNS),
+                Listener::DnsTcp => (&mut dns_tcp, PORT_DNS),
+                Listener::Unspecified => continue,
             };
-            let found = SockRef::from(&socket).local_addr().ok()?.as_socket()?.port();
-            if found != port {
+            let wanted = if kind == Listener::DnsUdp { Type::DGRAM } else { Type::STREAM };
+            let found = SockRef::from(&socket);
+            let port_found = found.local_addr().ok()?.as_socket()?.port();
+            if port_found != port || found.r#type().ok()? != wanted {
                 return None;
             }
             *slot = Some(socket);
         }
-        Some(Self { outbound: outbound?, inbound_plaintext: inbound_plaintext?, inbound_hbone: inbound_hbone? })
+        let dns = dns_udp.zip(dns_tcp).map(|(udp, tcp)| DnsListeners { udp, tcp });
+        Some(Self { outbound: outbound?, inbound_plaintext: inbound_plaintext?, inbound_hbone: inbound_hbone?, dns })
+    }
+
+    /// The same with listeners for DNS where it has none: those that a proxy returned may be of a time without.
+    ///
+    /// # Errors
+    /// When they cannot be opened.
+    pub fn with_dns(self, netns: &Netns) -> Result<Self, SocketError> {
+        match self.dns {
+            Some(_) => Ok(self),
+            None => Ok(Self { dns: Some(netns.run(DnsListeners::open_here)??), ..self }),
+        }
     }
 
     /// Whether all were made in the network namespace with this cookie.
@@ -98,40 +129,103 @@ impl ListenerSet {
             outbound: self.outbound.as_fd(),
             inbound_plaintext: self.inbound_plaintext.as_fd(),
             inbound_hbone: self.inbound_hbone.as_fd(),
+            dns_udp: self.dns.as_ref().map(|dns| dns.udp.as_fd()),
+            dns_tcp: self.dns.as_ref().map(|dns| dns.tcp.as_fd()),
         }
     }
 
-    /// In the order of [`Self::KINDS`].
+    /// The kinds, in the order in which they are announced.
     #[must_use]
-    pub fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
-        [self.outbound.as_fd(), self.inbound_plaintext.as_fd(), self.inbound_hbone.as_fd()]
+    pub fn kinds(&self) -> Vec<Listener> {
+        let mut kinds = vec![Listener::Outbound, Listener::InboundPlaintext, Listener::InboundHbone];
+        if self.dns.is_some() {
+            kinds.extend([Listener::DnsUdp, Listener::DnsTcp]);
+        }
+        kinds
+    }
+
+    /// In the order of [`Self::kinds`].
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut all = vec![self.outbound.as_fd(), self.inbound_plaintext.as_fd(), self.inbound_hbone.as_fd()];
+        all.extend(self.dns.iter().flat_map(|dns| [dns.udp.as_fd(), dns.tcp.as_fd()]));
+        all
     }
 }
 
-fn listen(port: u16, transparent: bool) -> Result<OwnedFd, SocketError> {
-    let socket = tcp()?;
-    socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
-    if transparent {
-        socket.set_ip_transparent_v4(true).map_err(failed("set IP_TRANSPARENT"))?;
-    }
-    let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
-    let in_use = |what| {
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => SocketError::PortInUse(port),
-            _ => SocketError::Socket { what, source },
+impl DnsListeners {
+    fn open_here() -> Result<Self, SocketError> {
+        let (udp, family) = both_families(Type::DGRAM, Protocol::UDP)?;
+        udp.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
+        transparent(&udp, family)?;
+        set(&udp, sockopt::Ipv4OrigDstAddr, "set IP_RECVORIGDSTADDR")?;
+        if family == Family::V6 {
+            set(&udp, sockopt::Ipv6OrigDstAddr, "set IPV6_RECVORIGDSTADDR")?;
         }
-    };
-    socket.bind(&address.into()).map_err(in_use("bind a listener"))?;
-    socket.listen(BACKLOG).map_err(in_use("listen"))?;
+        udp.bind(&family.any(PORT_DNS).into()).map_err(in_use("bind the listener for DNS", PORT_DNS))?;
+        Ok(Self { udp: udp.into(), tcp: listen(PORT_DNS, true)? })
+    }
+}
+
+fn listen(port: u16, is_transparent: bool) -> Result<OwnedFd, SocketError> {
+    let (socket, family) = both_families(Type::STREAM, Protocol::TCP)?;
+    set_no_delay(&socket)?;
+    socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
+    if is_transparent {
+        transparent(&socket, family)?;
+    }
+    socket.bind(&family.any(port).into()).map_err(in_use("bind a listener", port))?;
+    socket.listen(BACKLOG).map_err(in_use("listen", port))?;
     Ok(socket.into())
+}
+
+/// A socket for IPv6 and IPv4, or for IPv4 alone where the kernel has no IPv6.
+fn both_families(kind: Type, protocol: Protocol) -> Result<(Socket, Family), SocketError> {
+    match Socket::new(Domain::IPV6, kind.nonblocking(), Some(protocol)) {
+        Ok(socket) => {
+            socket.set_only_v6(false).map_err(failed("clear IPV6_V6ONLY"))?;
+            Ok((socket, Family::V6))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            Ok((socket(Family::V4, kind, protocol)?, Family::V4))
+        }
+        Err(error) => Err(failed("make a listener")(error)),
+    }
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    const fn domain(self) -> Domain {
+        match self {
+            Self::V4 => Domain::IPV4,
+            Self::V6 => Domain::IPV6,
+        }
+    }
+
+    fn any(self, port: u16) -> SocketAddr {
+        match self {
+            Self::V4 => (Ipv4Addr::UNSPECIFIED, port).into(),
+            Self::V6 => (Ipv6Addr::UNSPECIFIED, port).into(),
+        }
+    }
 }
 
 /// A socket for a connection to the next hop, in the calling thread's namespace. It must be exempted before it is used.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn upstream() -> Result<OwnedFd, SocketError> {
-    Ok(tcp()?.into())
+pub fn upstream(family: Family) -> Result<OwnedFd, SocketError> {
+    let socket = socket(family, Type::STREAM, Protocol::TCP)?;
+    set_no_delay(&socket)?;
+    Ok(socket.into())
 }
 
 /// A socket that delivers to the pod's own application with the client's address, in the calling thread's namespace: it
@@ -140,27 +234,85 @@ pub fn upstream() -> Result<OwnedFd, SocketError> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn delivery() -> Result<OwnedFd, SocketError> {
-    let socket = tcp()?;
-    socket.set_ip_transparent_v4(true).map_err(failed("set IP_TRANSPARENT"))?;
+pub fn delivery(family: Family) -> Result<OwnedFd, SocketError> {
+    let socket = socket(family, Type::STREAM, Protocol::TCP)?;
+    set_no_delay(&socket)?;
+    transparent(&socket, family)?;
     socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
     socket.set_mark(MARK_DELIVERY).map_err(failed("set SO_MARK"))?;
     // Without the device the proxy's own packets look as if they came from outside, and it would capture itself.
     socket.bind_device(Some(b"lo")).map_err(failed("set SO_BINDTODEVICE"))?;
     // The port is chosen at connect, by the whole 4-tuple: bind alone becomes slow when many ports are taken.
-    setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
-        .map_err(|errno| SocketError::Socket { what: "set IP_BIND_ADDRESS_NO_PORT", source: errno.into() })?;
+    set(&socket, sockopt::IpBindAddressNoPort, "set IP_BIND_ADDRESS_NO_PORT")?;
     Ok(socket.into())
 }
 
-/// Non-blocking, close-on-exec, without delay of small segments.
-fn tcp() -> Result<Socket, SocketError> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))
-        .map_err(failed("make a TCP socket"))?;
-    socket.set_tcp_nodelay(true).map_err(failed("set TCP_NODELAY"))?;
-    Ok(socket)
+/// A UDP socket for queries to a resolver, in the calling thread's namespace. Its mark keeps them from the proxy.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn dns_upstream(family: Family) -> Result<OwnedFd, SocketError> {
+    let socket = socket(family, Type::DGRAM, Protocol::UDP)?;
+    socket.set_mark(MARK_DNS).map_err(failed("set SO_MARK"))?;
+    Ok(socket.into())
+}
+
+/// A UDP socket for answers in the name of a resolver, in the calling thread's namespace: bound to its address and port
+/// 53, and to `lo`, with the mark of deliveries, so that nothing leaves the pod by it.
+///
+/// # Errors
+/// [`SocketError::Resolver`] when nobody's answers come from such an address; when the kernel refuses, for one because a
+/// server of the pod's own holds port 53 of all addresses.
+pub fn dns_reply(resolver: IpAddr, own: &[IpAddr]) -> Result<OwnedFd, SocketError> {
+    let resolver = resolver.to_canonical();
+    let unusable = resolver.is_loopback()
+        || resolver.is_unspecified()
+        || resolver.is_multicast()
+        || resolver == IpAddr::V4(Ipv4Addr::BROADCAST)
+        || own.contains(&resolver);
+    if unusable {
+        return Err(SocketError::Resolver(resolver));
+    }
+    let family = if resolver.is_ipv4() { Family::V4 } else { Family::V6 };
+    let socket = socket(family, Type::DGRAM, Protocol::UDP)?;
+    transparent(&socket, family)?;
+    socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
+    socket.bind_device(Some(b"lo")).map_err(failed("set SO_BINDTODEVICE"))?;
+    // In IPv6 the pod's own addresses are not on `lo`: without the mark's table there is no way to them by it.
+    socket.set_mark(MARK_DELIVERY).map_err(failed("set SO_MARK"))?;
+    let address = SocketAddr::from((resolver, PORT_RESOLVER));
+    socket.bind(&address.into()).map_err(in_use("bind to a resolver's address", PORT_RESOLVER))?;
+    Ok(socket.into())
+}
+
+/// Non-blocking, close-on-exec.
+fn socket(family: Family, kind: Type, protocol: Protocol) -> Result<Socket, SocketError> {
+    Socket::new(family.domain(), kind.nonblocking(), Some(protocol)).map_err(failed("make a socket"))
+}
+
+/// Without delay of small segments.
+fn set_no_delay(socket: &Socket) -> Result<(), SocketError> {
+    socket.set_tcp_nodelay(true).map_err(failed("set TCP_NODELAY"))
+}
+
+fn transparent(socket: &Socket, family: Family) -> Result<(), SocketError> {
+    match family {
+        Family::V4 => socket.set_ip_transparent_v4(true).map_err(failed("set IP_TRANSPARENT")),
+        Family::V6 => socket.set_ip_transparent_v6(true).map_err(failed("set IPV6_TRANSPARENT")),
+    }
+}
+
+fn set(socket: &Socket, option: impl SetSockOpt<Val = bool>, what: &'static str) -> Result<(), SocketError> {
+    setsockopt(socket, option, &true).map_err(|errno| SocketError::Socket { what, source: errno.into() })
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> SocketError {
     move |source| SocketError::Socket { what, source }
+}
+
+fn in_use(what: &'static str, port: u16) -> impl Fn(io::Error) -> SocketError {
+    move |source| match source.kind() {
+        io::ErrorKind::AddrInUse => SocketError::PortInUse(port),
+        _ => SocketError::Socket { what, source },
+    }
 }

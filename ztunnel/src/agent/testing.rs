@@ -1,7 +1,7 @@
 //! What the tests of this module stand on: bpffs and namespaces of their own on the real kernel. They need root.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use futures_util::TryStreamExt as _;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use rtnetlink::{LinkUnspec, LinkVeth};
+use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netns::Netns;
 
@@ -79,7 +80,7 @@ pub fn cgroup_root() -> PathBuf {
     line.split(' ').nth(1).unwrap().into()
 }
 
-/// A network namespace with one address, joined to another by a veth pair.
+/// A network namespace with an address of each family, joined to another by a veth pair.
 pub struct TestPod {
     pub netns: Netns,
     pub address: Ipv4Addr,
@@ -87,19 +88,32 @@ pub struct TestPod {
 
 pub const A: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 5);
 pub const B: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 6);
+pub const A6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 5);
+pub const B6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, 6);
 
 /// Two pods on one link: [`A`] and [`B`].
 pub fn pair() -> (TestPod, TestPod) {
     let (a, b) = (new_netns(), new_netns());
-    let other = b.as_fd().as_raw_fd();
-    configure(&a, async |handle| {
-        handle.link().add(LinkVeth::new("eth0", "peer").build()).execute().await.unwrap();
-        let index = index_of(&handle, "peer").await;
-        handle.link().set(LinkUnspec::new_with_index(index).setns_by_fd(other).build()).execute().await.unwrap();
-        address(&handle, "eth0", A).await;
-    });
-    configure(&b, async |handle| address(&handle, "peer", B).await);
+    join(&a, &b, "eth0", "peer");
+    give(&a, "eth0", A, A6);
+    give(&b, "peer", B, B6);
     (TestPod { netns: a, address: A }, TestPod { netns: b, address: B })
+}
+
+/// A node and a pod, [`A`], whose interface has its other end, `host0`, in the node's namespace, with the addresses [`B`].
+/// All of the pod's routes lead there.
+pub fn node_and_pod() -> (TestPod, TestPod) {
+    let (a, node) = (new_netns(), new_netns());
+    join(&a, &node, "eth0", "host0");
+    give(&node, "host0", B, B6);
+    give(&a, "eth0", A, A6);
+    configure(&a, async |handle| {
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0).gateway(B);
+        handle.route().add(v4.build()).execute().await.unwrap();
+        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0).gateway(B6);
+        handle.route().add(v6.build()).execute().await.unwrap();
+    });
+    (TestPod { netns: node, address: B }, TestPod { netns: a, address: A })
 }
 
 /// A new namespace, alive as long as the value.
@@ -113,7 +127,30 @@ pub fn new_netns() -> Netns {
     Netns::new(fd).unwrap()
 }
 
-fn configure(netns: &Netns, work: impl AsyncFnOnce(rtnetlink::Handle) + Send) {
+/// Makes a veth pair, one end in each namespace.
+fn join(a: &Netns, b: &Netns, name_a: &str, name_b: &str) {
+    let other = b.as_fd().as_raw_fd();
+    configure(a, async |handle| {
+        handle.link().add(LinkVeth::new(name_a, name_b).build()).execute().await.unwrap();
+        let index = index_of(&handle, name_b).await;
+        handle.link().set(LinkUnspec::new_with_index(index).setns_by_fd(other).build()).execute().await.unwrap();
+    });
+    configure(b, async |_| {});
+}
+
+/// Gives an interface its addresses and sets it up.
+fn give(netns: &Netns, name: &str, v4: Ipv4Addr, v6: Ipv6Addr) {
+    configure(netns, async |handle| {
+        let index = index_of(&handle, name).await;
+        handle.address().add(index, v4.into(), 24).execute().await.unwrap();
+        let mut request = handle.address().add(index, v6.into(), 64);
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        request.execute().await.unwrap();
+        handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
+    });
+}
+
+pub fn configure(netns: &Netns, work: impl AsyncFnOnce(rtnetlink::Handle) + Send) {
     netns
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
@@ -127,13 +164,7 @@ fn configure(netns: &Netns, work: impl AsyncFnOnce(rtnetlink::Handle) + Send) {
         .unwrap();
 }
 
-async fn index_of(handle: &rtnetlink::Handle, name: &str) -> u32 {
+pub async fn index_of(handle: &rtnetlink::Handle, name: &str) -> u32 {
     let mut links = handle.link().get().match_name(name).execute();
     links.try_next().await.unwrap().unwrap().header.index
-}
-
-async fn address(handle: &rtnetlink::Handle, name: &str, address: Ipv4Addr) {
-    let index = index_of(handle, name).await;
-    handle.address().add(index, address.into(), 24).execute().await.unwrap();
-    handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
 }

@@ -2,6 +2,9 @@
 //! kernel.
 
 mod adoption;
+mod drifting;
+mod families;
+mod leftovers;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -17,7 +20,7 @@ use prost::Message as _;
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::runtime::Runtime;
 
-use super::testing::{A, B, Scratch, TestPod, cgroup_root, pair};
+use super::testing::{A, A6, B, B6, Scratch, TestPod, cgroup_root, pair};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -29,21 +32,26 @@ struct Agent {
     runtime: Option<Runtime>,
     _run_dir: RunDir,
     _tasks: Tasks,
-    node: Arc<NodeCapture>,
+    host: Arc<Host>,
     run: PathBuf,
 }
 
 impl Agent {
     fn start(scratch: &Scratch) -> Self {
+        Self::start_with(scratch, choices())
+    }
+
+    fn start_with(scratch: &Scratch, choices: Choices) -> Self {
         let run = scratch.path("run");
         let run_dir = RunDir::open(&run, 65534).unwrap();
-        let node = Arc::new(NodeCapture::open(&scratch.bpffs(), &cgroup_root(), false).unwrap());
+        let capture = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
+        let host = Arc::new(Host::new(capture, cgroup_root(), choices).unwrap());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut tasks = Tasks::new();
         let guard = runtime.enter();
-        super::start(&run_dir, 65534, &node, &mut tasks).unwrap();
+        super::start(&run_dir, 65534, &host, None, &mut tasks).unwrap();
         drop(guard);
-        Self { runtime: Some(runtime), _run_dir: run_dir, _tasks: tasks, node, run }
+        Self { runtime: Some(runtime), _run_dir: run_dir, _tasks: tasks, host, run }
     }
 
     fn announcer(&self) -> Announcer {
@@ -59,6 +67,11 @@ impl Drop for Agent {
     fn drop(&mut self) {
         self.runtime.take().unwrap().shutdown_timeout(PATIENCE);
     }
+}
+
+/// The defaults. A test of capture attaches a stranger, which is none of these tests' business.
+fn choices() -> Choices {
+    Choices { allowed_programs: vec![String::from("stranger")], ..Choices::default() }
 }
 
 struct Announcer(BlockingSocket);
@@ -145,11 +158,11 @@ impl Proxy {
         self.say(proxy_message::Kind::Ack(node::Ack { pod_uid: uid.into(), error: error.into() }), &[]);
     }
 
-    /// The pod that is announced next, acknowledged: its three listeners.
+    /// The pod that is announced next, acknowledged: its listeners.
     fn added(&self) -> (String, Vec<OwnedFd>) {
         let (agent_message::Kind::PodAdded(added), fds) = self.hear() else { panic!("a pod is announced") };
         assert_eq!(added.listeners().collect::<Vec<_>>(), ListenerKinds::ALL);
-        assert_eq!(fds.len(), 3);
+        assert_eq!(fds.len(), ListenerKinds::ALL.len());
         let uid = added.pod.unwrap().uid;
         self.ack(&uid);
         (uid, fds)
@@ -171,12 +184,22 @@ impl Proxy {
 struct ListenerKinds;
 
 impl ListenerKinds {
-    const ALL: [node::Listener; 3] =
-        [node::Listener::Outbound, node::Listener::InboundPlaintext, node::Listener::InboundHbone];
+    const ALL: [node::Listener; 5] = [
+        node::Listener::Outbound,
+        node::Listener::InboundPlaintext,
+        node::Listener::InboundHbone,
+        node::Listener::DnsUdp,
+        node::Listener::DnsTcp,
+    ];
 }
 
 fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
     (address, port).into()
+}
+
+/// Sockets for both families tell IPv4 as IPv6 has it.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    (address.ip().to_canonical(), address.port()).into()
 }
 
 fn listen(pod: &TestPod, port: u16) -> TcpListener {
@@ -192,7 +215,7 @@ fn accept(listener: &OwnedFd) -> Option<(SocketAddr, SocketAddr)> {
     let listener = TcpListener::from(listener.try_clone().unwrap());
     eventually(|| {
         let (stream, peer) = listener.accept().ok()?;
-        Some((stream.local_addr().unwrap(), peer))
+        Some((canonical(stream.local_addr().unwrap()), canonical(peer)))
     })
 }
 
@@ -238,9 +261,9 @@ fn pod_is_enrolled_served_and_withdrawn() {
     proxy.ack(UID);
     withdrawing.join().unwrap().unwrap();
     assert_eq!(agent.announcer().list(), []);
-    assert_eq!(agent.node.cookies().unwrap(), Vec::<u64>::new());
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
     assert_eq!(std::fs::read_dir(agent.run.join("pods")).unwrap().count(), 0);
-    assert!(pod_network::verify(&a.netns, A).is_err());
+    assert!(unprepared(&a));
     connect(&a, at(B, PORT)).unwrap();
     assert_eq!(application.accept().unwrap().1.ip(), A);
 }
@@ -364,10 +387,10 @@ fn what_is_not_acceptable_is_refused_with_the_reason() {
     assert!(enrol(&[host.as_fd()]).contains("host-network"), "the node itself is never captured");
     let other = std::fs::File::open("/proc/self/ns/mnt").unwrap();
     assert!(enrol(&[other.as_fd()]).contains("cannot enter"));
-    let foreign = TestPod { netns: a.netns, address: Ipv4Addr::new(10, 9, 9, 9) };
-    assert!(announcer.enrol(UID, &foreign, "").unwrap_err().contains("route"), "not an address of the pod");
-    assert!(pod_network::verify(&foreign.netns, A).is_err(), "taken back");
-    let a = TestPod { netns: foreign.netns, address: A };
+    let foreign = TestPod { address: Ipv4Addr::new(10, 9, 9, 9), ..a };
+    assert!(announcer.enrol(UID, &foreign, "").unwrap_err().contains("no interface"), "not an address of the pod");
+    assert!(unprepared(&foreign), "taken back");
+    let a = TestPod { address: A, ..foreign };
     announcer.enrol(UID, &a, "").unwrap();
     assert!(announcer.enrol("uid-x", &a, "").unwrap_err().contains(UID), "one pod per namespace");
     assert_eq!(announcer.list().len(), 1);
@@ -435,6 +458,13 @@ fn proxy_that_could_not_let_go_of_a_pod_is_cut_off() {
     withdrawing.join().unwrap().unwrap();
     let successor = agent.proxy(Vec::new());
     successor.snapshot();
+}
+
+/// Whether a pod's namespace has nothing of what capture needs.
+fn unprepared(pod: &TestPod) -> bool {
+    let needs = pod_network::Needs { addresses: &[A.into(), A6.into()], dns: true };
+    let missing = pod_network::inspect(&pod.netns, &needs).unwrap();
+    (missing.rules.len(), missing.routes.len(), missing.sysctls.len()) == (12, 2, 3)
 }
 
 /// A process in the pod's namespace, ended when the value is dropped.

@@ -1,5 +1,6 @@
 //! Agents that find what an earlier one left, and pods that are announced again.
 
+use super::pod_network::Before;
 use super::*;
 
 #[test]
@@ -64,7 +65,7 @@ fn pod_whose_namespace_vanished_while_no_agent_ran_is_buried() {
     let buried = eventually(|| {
         let agent = Agent::start(&scratch);
         let gone = agent.announcer().list().is_empty();
-        gone.then(|| (agent.node.cookies().unwrap(), agent.node.pinned().unwrap()))
+        gone.then(|| (agent.host.capture.cookies().unwrap(), agent.host.capture.pinned().unwrap()))
     });
     assert_eq!(buried, Some((Vec::new(), Vec::new())));
 }
@@ -80,7 +81,7 @@ fn end_of_a_former_sandbox_leaves_the_present_one_enrolled() {
     announcer.enrol_in(UID, &new, "", "new").unwrap();
     announcer.withdraw_from(UID, "old").expect("nothing to do is no error");
     assert_eq!(announcer.list(), [(UID.into(), String::new())]);
-    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
+    assert_eq!(agent.host.capture.cookies().unwrap(), [new.netns.cookie()]);
     drop(agent);
 
     // A restarted agent knows which sandbox it is.
@@ -88,9 +89,9 @@ fn end_of_a_former_sandbox_leaves_the_present_one_enrolled() {
     let agent = Agent::start(&scratch);
     let announcer = agent.announcer();
     announcer.withdraw_from(UID, "old").unwrap();
-    assert_eq!(agent.node.cookies().unwrap(), [new.netns.cookie()]);
+    assert_eq!(agent.host.capture.cookies().unwrap(), [new.netns.cookie()]);
     announcer.withdraw_from(UID, "new").unwrap();
-    assert_eq!(agent.node.cookies().unwrap(), Vec::<u64>::new());
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
     drop(inside);
 }
 
@@ -114,7 +115,7 @@ fn pod_announced_again_before_the_proxy_is_back_stays_captured() {
     elsewhere.service_account = "other".into();
     let request = node::EnrolPod { pod: Some(elsewhere), ..Default::default() };
     ok(announcer.ask(pod_request::Kind::Enrol(request), &[a.netns.as_fd()])).expect_err("nor as somebody else");
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
     connect(&a, at(B, PORT)).unwrap();
     assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
 
@@ -137,9 +138,10 @@ fn enrolled_pod_that_lost_something_is_mended_when_it_is_announced_again() {
     let proxy = agent.proxy(Vec::new());
     let (_, listeners) = proxy.added();
     proxy.snapshot();
-    pod_network::restore(&a.netns, pod_network::Before { fwmark_accept: false, fwmark_reflect: false }).unwrap();
-    agent.node.unpin_pod(UID).unwrap();
-    agent.node.release(a.netns.cookie()).unwrap();
+    let before = Before { fwmark_accept: false, fwmark_reflect: false, fwmark_reflect_v6: None };
+    pod_network::restore(&a.netns, before).unwrap();
+    agent.host.capture.unpin_pod(UID).unwrap();
+    agent.host.capture.release(a.netns.cookie()).unwrap();
     assert_ne!(announcer.list()[0].1, "");
     announcer.enrol(UID, &a, "").unwrap();
     assert_eq!(announcer.list(), [(UID.into(), String::new())]);
@@ -168,7 +170,7 @@ fn pod_whose_path_vanished_is_kept_while_a_process_lives_in_it() {
     drop(agent);
     let agent = Agent::start(&scratch);
     assert_eq!(looked_after(&agent), [(UID.into(), String::new())]);
-    assert!(agent.node.cookies().unwrap().contains(&a.netns.cookie()));
+    assert!(agent.host.capture.cookies().unwrap().contains(&a.netns.cookie()));
 }
 
 /// An enrolled pod whose listeners a proxy has, and an agent that was restarted and does not find its namespace.
@@ -225,7 +227,7 @@ fn withdrawn_stranded_pod_gets_its_namespace_back_as_it_was() {
     drop(listeners);
     proxy.ack(UID);
     withdrawing.join().unwrap().unwrap();
-    assert!(pod_network::verify(&a.netns, A).is_err());
+    assert!(unprepared(&a));
     assert_eq!(sysctls(&a), before);
     assert_eq!(std::fs::read_dir(agent.run.join("pods")).unwrap().count(), 0);
     connect(&a, at(B, PORT)).unwrap();
@@ -257,17 +259,17 @@ fn namespaces_of_no_pod_are_removed_from_the_map() {
     let (a, _b) = pair();
     agent.announcer().enrol(UID, &a, "").unwrap();
     let stale = 0x7777_0000_0001;
-    agent.node.enrol(stale, ztunnel_ebpf::PodEntry::new(&[A.octets()]).unwrap()).unwrap();
+    agent.host.capture.enrol(stale, ztunnel_ebpf::PodEntry::new(&[A.into()], 0).unwrap()).unwrap();
     drop(agent);
     // Not found any more, but captured: it stays in the map.
     let agent = Agent::start(&scratch);
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
     drop(agent);
     // While a pod is not known for sure, nothing is removed.
     let file = std::fs::read_dir(scratch.path("run/pods")).unwrap().next().unwrap().unwrap().path();
     std::fs::write(file, "{").unwrap();
     let agent = Agent::start(&scratch);
-    assert_eq!(agent.node.cookies().unwrap(), [a.netns.cookie()]);
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
 }
 
 /// The sysctls that enrolling changes.

@@ -13,7 +13,7 @@ fn wire() -> node::Pod {
 #[test]
 fn announced_pod_round_trips() {
     let info = PodInfo::try_from(Some(wire())).unwrap();
-    assert_eq!(info.v4().collect::<Vec<_>>(), [Ipv4Addr::new(10, 244, 1, 5)]);
+    assert_eq!(info.primary(), Ok(IpAddr::from([10, 244, 1, 5])));
     assert_eq!(info.to_wire(), wire());
 }
 
@@ -35,11 +35,23 @@ fn what_is_not_acceptable_says_why() {
     assert_eq!(refused(|pod| pod.namespace = "a:b".into()), InvalidPod::Text("namespace"));
     assert!(matches!(refused(|pod| pod.namespace = "..".into()), InvalidPod::Identity(_)));
     assert_eq!(refused(|pod| pod.addresses.clear()), InvalidPod::Addresses);
-    assert_eq!(refused(|pod| drop(pod.addresses.remove(0))), InvalidPod::Addresses);
     assert_eq!(refused(|pod| pod.addresses = vec![vec![10, 0, 0, 1]; 5]), InvalidPod::Addresses);
+    assert_eq!(refused(|pod| pod.addresses = vec![vec![0xfd; 16]; 5]), InvalidPod::Addresses);
+    let mapped =
+        |pod: &mut node::Pod| pod.addresses = vec![Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets().to_vec()];
+    assert_eq!(refused(mapped), InvalidPod::Address);
     for bad in [vec![], vec![1, 2, 3], vec![127, 0, 0, 1], vec![0; 4], vec![255; 4], vec![224, 0, 0, 1], vec![0; 16]] {
         let mut pod = wire();
         pod.addresses.push(bad);
         assert_eq!(PodInfo::try_from(Some(pod)), Err(InvalidPod::Address));
+    }
+}
+
+#[test]
+fn one_address_of_either_family_is_enough_and_each_may_have_several() {
+    for addresses in
+        [vec![vec![10, 0, 0, 1]], vec![vec![0xfd; 16]], [vec![vec![10, 0, 0, 1]; 4], vec![vec![0xfd; 16]; 4]].concat()]
+    {
+        PodInfo::try_from(Some(node::Pod { addresses, ..wire() })).unwrap();
     }
 }

@@ -1,0 +1,130 @@
+//! What enrolling stands on: the node's capture, the agent's own namespace, and what was chosen for all pods.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use ztunnel_ebpf::{FLAG_DENY_OLDER, FLAG_DNS};
+
+use super::capture::{CaptureError, NodeCapture};
+use super::config::{Config, OlderConnections, Switch};
+use super::drift::Counts;
+
+/// What was chosen for all pods of the node.
+#[derive(Clone, Debug, Default)]
+pub struct Choices {
+    /// Whether the pods' DNS queries go to the proxy.
+    pub dns: Switch,
+    /// What becomes of connections that are older than the enrolment.
+    pub older: OlderConnections,
+    /// Names of programs of others that may stand on the connect hooks.
+    pub allowed_programs: Vec<String>,
+    /// The kubelet's cgroup.
+    pub kubelet: Option<PathBuf>,
+}
+
+impl From<&Config> for Choices {
+    fn from(config: &Config) -> Self {
+        Self {
+            dns: config.dns,
+            older: config.older_connections,
+            allowed_programs: config.allow_foreign_programs.clone(),
+            kubelet: config.kubelet_cgroup.clone(),
+        }
+    }
+}
+
+/// The node, as enrolling sees it.
+#[derive(Debug)]
+pub struct Host {
+    /// Programs and maps.
+    pub capture: NodeCapture,
+    /// What was found missing so far.
+    pub drift: Counts,
+    home: File,
+    cgroup_root: PathBuf,
+    choices: Choices,
+    foreign: Mutex<Option<ForeignPrograms>>,
+}
+
+/// Programs of others on the connect hooks at the cgroup root.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "other eBPF programs on the node's connect hooks may rewrite addresses before the mesh sees them: {0}; for Cilium set \
+     socketLB.hostNamespaceOnly=true; one that is known to leave addresses alone is allowed by --allow-foreign-programs"
+)]
+pub struct ForeignPrograms(String);
+
+impl Host {
+    /// The node of which the calling thread's network namespace is the host's.
+    ///
+    /// # Errors
+    /// When the namespace cannot be opened.
+    pub fn new(capture: NodeCapture, cgroup_root: PathBuf, choices: Choices) -> io::Result<Self> {
+        let home = File::open("/proc/thread-self/ns/net")?;
+        Ok(Self { capture, drift: Counts::default(), home, cgroup_root, choices, foreign: Mutex::default() })
+    }
+
+    /// The agent's own network namespace.
+    #[must_use]
+    pub const fn home(&self) -> &File {
+        &self.home
+    }
+
+    /// Whether the pods' DNS queries go to the proxy.
+    #[must_use]
+    pub fn dns(&self) -> bool {
+        self.choices.dns == Switch::On
+    }
+
+    /// What the programs are told of every pod.
+    #[must_use]
+    pub fn flags(&self) -> u32 {
+        let dns = if self.dns() { FLAG_DNS } else { 0 };
+        dns | match self.choices.older {
+            OlderConnections::Allow => 0,
+            OlderConnections::Deny => FLAG_DENY_OLDER,
+        }
+    }
+
+    /// Attaches the node's own programs where somebody took them off, and follows a kubelet that was restarted. Returns
+    /// whether something was missing.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or there is no such cgroup as the kubelet's.
+    pub fn mend_hooks(&self) -> Result<bool, CaptureError> {
+        let missing = self.capture.mend_node()?;
+        self.capture.follow_kubelet(self.choices.kubelet.as_deref())?;
+        Ok(missing)
+    }
+
+    /// Asks the kernel for programs of others, and takes note of them.
+    ///
+    /// # Errors
+    /// When the kernel refuses; what was known stays.
+    pub fn look_for_foreign_programs(&self) -> Result<(), CaptureError> {
+        let mut programs = self.capture.foreign_programs(&self.cgroup_root)?;
+        programs.retain(|program| !self.choices.allowed_programs.contains(&program.name));
+        let names: Vec<String> = programs.iter().map(ToString::to_string).collect();
+        let found = (!names.is_empty()).then(|| ForeignPrograms(names.join(", ")));
+        let mut known = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known != found {
+            match &found {
+                Some(programs) => tracing::error!("no pod is enrolled: {programs}"),
+                None => tracing::info!("no foreign programs on the connect hooks any more"),
+            }
+            *known = found;
+        }
+        Ok(())
+    }
+
+    /// Refuses while there are programs of others, as they were found last.
+    ///
+    /// # Errors
+    /// With their names, and what to do.
+    pub fn refuse_foreign_programs(&self) -> Result<(), ForeignPrograms> {
+        let known = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
+        known.clone().map_or(Ok(()), Err)
+    }
+}

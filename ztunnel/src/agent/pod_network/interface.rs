@@ -1,0 +1,136 @@
+//! The interface that holds a pod's address, and its other end on the node.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd as _};
+
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::{LOOPBACK, PodNetworkError, failed};
+use crate::agent::netlink::Netlink;
+use crate::agent::netns::Netns;
+
+/// The interface of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index in the pod's namespace.
+    pub index: u32,
+    /// Whether it is `lo`, from which nothing leaves.
+    pub is_loopback: bool,
+    /// The index of its other end, if it is a veth (or the like) whose other end is in the namespace that was given.
+    pub host_end: Option<u32>,
+}
+
+/// Finds the interface that holds an address of a pod. Does not block.
+///
+/// `node`: the namespace in which the host end is looked for, the agent's own.
+///
+/// # Errors
+/// When the kernel refuses; [`PodNetworkError::NoInterface`] when no interface has the address.
+pub fn find(netns: &Netns, address: IpAddr, node: &impl AsFd) -> Result<Interface, PodNetworkError> {
+    let mut netlink = netns.route();
+    let index = holder(&mut netlink, address)?.ok_or(PodNetworkError::NoInterface(address))?;
+    if index == LOOPBACK {
+        return Ok(Interface { index, is_loopback: true, host_end: None });
+    }
+    let link = link(&mut netlink, index)?;
+    let other = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) if *index != 0 => Some(*index),
+        _ => None,
+    });
+    // Absent where both ends are in one namespace.
+    let id = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkNetNsId(id) => Some(*id),
+        _ => None,
+    });
+    let host_end = match (other, id) {
+        (Some(other), Some(id)) if Some(id) == id_of(&mut netlink, node)? => Some(other),
+        (Some(_) | None, _) => None,
+    };
+    Ok(Interface { index, is_loopback: false, host_end })
+}
+
+/// Whether one of these addresses was added just now and is still looked for elsewhere in the link (IPv6's detection of
+/// duplicates): it cannot be used yet.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn is_settling(netns: &Netns, addresses: &[IpAddr]) -> Result<bool, PodNetworkError> {
+    let found = list(&mut netns.route())?;
+    Ok(found
+        .iter()
+        .filter(|message| is_tentative(message))
+        .any(|message| addresses.iter().any(|wanted| holds(message, *wanted))))
+}
+
+/// Whether `lo` is up.
+pub fn is_loopback_up(netlink: &mut Netlink) -> Result<bool, PodNetworkError> {
+    Ok(link(netlink, LOOPBACK)?.header.flags.contains(LinkFlags::Up))
+}
+
+fn holder(netlink: &mut Netlink, address: IpAddr) -> Result<Option<u32>, PodNetworkError> {
+    Ok(list(netlink)?.iter().find(|message| holds(message, address)).map(|message| message.header.index))
+}
+
+fn list(netlink: &mut Netlink) -> Result<Vec<AddressMessage>, PodNetworkError> {
+    let answers = netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default()));
+    let answers = answers.map_err(failed("cannot list addresses"))?;
+    Ok(answers
+        .into_iter()
+        .filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewAddress(message) => Some(message),
+            _ => None,
+        })
+        .collect())
+}
+
+/// On a link with a peer address, the local one is what counts.
+fn holds(message: &AddressMessage, wanted: IpAddr) -> bool {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    local.or(address) == Some(wanted)
+}
+
+fn is_tentative(message: &AddressMessage) -> bool {
+    let by_attribute = message.attributes.iter().any(|attribute| match attribute {
+        AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Tentative),
+        _ => false,
+    });
+    by_attribute || message.header.flags.contains(AddressHeaderFlags::Tentative)
+}
+
+fn link(netlink: &mut Netlink, index: u32) -> Result<LinkMessage, PodNetworkError> {
+    let mut query = LinkMessage::default();
+    query.header.interface_family = AddressFamily::Unspec;
+    query.header.index = index;
+    let answers = netlink.get(RouteNetlinkMessage::GetLink(query)).map_err(failed("cannot ask for an interface"))?;
+    let link = answers.into_iter().find_map(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    });
+    link.ok_or(PodNetworkError::Gone(index))
+}
+
+/// The number by which the socket's namespace knows another, if it has one.
+fn id_of(netlink: &mut Netlink, other: &impl AsFd) -> Result<Option<i32>, PodNetworkError> {
+    let mut query = NsidMessage::default();
+    let fd = u32::try_from(other.as_fd().as_raw_fd()).unwrap_or(u32::MAX);
+    query.attributes.push(NsidAttribute::Fd(fd));
+    let answers =
+        netlink.get(RouteNetlinkMessage::GetNsId(query)).map_err(failed("cannot ask for a namespace's id"))?;
+    Ok(answers.into_iter().find_map(|answer| match answer {
+        RouteNetlinkMessage::NewNsId(message) => message.attributes.into_iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) if id >= 0 => Some(id),
+            _ => None,
+        }),
+        _ => None,
+    }))
+}

@@ -1,0 +1,152 @@
+//! Which destinations leave a pod by the interface that holds its address: its main routing table, as the programs are
+//! told of it.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
+
+use super::{PodNetworkError, rules};
+use crate::agent::capture::Route;
+use crate::agent::netns::Netns;
+
+/// Most destinations of one pod that are told: the widest ones. What is not told is left alone by the connect hooks, and
+/// stopped by the guard.
+pub const MAX_ROUTES: usize = 512;
+
+/// A destination: an address and how many of its bits count.
+type Destination = (IpAddr, u8);
+
+/// Reads a pod's main routing table: for each destination whether it is left by the interface with this index. Asks the
+/// kernel only, and does not block.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn read(netns: &Netns, own: u32) -> Result<Vec<Route>, PodNetworkError> {
+    let found = rules::list_routes(&mut netns.route(), u32::from(RouteHeader::RT_TABLE_MAIN))?;
+    Ok(decide(&found, own))
+}
+
+/// What of the routing table matters. Of several routes to a destination the one with the least metric counts, and of
+/// equal ones any that leaves by the pod's own interface.
+fn decide(routes: &[RouteMessage], own: u32) -> Vec<Route> {
+    let mut best = BTreeMap::<Destination, (u32, bool)>::new();
+    for route in routes {
+        let Some(destination) = destination(route) else { continue };
+        let candidate = (metric(route), leaves_by(route, own));
+        let slot = best.entry(destination).or_insert(candidate);
+        if candidate.0 < slot.0 {
+            *slot = candidate;
+        } else if candidate.0 == slot.0 {
+            slot.1 |= candidate.1;
+        }
+    }
+    let mut all: Vec<Route> =
+        best.into_iter().map(|((address, prefix), (_, captured))| Route { address, prefix, captured }).collect();
+    all.sort_by_key(|route| (route.prefix, route.address));
+    all.truncate(MAX_ROUTES);
+    all
+}
+
+fn destination(route: &RouteMessage) -> Option<Destination> {
+    let prefix = route.header.destination_prefix_length;
+    let address = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    });
+    let address = match (address, route.header.address_family) {
+        (Some(address), _) => address,
+        (None, AddressFamily::Inet) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        (None, AddressFamily::Inet6) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        (None, _) => return None,
+    };
+    // Routes of one source only are not followed by every connection: they say nothing.
+    (route.header.source_prefix_length == 0).then_some((address, prefix))
+}
+
+fn metric(route: &RouteMessage) -> u32 {
+    let metric = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Priority(metric) => Some(*metric),
+        _ => None,
+    });
+    metric.unwrap_or(0)
+}
+
+/// Whether packets leave by this interface. A destination that the kernel refuses itself is left to it.
+fn leaves_by(route: &RouteMessage, own: u32) -> bool {
+    if route.header.kind != RouteType::Unicast {
+        return false;
+    }
+    let mut interfaces = route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => Vec::new(),
+    });
+    interfaces.any(|index| index == own)
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::RouteMessageBuilder;
+
+    use super::*;
+
+    fn v4(address: [u8; 4], prefix: u8) -> RouteMessageBuilder<Ipv4Addr> {
+        RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address.into(), prefix)
+    }
+
+    fn route(address: impl Into<IpAddr>, prefix: u8, captured: bool) -> Route {
+        Route { address: address.into(), prefix, captured }
+    }
+
+    #[test]
+    fn interface_decides_and_the_widest_come_first() {
+        let routes = [
+            v4([10, 0, 0, 0], 8).output_interface(3).build(),
+            v4([0, 0, 0, 0], 0).output_interface(2).build(),
+            RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+                .output_interface(2)
+                .build(),
+        ];
+        let found = decide(&routes, 2);
+        let wanted = [
+            route(Ipv4Addr::UNSPECIFIED, 0, true),
+            route(Ipv6Addr::UNSPECIFIED, 0, true),
+            route([10, 0, 0, 0], 8, false),
+        ];
+        assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn least_metric_wins_and_ties_count_as_own() {
+        let by = |interface, metric| v4([0, 0, 0, 0], 0).output_interface(interface).priority(metric).build();
+        let default = |routes: &[RouteMessage]| decide(routes, 2)[0].captured;
+        assert!(!default(&[by(2, 200), by(3, 100)]));
+        assert!(default(&[by(3, 200), by(2, 100)]));
+        assert!(default(&[by(3, 100), by(2, 100)]));
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_left_to_it() {
+        let mut refused = v4([10, 0, 0, 0], 8).output_interface(2).build();
+        refused.header.kind = RouteType::BlackHole;
+        assert_eq!(decide(&[refused], 2), [route([10, 0, 0, 0], 8, false)]);
+    }
+
+    #[test]
+    fn length_is_bounded() {
+        let many: Vec<_> = (0..600_u32)
+            .map(|number| {
+                let address = Ipv4Addr::from_bits(0x0a00_0000 + number);
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).output_interface(2).build()
+            })
+            .chain([v4([0, 0, 0, 0], 0).output_interface(2).build()])
+            .collect();
+        let found = decide(&many, 2);
+        assert_eq!(found.len(), MAX_ROUTES);
+        assert_eq!(found[0].prefix, 0);
+    }
+}

@@ -1,0 +1,239 @@
+//! The TCP connections of a pod's namespace, as the kernel lists them, and how they are ended: sock_diag(7).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use rtnetlink::packet_core::{NetlinkDeserializable, NetlinkHeader, NetlinkSerializable};
+
+use super::netlink::{self, Netlink, NetlinkError};
+use super::netns::{Netns, NetnsError};
+
+/// `SOCK_DIAG_BY_FAMILY`.
+const BY_FAMILY: u16 = 20;
+/// `SOCK_DESTROY`, Linux 4.5 with `CONFIG_INET_DIAG_DESTROY`.
+const DESTROY: u16 = 21;
+/// Attribute of an answer: the mark, a `u32`. Given to `CAP_NET_ADMIN` only.
+const INET_DIAG_MARK: u16 = 15;
+/// `TCP_LISTEN`.
+const LISTEN: u8 = 10;
+/// Bytes of `struct inet_diag_sockid`.
+const ID: usize = 48;
+/// Where it stands in an answer.
+const ID_AT: usize = 4;
+/// Bytes of `struct inet_diag_msg`.
+const ANSWER: usize = 72;
+/// How long sockets may take to be gone.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why connections could not be listed or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SockDiagError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// No socket to ask with.
+    #[error("cannot open a sock_diag socket: {0}")]
+    Open(#[source] io::Error),
+    /// The kernel refused.
+    #[error("cannot {what} connections of the pod (CONFIG_INET_DIAG, CONFIG_INET_DIAG_DESTROY): {source}")]
+    Netlink {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: NetlinkError,
+    },
+    /// Some are still there.
+    #[error("{0} connections that were captured are still there")]
+    Remaining(usize),
+}
+
+/// A TCP connection in any state but listening.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Its address in the pod.
+    pub local: SocketAddr,
+    /// Its peer.
+    pub remote: SocketAddr,
+    /// Its mark, 0 if it has none.
+    pub mark: u32,
+    family: u8,
+    id: [u8; ID],
+}
+
+impl Connection {
+    /// The cookie of its socket: never used twice while the machine is up.
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        // The last two words of the id, the low one first.
+        let [.., a, b, c, d, e, f, g, h] = self.id;
+        u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
+    }
+}
+
+/// All TCP connections of a namespace. Blocks shortly.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn connections(netns: &Netns) -> Result<Vec<Connection>, SockDiagError> {
+    list(&mut open(netns)?)
+}
+
+/// Ends every TCP connection with one of these marks, and waits until they are gone: their peers are reset. Returns how
+/// many there were. Blocks, for [`PATIENCE`] at most.
+///
+/// # Errors
+/// When the kernel refuses, or some remain.
+pub fn destroy(netns: &Netns, marks: &[u32]) -> Result<usize, SockDiagError> {
+    let mut netlink = open(netns)?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut ended = 0;
+    loop {
+        let mut found = list(&mut netlink)?;
+        found.retain(|connection| marks.contains(&connection.mark));
+        if found.is_empty() {
+            return Ok(ended);
+        }
+        if Instant::now() > deadline {
+            return Err(SockDiagError::Remaining(found.len()));
+        }
+        for connection in &found {
+            match netlink.change(request(DESTROY, connection.family, Some(&connection.id))) {
+                Ok(()) => ended += 1,
+                // Gone by itself.
+                Err(error) if error.is(libc::ENOENT) => {}
+                Err(source) => return Err(SockDiagError::Netlink { what: "end", source }),
+            }
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn open(netns: &Netns) -> Result<Netlink, SockDiagError> {
+    netns.run(|| Netlink::open(netlink::SOCK_DIAG))?.map_err(SockDiagError::Open)
+}
+
+fn list(netlink: &mut Netlink) -> Result<Vec<Connection>, SockDiagError> {
+    let mut all = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let family = u8::try_from(family).unwrap_or_default();
+        match netlink.list(request(BY_FAMILY, family, None)) {
+            Ok(answers) => all.extend(answers.iter().filter_map(|answer| connection(&answer.bytes))),
+            // The kernel has no IPv6.
+            Err(error) if error.is(libc::ENOENT) || error.is(libc::EAFNOSUPPORT) => {}
+            Err(source) => return Err(SockDiagError::Netlink { what: "list", source }),
+        }
+    }
+    Ok(all)
+}
+
+/// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, id.
+fn request(kind: u16, family: u8, id: Option<&[u8; ID]>) -> Raw {
+    let protocol = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
+    let states = u32::MAX & !(1 << LISTEN);
+    let mut bytes = vec![family, protocol, 0, 0];
+    bytes.extend(states.to_ne_bytes());
+    bytes.extend(id.unwrap_or(&[0; ID]));
+    Raw { kind, bytes }
+}
+
+/// Reads `struct inet_diag_msg`: family, state, timer, retransmissions, id (ports and addresses first), and attributes.
+fn connection(bytes: &[u8]) -> Option<Connection> {
+    let (family, state) = (*bytes.first()?, *bytes.get(1)?);
+    if state == LISTEN {
+        return None;
+    }
+    let id: [u8; ID] = bytes.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
+    let port = |at: usize| Some(u16::from_be_bytes(id.get(at..at + 2)?.try_into().ok()?));
+    let address = |at: usize| {
+        let octets: [u8; 16] = id.get(at..at + 16)?.try_into().ok()?;
+        let [a, b, c, d, ..] = octets;
+        let v4 = i32::from(family) == libc::AF_INET;
+        // As the programs see it: an IPv6 socket can carry IPv4.
+        Some(if v4 { IpAddr::V4(Ipv4Addr::new(a, b, c, d)) } else { Ipv6Addr::from(octets).to_canonical() })
+    };
+    let (local, remote) = ((address(4)?, port(0)?).into(), (address(20)?, port(2)?).into());
+    Some(Connection { local, remote, mark: mark(bytes.get(ANSWER..).unwrap_or_default()), family, id })
+}
+
+/// The mark among the attributes: length, type, value, each padded to four bytes.
+fn mark(mut attributes: &[u8]) -> u32 {
+    while let [a, b, c, d, rest @ ..] = attributes {
+        let length = usize::from(u16::from_ne_bytes([*a, *b])).saturating_sub(4);
+        if u16::from_ne_bytes([*c, *d]) == INET_DIAG_MARK
+            && let Some(value) = rest.get(..4).and_then(|value| <[u8; 4]>::try_from(value).ok())
+        {
+            return u32::from_ne_bytes(value);
+        }
+        attributes = rest.get((length + 3) & !3..).unwrap_or_default();
+    }
+    0
+}
+
+/// A message whose content is made and read here.
+#[derive(Clone, Debug)]
+struct Raw {
+    kind: u16,
+    bytes: Vec<u8>,
+}
+
+impl NetlinkSerializable for Raw {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        for (to, from) in buffer.iter_mut().zip(&self.bytes) {
+            *to = *from;
+        }
+    }
+}
+
+impl NetlinkDeserializable for Raw {
+    type Error = std::convert::Infallible;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Self::Error> {
+        Ok(Self { kind: header.message_type, bytes: payload.to_vec() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::net::{TcpListener, TcpStream};
+
+    use socket2::SockRef;
+
+    use super::*;
+    use crate::agent::testing::{A, B, pair};
+
+    #[test]
+    fn marked_connections_are_ended_and_others_live_on() {
+        let (a, b) = pair();
+        let listener = b.netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8080))).unwrap().unwrap();
+        let connect = || a.netns.run(|| TcpStream::connect((B, 8080))).unwrap().unwrap();
+        let (mut marked, kept) = (connect(), connect());
+        SockRef::from(&marked).set_mark(0x601).unwrap();
+        let (_peer, mut other) = (listener.accept().unwrap().0, listener.accept().unwrap().0);
+
+        let found = connections(&a.netns).unwrap();
+        let local = marked.local_addr().unwrap();
+        let mine = found.iter().find(|connection| connection.local == local).unwrap();
+        assert_eq!((mine.remote, mine.mark), ((B, 8080).into(), 0x601));
+        assert_eq!(found.len(), 2);
+        assert_ne!(found[0].cookie(), found[1].cookie());
+        assert_eq!(local.ip(), A);
+
+        assert_eq!(destroy(&a.netns, &[0x601, 0x602]).unwrap(), 1);
+        marked.read(&mut [0]).expect_err("ended");
+        assert_eq!(connections(&a.netns).unwrap().len(), 1);
+        std::io::Write::write_all(&mut &kept, b"x").unwrap();
+        assert_eq!(other.read(&mut [0]).unwrap(), 1);
+        assert_eq!(destroy(&a.netns, &[0x601]).unwrap(), 0, "nothing to do");
+    }
+}

@@ -1,0 +1,197 @@
+//! Changes by hand behind the agent's back: found, counted, mended.
+
+use futures_util::TryStreamExt as _;
+use rtnetlink::packet_route::route::RouteAttribute;
+use rtnetlink::packet_route::rule::RuleAttribute;
+use rtnetlink::{IpVersion, RouteMessageBuilder};
+
+use super::drift::Drift;
+use super::testing::{configure, node_and_pod};
+use super::*;
+
+/// An agent with an enrolled pod.
+fn enrolled(scratch: &Scratch) -> (Agent, TestPod, TestPod) {
+    let agent = Agent::start(scratch);
+    let (a, b) = pair();
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    (agent, a, b)
+}
+
+/// Waits until each of these was found, and everything is in force again.
+#[track_caller]
+fn mended(agent: &Agent, wanted: &[Drift]) {
+    for what in wanted {
+        eventually(|| (agent.host.drift.get(*what) > 0).then_some(())).unwrap_or_else(|| panic!("{what} is found"));
+    }
+    let announcer = agent.announcer();
+    eventually(|| (announcer.list() == [(UID.into(), String::new())]).then_some(())).expect("in force again");
+    for what in Drift::ALL {
+        assert_eq!(agent.host.drift.get(what) > 0, wanted.contains(&what), "{what}");
+    }
+}
+
+async fn delete_rules(handle: &rtnetlink::Handle) {
+    let rules: Vec<_> = handle.rule().get(IpVersion::V4).execute().try_collect().await.unwrap();
+    let ours = |rule: &RuleAttribute| matches!(rule, RuleAttribute::Priority(1499..=1502));
+    for rule in rules.into_iter().filter(|rule| rule.attributes.iter().any(ours)) {
+        handle.rule().del(rule).execute().await.unwrap();
+    }
+}
+
+#[test]
+fn deleted_rules_come_back_at_once() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let started = Instant::now();
+    configure(&a.netns, async |handle| delete_rules(&handle).await);
+    mended(&agent, &[Drift::Rule]);
+    assert!(started.elapsed() < Duration::from_secs(2), "the kernel's notice is not waited for in vain");
+}
+
+#[test]
+fn deleted_route_comes_back() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    configure(&a.netns, async |handle| {
+        let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Vec<_> = handle.route().get(query).execute().try_collect().await.unwrap();
+        let ours = RouteAttribute::Table(ztunnel_ebpf::ROUTE_TABLE);
+        for route in routes.into_iter().filter(|route| route.attributes.contains(&ours)) {
+            handle.route().del(route).execute().await.unwrap();
+        }
+    });
+    mended(&agent, &[Drift::Route]);
+}
+
+#[test]
+fn sysctl_that_was_reset_is_set_again() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let path = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+    a.netns.run(|| std::fs::write(path, "0")).unwrap().unwrap();
+    mended(&agent, &[Drift::Sysctl]);
+    assert_eq!(a.netns.run(|| std::fs::read_to_string(path)).unwrap().unwrap(), "1\n");
+}
+
+#[test]
+fn programs_that_were_taken_off_are_attached_again() {
+    let scratch = Scratch::new();
+    let (agent, a, b) = enrolled(&scratch);
+    agent.host.capture.unpin_pod(UID).unwrap();
+    mended(&agent, &[Drift::Program, Drift::Guard]);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+    connect(&b, at(A, PORT)).unwrap();
+    assert_eq!(accept(&listeners[1]).unwrap().0, at(A, PORT));
+}
+
+#[test]
+fn guard_that_was_taken_off_is_attached_again() {
+    let scratch = Scratch::new();
+    let (agent, _a, _b) = enrolled(&scratch);
+    let pin = scratch.bpffs().join(format!("v{}/pods/{UID}/guard", ztunnel_ebpf::LAYOUT_VERSION));
+    std::fs::remove_file(&pin).unwrap();
+    mended(&agent, &[Drift::Guard]);
+    assert!(pin.exists());
+}
+
+#[test]
+fn entries_that_were_removed_from_maps_come_back() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    // One round, so that the agent knows what it told.
+    eventually(|| (!agent.host.capture.routes(a.netns.cookie()).unwrap().is_empty()).then_some(())).unwrap();
+    agent.host.capture.release(a.netns.cookie()).unwrap();
+    mended(&agent, &[Drift::Entry, Drift::Destinations]);
+    assert_ne!(agent.host.capture.routes(a.netns.cookie()).unwrap(), []);
+}
+
+#[test]
+fn connect_hook_that_was_taken_off_is_attached_again() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let pin = scratch.bpffs().join(format!("v{}/node/connect4", ztunnel_ebpf::LAYOUT_VERSION));
+    std::fs::remove_file(&pin).unwrap();
+    mended(&agent, &[Drift::Hooks]);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+}
+
+#[test]
+fn drift_that_cannot_be_mended_is_listed_while_it_lasts() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let change = |add: bool| {
+        configure(&a.netns, async |handle| {
+            let index = super::testing::index_of(&handle, "eth0").await;
+            if add {
+                handle.address().add(index, A.into(), 24).execute().await.unwrap();
+            } else {
+                let all: Vec<_> =
+                    handle.address().get().set_link_index_filter(index).execute().try_collect().await.unwrap();
+                for address in all {
+                    handle.address().del(address).execute().await.unwrap();
+                }
+            }
+        });
+    };
+    change(false);
+    let announcer = agent.announcer();
+    let reason = || announcer.list().remove(0).1;
+    assert!(reason().contains("no interface"), "{}", reason());
+    change(true);
+    eventually(|| reason().is_empty().then_some(())).expect("in force again");
+}
+
+#[test]
+fn route_of_the_pod_is_told_to_the_programs_when_it_changes() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let captured = |agent: &Agent| {
+        let routes = agent.host.capture.routes(a.netns.cookie()).unwrap();
+        routes.into_iter().find(|route| route.prefix == 0 && route.address.is_ipv4()).map(|route| route.captured)
+    };
+    assert_eq!(captured(&agent), None);
+    configure(&a.netns, async |handle| {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0).gateway(B);
+        handle.route().add(route.build()).execute().await.unwrap();
+    });
+    eventually(|| (captured(&agent) == Some(true)).then_some(())).expect("told");
+    assert_eq!(agent.host.drift.get(Drift::Destinations), 0, "a change is no drift");
+}
+
+#[test]
+fn guard_stands_on_the_host_end_where_the_agent_sees_it() {
+    let scratch = Scratch::new();
+    let (node, a) = node_and_pod();
+    let interface = node.netns.run(|| {
+        let home = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+        pod_network::find_interface(&a.netns, A.into(), &home).unwrap()
+    });
+    let interface = interface.unwrap();
+    assert!(interface.host_end.is_some());
+    let elsewhere = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+    let from_elsewhere = pod_network::find_interface(&a.netns, A.into(), &elsewhere).unwrap();
+    assert_eq!((from_elsewhere.index, from_elsewhere.host_end), (interface.index, None));
+
+    let agent = node.netns.run(|| Agent::start(&scratch)).unwrap();
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+    // What the proxy sends passes the guard, what others send does not.
+    let application = listen(&node, PORT);
+    let upstream = Socket::from(proxy.sockets(UID, SocketKind::UpstreamV4, 1).unwrap().remove(0));
+    upstream.set_nonblocking(false).unwrap();
+    upstream.connect_timeout(&at(B, PORT).into(), PATIENCE).unwrap();
+    assert_eq!(application.accept().unwrap().1.ip(), A);
+    agent.announcer().withdraw(UID).unwrap();
+    connect(&a, at(B, PORT)).expect("nothing stops it any more");
+}
