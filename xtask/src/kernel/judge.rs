@@ -5,8 +5,9 @@ pub const MARK: &str = "culvert-vm:";
 /// What a kernel says when it is broken, whether or not it goes on.
 const COMPLAINTS: [&str; 5] = ["BUG: ", "Oops: ", "general protection fault", "WARNING: CPU", "KASAN: "];
 
-/// Lines that are shown of what a failed test wrote.
+/// Lines that are shown of what a failed test wrote, and of all of them.
 const QUOTED: usize = 8;
+const QUOTED_ALL: usize = 48;
 
 /// Reads a console line by line.
 #[derive(Default)]
@@ -17,6 +18,7 @@ pub struct Judge {
     complaints: Vec<String>,
     ended: bool,
     total: usize,
+    failed_tests: Vec<String>,
     quotes: Vec<String>,
     quoting: usize,
 }
@@ -40,10 +42,11 @@ impl Judge {
             self.complaints.push(line.get(line.find(complaint)?..)?.to_owned());
         }
         // libtest repeats what a failed test wrote below this line.
-        if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.failed_tests.push(test.to_owned());
             self.quoting = QUOTED;
         }
-        if self.quoting > 0 && !line.is_empty() && !line.contains(MARK) {
+        if self.quoting > 0 && self.quotes.len() < QUOTED_ALL && !line.is_empty() && !line.contains(MARK) {
             self.quoting -= 1;
             self.quotes.push(line.chars().take(400).collect());
         }
@@ -121,7 +124,8 @@ impl Judge {
             return Err(format!("the kernel complained: {}", self.complaints.join("; ")));
         }
         if !self.failed.is_empty() {
-            return Err(format!("failed: {}", self.failed.join(", ")));
+            let tests: Vec<String> = self.failed_tests.iter().map(|test| format!("\n  {test}")).collect();
+            return Err(format!("failed: {}{}", self.failed.join(", "), tests.concat()));
         }
         if self.total == 0 {
             return Err(String::from("no test ran"));
