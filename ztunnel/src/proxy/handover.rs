@@ -31,8 +31,9 @@ const VERSION: u32 = 1;
 /// Time for the agent to answer the first message.
 const HELLO: Duration = Duration::from_secs(5);
 
-/// Longest wait between two attempts to reach the agent.
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// Longest wait between two attempts to reach the agent. An attempt costs two system calls, while the stock of sockets lasts
+/// for a fraction of a second: a new agent must be found at once.
+const MAX_BACKOFF: Duration = Duration::from_millis(100);
 
 /// Time between two sweeps of the stocks: see [`super::sockets::Stock::sweep`].
 const SWEEP: Duration = Duration::from_secs(1);
