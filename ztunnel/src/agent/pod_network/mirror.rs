@@ -42,11 +42,24 @@ fn decide(routes: &[RouteMessage], own: u32) -> Vec<Route> {
             slot.1 |= candidate.1;
         }
     }
+    // The programs look IPv4 addresses up as mapped ones, which a default route of IPv6 covers too.
+    if best.keys().any(covers_mapped) {
+        best.entry((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)).or_insert((u32::MAX, false));
+    }
     let mut all: Vec<Route> =
         best.into_iter().map(|((address, prefix), (_, captured))| Route { address, prefix, captured }).collect();
     all.sort_by_key(|route| (route.prefix, route.address));
     all.truncate(MAX_ROUTES);
     all
+}
+
+/// Whether all IPv4-mapped addresses (`::ffff:0:0/96`) are in an IPv6 destination.
+fn covers_mapped((address, prefix): &Destination) -> bool {
+    let mapped = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped().to_bits();
+    match address {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => *prefix <= 96 && (address.to_bits() ^ mapped).leading_zeros() >= u32::from(*prefix),
+    }
 }
 
 fn destination(route: &RouteMessage) -> Option<Destination> {
@@ -118,6 +131,13 @@ mod tests {
             route([10, 0, 0, 0], 8, false),
         ];
         assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn default_route_of_ipv6_is_none_of_ipv4() {
+        let default = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
+        let found = decide(&[default.output_interface(2).build()], 2);
+        assert_eq!(found, [route(Ipv4Addr::UNSPECIFIED, 0, false), route(Ipv6Addr::UNSPECIFIED, 0, true)]);
     }
 
     #[test]
