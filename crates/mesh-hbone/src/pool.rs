@@ -281,6 +281,14 @@ impl<T: Clone, E> Entry<T, E> {
     /// A place on the tunnel with the fewest bulk streams, and how many those are; of equals the oldest, so that small
     /// messages share one and the others become idle.
     fn take(&mut self) -> Option<(Place<T>, usize)> {
+        // Nearly always the first has room and carries none.
+        let quiet = self.tunnels.first_mut().filter(|kept| kept.tunnel.bulk_streams() == 0);
+        if let Some(kept) = quiet
+            && let Some(slot) = kept.tunnel.reserve()
+        {
+            kept.used = Instant::now();
+            return Some((Place { slot, about: kept.about.clone() }, 0));
+        }
         let mut order: Vec<_> = self.tunnels.iter_mut().collect();
         order.sort_by_key(|kept| kept.tunnel.bulk_streams());
         order.into_iter().find_map(|kept| {

@@ -9,7 +9,7 @@ use super::plan::{ALL, Measurement};
 /// Shown below the options.
 const EXAMPLES: &str = "\
 Examples:
-  cargo xtask bench                                    everything: about eight minutes
+  cargo xtask bench                                    everything: about fifteen minutes
   cargo xtask bench --quick --only bulk-1,keepalive-1  a first impression
   cargo xtask bench --output before.json               keep the result ...
   cargo xtask bench --compare before.json              ... and see what a change did

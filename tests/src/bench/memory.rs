@@ -47,7 +47,7 @@ pub fn open_connections(setup: &Setup, count: usize) -> Result<Vec<Taken>, Failu
     let listen = format!("0.0.0.0:{PORT}");
     let echo = ["echo", "--quiet", "--listen", &listen].map(str::to_owned).to_vec();
     let server = rig::server(&cluster, "echo", true, echo)?;
-    let client = rig::client(&cluster, true)?;
+    let client = rig::client(&cluster, "client", true)?;
     rig::until_tunnelled(&client, &server)?;
     let parts = Parts::of(&cluster, &setup.mesh)?;
     let idle = parts.memory_at_rest();

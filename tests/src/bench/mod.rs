@@ -20,6 +20,9 @@
 //!   - `plain` and `mesh`: null, or `median`, `min`, `max` and `runs` (every value, in the order taken);
 //!   - `ratio`: `mesh.median / plain.median`, or null.
 //!
+//! A minute's figures are `slice-1` to `slice-6`, the rate of each ten seconds; it is taken once, whatever `runs` says, with
+//! the kernel's own settings.
+//!
 //! A GB is 10^9 bytes. `cpu.proxies` and `cpu.agents` are those of both nodes together, from the control groups' clock,
 //! over the whole run; for a peer everything that it runs on a node counts as its proxy. `switches.proxies` are context
 //! switches of the proxies' threads. Memory figures are called `<part>.<kind>.<state>`: the part is `proxy-out` (node

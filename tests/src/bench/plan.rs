@@ -19,6 +19,8 @@ pub struct Measurement {
 pub enum Kind {
     /// A load on plain pods and on mesh pods in turn.
     Load(Load),
+    /// New connections for a minute: this load, in slices.
+    Minute(Load),
     /// Memory of the mesh with this many open connections, in a fresh cluster.
     OpenConnections(usize),
     /// Memory of the mesh with this many workloads in discovery, in a fresh cluster.
@@ -36,6 +38,19 @@ pub enum Load {
     Connections(usize),
     /// An HTTP request of 1 KiB on a new connection each, by this many clients; the client closes first.
     Short(usize),
+    /// HTTP requests over one kept connection, while another pair of pods does something else.
+    Quiet(Flood),
+}
+
+/// What another pair of pods does meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flood {
+    /// Nothing.
+    None,
+    /// Sends as much as it can over this many connections.
+    Bytes(usize),
+    /// Makes new connections, this many at a time.
+    Connections(usize),
 }
 
 /// All measurements, in the order in which they are taken.
@@ -46,6 +61,23 @@ pub const ALL: &[Measurement] = &[
     load("keepalive-64", "HTTP requests, 64 kept connections", Load::Keepalive(64)),
     load("connections-16", "new connections, one byte and close, 16 clients", Load::Connections(16)),
     load("short-32", "HTTP requests, a new connection each, 32 clients", Load::Short(32)),
+    load("quiet-alone", "HTTP requests, 1 kept connection, nobody else", Load::Quiet(Flood::None)),
+    load("quiet-bytes", "HTTP requests, 1 kept connection, beside 8 bulk streams", Load::Quiet(Flood::Bytes(8))),
+    load(
+        "quiet-connections",
+        "HTTP requests, 1 kept connection, beside 64 clients that make new connections",
+        Load::Quiet(Flood::Connections(64)),
+    ),
+    minute(
+        "minute-connections",
+        "a minute of new connections, one byte and close, 16 clients; the server closes first",
+        Load::Connections(16),
+    ),
+    minute(
+        "minute-short",
+        "a minute of HTTP requests on new connections, 32 clients; the client closes first",
+        Load::Short(32),
+    ),
     Measurement {
         name: "memory-connections",
         title: "memory of the mesh: idle, with 1,000 open connections, after them",
@@ -60,6 +92,10 @@ pub const ALL: &[Measurement] = &[
 
 const fn load(name: &'static str, title: &'static str, load: Load) -> Measurement {
     Measurement { name, title, kind: Kind::Load(load) }
+}
+
+const fn minute(name: &'static str, title: &'static str, load: Load) -> Measurement {
+    Measurement { name, title, kind: Kind::Minute(load) }
 }
 
 /// What one run of a load gave.
@@ -108,7 +144,7 @@ impl Load {
     pub fn figures(self) -> &'static [FigureOf] {
         match self {
             Self::Bulk(_) => BULK,
-            Self::Keepalive(_) => REQUESTS,
+            Self::Keepalive(_) | Self::Quiet(_) => REQUESTS,
             Self::Connections(_) | Self::Short(_) => CONNECTIONS,
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Failure;
 use super::mesh_usage::Parts;
-use super::plan::{Load, Sample};
+use super::plan::{Flood, Load, Sample};
 use crate::app::load::Report as LoadReport;
 use crate::cluster::{Cluster, Mesh};
 use crate::netns::NetNs;
@@ -23,8 +23,15 @@ const GRACE: Duration = Duration::from_secs(20);
 /// Ports of the server of short connections.
 const ANSWER_PORTS: [u16; 4] = [7000, 7001, 7002, 7003];
 
+/// Ports of the server of HTTP: a client that closes first needs a port of its own for a minute, and there are 28,000 for
+/// each port of the server. Enough for a minute of plain TCP.
+const HTTP_PORTS: std::ops::Range<u16> = PORT..PORT + 32;
+
 /// Port of every other server.
 pub(super) const PORT: u16 = 7000;
+
+/// Seconds that a flood begins before the load, and ends after it.
+const FLOOD_LEAD: f64 = 0.3;
 
 /// Port of HBONE.
 const HBONE: u16 = 15008;
@@ -56,6 +63,8 @@ pub struct Side {
     transfer: Arc<Pod>,
     http: Arc<Pod>,
     answer: Arc<Pod>,
+    /// Who floods, towards `transfer` or `answer`, while `client` asks `http`.
+    flooder: Arc<Pod>,
 }
 
 /// A cluster with both sides.
@@ -92,21 +101,23 @@ impl Side {
         let words = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
         let listen = format!("0.0.0.0:{PORT}");
         let transfer = words(&["echo", "--mode", "transfer", "--quiet", "--listen", &listen]);
-        let http = words(&["http", "--listen", &listen]);
+        let https = HTTP_PORTS.flat_map(|p| ["--listen".to_owned(), format!("0.0.0.0:{p}")]);
+        let http = [words(&["http"]), https.collect()].concat();
         let answer = [words(&["echo", "--mode", "answer", "--quiet"]), answers].concat();
         let side = Self {
             meshed,
-            client: client(cluster, meshed)?,
+            client: client(cluster, "client", meshed)?,
+            flooder: client(cluster, "flooder", meshed)?,
             transfer: server(cluster, "transfer", meshed, transfer)?,
             http: server(cluster, "http", meshed, http)?,
             answer: server(cluster, "answer", meshed, answer)?,
         };
-        // Ports of closed connections are used again after a second instead of a minute: a client of short
-        // connections closes first, and one address has 28,000 ports.
-        side.client.network().sysctl("net/ipv4/tcp_tw_reuse", "1")?;
         if meshed {
             for server in [&side.transfer, &side.http, &side.answer] {
                 until_tunnelled(&side.client, server)?;
+            }
+            for server in [&side.transfer, &side.answer] {
+                until_tunnelled(&side.flooder, server)?;
             }
         }
         Ok(side)
@@ -119,25 +130,53 @@ impl Side {
     pub fn run(&self, load: Load, seconds: f64) -> Result<Sample, Failure> {
         let server = match load {
             Load::Bulk(_) => &self.transfer,
-            Load::Keepalive(_) | Load::Short(_) => &self.http,
+            Load::Keepalive(_) | Load::Short(_) | Load::Quiet(_) => &self.http,
             Load::Connections(_) => &self.answer,
         };
         let args = arguments(load, server.ip(), seconds);
-        let output = self.client.run_for(Duration::from_secs_f64(seconds) + GRACE, args)?;
+        let output = match load {
+            Load::Quiet(flood) => self.beside(flood, seconds, args)?,
+            Load::Bulk(_) | Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) => {
+                self.client.run_for(Duration::from_secs_f64(seconds) + GRACE, args)?
+            }
+        };
         let sample = match load {
             Load::Bulk(_) => bulk(&output)?,
-            Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) => operations(&output)?,
+            Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) | Load::Quiet(_) => operations(&output)?,
         };
         if self.meshed && !tunnelled(self.client.network(), server.ip())? {
             return Err(Failure::PastTheMesh(server.name()));
         }
         Ok(sample)
     }
+
+    /// The client's command, while the flooder floods.
+    fn beside(&self, flood: Flood, seconds: f64, args: Vec<String>) -> Result<Output, Failure> {
+        let longer = seconds + 2.0 * FLOOD_LEAD;
+        let bound = Duration::from_secs_f64(longer) + GRACE;
+        let flood = match flood {
+            Flood::None => None,
+            Flood::Bytes(streams) => Some(arguments(Load::Bulk(streams), self.transfer.ip(), longer)),
+            Flood::Connections(clients) => Some(arguments(Load::Connections(clients), self.answer.ip(), longer)),
+        };
+        std::thread::scope(|scope| {
+            let flood = flood.map(|args| scope.spawn(move || self.flooder.run_for(bound, args)));
+            std::thread::sleep(Duration::from_secs_f64(FLOOD_LEAD));
+            let output = self.client.run_for(bound, args);
+            // A flood that did not come to be would make the figure a lie.
+            match flood.map(std::thread::ScopedJoinHandle::join) {
+                Some(Ok(Ok(flood))) if !flood.status.success() => Err(Failure::Load(said(&flood))),
+                Some(Ok(Err(error))) => Err(error.into()),
+                Some(Err(_)) => Err(Failure::Load("the flood panicked".to_owned())),
+                Some(Ok(Ok(_))) | None => Ok(output?),
+            }
+        })
+    }
 }
 
 /// A pod on node 1 that only holds its namespace.
-pub(super) fn client(cluster: &Cluster, meshed: bool) -> Result<Arc<Pod>, Error> {
-    named(cluster, "client", meshed).node(1).start()
+pub(super) fn client(cluster: &Cluster, name: &str, meshed: bool) -> Result<Arc<Pod>, Error> {
+    named(cluster, name, meshed).node(1).start()
 }
 
 /// A server on node 2, with a service account of its own.
@@ -207,7 +246,10 @@ fn arguments(load: Load, server: IpAddr, seconds: f64) -> Vec<String> {
             words(&["transfer", "--to", &to, "--streams", &streams, "--send", "1", "--seconds", &time, "--no-checksum"])
         }
         Load::Keepalive(clients) => with("keepalive", clients, &[to]),
-        Load::Short(clients) => with("short", clients, &[to]),
+        Load::Quiet(_) => with("keepalive", 1, &[to]),
+        Load::Short(clients) => {
+            with("short", clients, &HTTP_PORTS.map(|p| format!("{server}:{p}")).collect::<Vec<_>>())
+        }
         Load::Connections(clients) => with("connections", clients, &ANSWER_PORTS.map(|p| format!("{server}:{p}"))),
     }
 }

@@ -5,11 +5,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::mesh_usage::Parts;
 use super::plan::{FigureOf, Kind, Load, Measurement, Sample};
-use super::report::{Figure, Measured};
+use super::report::{Figure, Measured, Unit};
 use super::rig::{Rig, Setup, Side};
 use super::stats::{Better, Summary};
 use super::{Failure, memory, table};
 use crate::cluster::Mesh;
+
+/// Slices of a minute, and the seconds of each.
+const SLICES: usize = 6;
+const SLICE: f64 = 10.0;
 
 /// Seconds of the load before the first run: tunnels, certificates and caches are there by then.
 const WARM_UP: f64 = 0.3;
@@ -40,6 +44,7 @@ impl Runner<'_> {
             self.say(&format!("{}: {}", measurement.name, measurement.title));
             let done = match measurement.kind {
                 Kind::Load(load) => self.load(load, &mut rig),
+                Kind::Minute(load) => self.minute(load, &mut rig),
                 Kind::OpenConnections(count) => {
                     rig = None;
                     self.memory(|| memory::open_connections(self.setup, count))
@@ -103,6 +108,37 @@ impl Runner<'_> {
             }
         }
         Ok(summaries(figures, plain, mesh))
+    }
+
+    /// A minute of the load on either side, once: the rate of each slice.
+    fn minute(&self, load: Load, rig: &mut Option<Rig>) -> Result<Vec<Figure>, Failure> {
+        let rig = match rig {
+            Some(rig) => rig,
+            None => {
+                self.say("  starting a cluster");
+                rig.insert(Rig::start(self.setup)?)
+            }
+        };
+        let mesh = rig.mesh.as_ref().map(|(side, _)| ("mesh", side));
+        let mut rates: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for (name, side) in std::iter::once(("plain", &rig.plain)).chain(mesh) {
+            for slice in 1..=SLICES {
+                if self.stopped() {
+                    return Err(Failure::Interrupted);
+                }
+                let at = format!("{name}, slice {slice} of {SLICES}");
+                let sample = side.run(load, SLICE).map_err(|f| f.of(&at))?;
+                let rate = sample.operations / sample.seconds;
+                self.say(&format!("  {at}: connections {}", table::show(Unit::PerSecond, rate)));
+                rates.entry(name).or_default().push(rate);
+            }
+        }
+        let of = |name: &str, slice: usize| Summary::of(vec![*rates.get(name)?.get(slice)?]);
+        let slices = (0..SLICES).map(|slice| {
+            let (plain, mesh) = (of("plain", slice), of("mesh", slice));
+            Figure::new(&format!("slice-{}", slice + 1), Unit::PerSecond, Better::Higher, plain, mesh)
+        });
+        Ok(slices.collect())
     }
 
     fn note(&self, at: &str, figures: &[FigureOf], sample: &Sample, values: &mut Values) {

@@ -1,7 +1,8 @@
 //! The numbers that dashboards read, under the names and labels that they know from Istio's ztunnel, and a few of our own.
 
+use std::collections::HashMap;
 use std::fmt::{self, Write as _};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use mesh_model::{SpiffeId, Workload};
 use mesh_runtime::metrics::Registry;
@@ -182,6 +183,8 @@ pub struct Metrics {
     sent: Family<Labels, Counter>,
     received: Family<Labels, Counter>,
     sockets_open: Family<SocketLabels, Gauge>,
+    /// The counters of connections with these labels: hashing all of them takes longer than counting.
+    known: Arc<RwLock<HashMap<Labels, Handles>>>,
     failures: Family<FailureLabels, Counter>,
     /// Pods that are served.
     pub pods_active: Gauge,
@@ -204,6 +207,8 @@ pub struct Handles {
     pub received: Counter,
     /// Sockets open now.
     pub open: Gauge,
+    opened: Counter,
+    closed: Counter,
 }
 
 impl Metrics {
@@ -255,20 +260,31 @@ impl Metrics {
 
     /// Counts a connection as opened.
     pub fn open(&self, direction: Direction, labels: &Labels) -> Handles {
-        self.opened.get_or_create(labels).inc();
-        let open = self.sockets_open.get_or_create_owned(&SocketLabels { reporter: direction.reporter() });
-        open.inc();
-        Handles {
-            sent: self.sent.get_or_create_owned(labels),
-            received: self.received.get_or_create_owned(labels),
-            open,
-        }
+        // Inserting leaves nothing half done.
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner).get(labels).cloned();
+        let handles = known.unwrap_or_else(|| {
+            let handles = Handles {
+                sent: self.sent.get_or_create_owned(labels),
+                received: self.received.get_or_create_owned(labels),
+                open: self.sockets_open.get_or_create_owned(&SocketLabels { reporter: direction.reporter() }),
+                opened: self.opened.get_or_create_owned(labels),
+                closed: self.closed.get_or_create_owned(labels),
+            };
+            self.known.write().unwrap_or_else(PoisonError::into_inner).insert(labels.clone(), handles.clone());
+            handles
+        });
+        handles.opened.inc();
+        handles.open.inc();
+        handles
     }
 
-    /// Counts a connection as closed.
-    pub fn close(&self, labels: &Labels, handles: &Handles) {
+    /// Counts a connection as closed; `failed` are its labels if they have changed by a failure.
+    pub fn close(&self, failed: Option<&Labels>, handles: &Handles) {
         handles.open.dec();
-        self.closed.get_or_create(labels).inc();
+        match failed {
+            Some(labels) => self.closed.get_or_create(labels).inc(),
+            None => handles.closed.inc(),
+        };
     }
 
     /// Counts a connection as failed, for `reason`.

@@ -270,9 +270,9 @@ fn report(metrics: &Metrics, labels: &Labels, facts: &Facts, error: Option<&Conn
                 if error.is_failure_to_connect() {
                     metrics.fail(facts.direction, &labels, error.reason());
                 }
-                metrics.close(&labels, handles);
+                metrics.close(Some(&labels), handles);
             }
-            None => metrics.close(labels, handles),
+            None => metrics.close(None, handles),
         }
     }
     log(facts, error);
