@@ -93,7 +93,7 @@ fn start_one(cluster: &Cluster, number: usize, server: &Pod, open: &Pod) -> Resu
     let outside = open.at(7000).to_string();
     if !changes {
         args = [&["restless", "--text", "nothing", "--for", "50", "--to", &outside][..], &[]].concat();
-        if number % 2 == 0 {
+        if number.is_multiple_of(2) {
             args = vec!["restless", "--text", text, "--for", "300", "--to", &targets[0], "--to", &targets[1]];
         }
     }
