@@ -15,7 +15,7 @@ pub fn run(input: &[u8]) {
     if let Ok(message) = ProxyMessage::decode(input)
         && let Some(mesh_proto::node::proxy_message::Kind::SocketRequest(request)) = message.kind
     {
-        let _ = Kind::try_from(request.kind);
+        let _ = Kind::try_from(&request);
     }
     if let Ok(message) = AgentMessage::decode(input)
         && let Some(mesh_proto::node::agent_message::Kind::PodAdded(added)) = message.kind

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use bytes::Bytes;
 use mesh_proto::core::Node;
 use mesh_proto::discovery::{DeltaDiscoveryResponse, Resource};
 use mesh_xds::client::{Machine, Mode, Subscribed};
@@ -41,7 +40,7 @@ pub fn run(input: &[u8]) {
                 }
             }
             _ => {
-                let refuse = cursor.byte() % 4 == 0;
+                let refuse = cursor.byte().is_multiple_of(4);
                 let response = response(&mut cursor);
                 respond(&mut machine, response, refuse);
             }
@@ -83,16 +82,12 @@ fn response(cursor: &mut Cursor<'_>) -> DeltaDiscoveryResponse {
             version: cursor.byte().to_string(),
             ..Resource::default()
         };
-        if cursor.byte() % 4 != 0 {
-            let value = Bytes::copy_from_slice(cursor.bytes());
-            resource.resource = Some(prost_any(cursor.pick(&TYPES), value));
+        if !cursor.byte().is_multiple_of(4) {
+            let value = cursor.bytes().to_vec();
+            resource.resource = Some(prost_types::Any { type_url: cursor.pick(&TYPES).to_owned(), value });
         }
         response.resources.push(resource);
     }
     response.removed_resources = (0..cursor.byte() % 4).map(|_| cursor.pick(&NAMES).to_owned()).collect();
     response
-}
-
-fn prost_any(type_url: &str, value: Bytes) -> prost_types::Any {
-    prost_types::Any { type_url: type_url.to_owned(), value: value.to_vec() }
 }

@@ -18,7 +18,7 @@ struct Arguments {
 #[derive(clap::Subcommand)]
 enum Command {
     /// Prepare pods and hand their sockets to the proxy (privileged)
-    Agent(agent::Config),
+    Agent(Box<agent::Config>),
     /// Carry connections (no privilege)
     Proxy(Box<proxy::Config>),
     /// The CNI plugin: environment and standard input as the CNI specification has it

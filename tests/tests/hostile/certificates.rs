@@ -1,6 +1,7 @@
 //! Certificates that prove nothing, or too much.
 
 use std::net::IpAddr;
+use std::slice;
 use std::time::SystemTime;
 
 use rcgen::{ExtendedKeyUsagePurpose, SanType};
@@ -17,23 +18,24 @@ fn only_one_identity_of_the_mesh_that_is_valid_now_is_let_in() {
     let dns = SanType::DnsName("target.default.svc".try_into().unwrap());
     let now = SystemTime::now();
     let two = names(&[own.clone(), uri(&scene.victim.identity())]);
-    let expired = Wish { not_before: now - 2 * HOUR, not_after: now - HOUR, ..names(&[own.clone()]) };
-    let future = Wish { not_before: now + HOUR, not_after: now + 2 * HOUR, ..names(&[own.clone()]) };
-    let servers = Wish { uses: vec![ExtendedKeyUsagePurpose::ServerAuth], ..names(&[own.clone()]) };
+    let expired = Wish { not_before: now - 2 * HOUR, not_after: now - HOUR, ..names(slice::from_ref(&own)) };
+    let future = Wish { not_before: now + HOUR, not_after: now + 2 * HOUR, ..names(slice::from_ref(&own)) };
+    let servers = Wish { uses: vec![ExtendedKeyUsagePurpose::ServerAuth], ..names(slice::from_ref(&own)) };
     let elsewhere = names(&[uri("spiffe://elsewhere/ns/default/sa/peer")]);
-    let broken = Forged { chain: vec![vec![0x30, 0x03, 0x02, 0x01, 0x01].into()], ..sign(names(&[own.clone()])) };
+    let broken =
+        Forged { chain: vec![vec![0x30, 0x03, 0x02, 0x01, 0x01].into()], ..sign(names(slice::from_ref(&own))) };
     let refused: Vec<(&str, Option<Forged>)> = vec![
         ("no certificate", None),
         ("two identities", Some(sign(two))),
         ("no name", Some(sign(names(&[])))),
-        ("a host's name alone", Some(sign(names(&[dns.clone()])))),
+        ("a host's name alone", Some(sign(names(slice::from_ref(&dns))))),
         ("another form", Some(sign(names(&[uri("spiffe://cluster.local/default/peer")])))),
         ("another scheme", Some(sign(names(&[uri("https://cluster.local/ns/default/sa/peer")])))),
         ("another trust domain", Some(sign(elsewhere))),
         ("expired", Some(sign(expired))),
         ("not valid yet", Some(sign(future))),
         ("for servers alone", Some(sign(servers))),
-        ("self-signed", Some(names(&[own.clone()]).self_signed())),
+        ("self-signed", Some(names(slice::from_ref(&own)).self_signed())),
         ("not a certificate", Some(broken)),
     ];
     let (target, to) = (scene.target.at(15008), scene.target.at(ECHO));

@@ -27,6 +27,9 @@ use crate::scene::{BOUND, Scene};
 /// Largest packet that the agent takes, and one byte.
 const TOO_LARGE: usize = (64 << 10) + 1;
 
+/// A message, and the descriptors beside it.
+type Packet<'a> = (Vec<u8>, Vec<&'a OwnedFd>);
+
 fn open(path: &Path) -> Result<OwnedFd, Errno> {
     let own = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
     setsockopt(&own, sockopt::ReceiveTimeout, &TimeVal::new(20, 0)).unwrap();
@@ -122,7 +125,7 @@ fn the_cni_socket_takes_requests_of_root_alone_and_of_the_right_shape() {
         ("no address", Pod { addresses: vec![], ..pod.clone() }),
         ("half an address", Pod { addresses: vec![vec![10, 0]], ..pod.clone() }),
         ("loopback", Pod { addresses: vec![vec![127, 0, 0, 1]], ..pod.clone() }),
-        ("many addresses", Pod { addresses: vec![vec![10, 244, 2, 9]; 1000], ..pod.clone() }),
+        ("many addresses", Pod { addresses: vec![vec![10, 244, 2, 9]; 1000], ..pod }),
     ] {
         attempts.push((name.to_owned(), enrol(&bad), vec![&good]));
     }
@@ -185,11 +188,11 @@ fn the_proxys_socket_outlives_every_wrong_message() {
     let agent = node.agent().unwrap().pid().unwrap();
     let before = files(agent);
     let message = |kind| ProxyMessage { kind: Some(kind) }.encode_to_vec();
-    let hello = |kept_pods| message(proxy_message::Kind::Hello(Hello { version: 2, kept_pods, ..Hello::default() }));
+    let hello = |kept_pods| message(proxy_message::Kind::Hello(Hello { version: 2, kept_pods }));
     let kept = |count: usize| {
         let listeners = [Listener::Outbound, Listener::InboundPlaintext, Listener::InboundHbone].map(i32::from);
         let listeners = listeners.iter().copied().cycle().take(count).collect();
-        message(proxy_message::Kind::PodKept(PodKept { pod_uid: scene.target.uid(), listeners, ..PodKept::default() }))
+        message(proxy_message::Kind::PodKept(PodKept { pod_uid: scene.target.uid(), listeners }))
     };
     let request = |count| {
         let request = SocketRequest { pod_uid: scene.target.uid(), kind: 1, count, ..SocketRequest::default() };
@@ -200,7 +203,7 @@ fn the_proxys_socket_outlives_every_wrong_message() {
     let foreign: Vec<OwnedFd> =
         (0..3).map(|_| scene.peer.network().listen(([0, 0, 0, 0], 0).into()).unwrap().into()).collect();
     let foreign: Vec<&OwnedFd> = foreign.iter().collect();
-    let attempts: Vec<(&str, Vec<(Vec<u8>, Vec<&OwnedFd>)>)> = vec![
+    let attempts: Vec<(&str, Vec<Packet<'_>>)> = vec![
         ("noise", vec![(vec![0x5a; 4000], vec![])]),
         ("too large", vec![(vec![0; TOO_LARGE], vec![])]),
         ("no hello", vec![(request(8), vec![])]),

@@ -77,11 +77,11 @@ fn garbage_on_a_pods_ports_is_closed_without_a_word() {
 fn an_enrolled_application_reaches_no_port_of_the_mesh() {
     let scene = Scene::start();
     let node = scene.cluster.node(2).unwrap();
-    let proxy = std::net::IpAddr::from(node.mesh().unwrap().proxy().record.ip());
+    let proxy = node.mesh().unwrap().proxy().record.ip();
     let targets = [15001, 15006, 15008].map(|port| scene.target.at(port));
     let own = [15001, 15006, 15008].map(|port| scene.friend.at(port));
     let loopback = [15001, 15006, 15008, 15000, 15020].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-    let admin = [SocketAddr::from((proxy, 15000)), SocketAddr::from((std::net::Ipv4Addr::from(node.address), 15000))];
+    let admin = [SocketAddr::from((proxy, 15000)), SocketAddr::from((node.address, 15000))];
     for to in targets.iter().chain(&own).chain(&loopback).chain(&admin) {
         let to = to.to_string();
         let args = ["connect", "--timeout", "4000", "--send", "GET / HTTP/1.0\r\n\r\n", "--read", "4", "--to", &to];
@@ -101,7 +101,7 @@ fn an_enrolled_application_reaches_no_port_of_the_mesh() {
 fn the_proxys_own_pages_outlive_garbage_and_show_admin_to_nobody() {
     let scene = Scene::start();
     let node = scene.cluster.node(2).unwrap();
-    let proxy = std::net::IpAddr::from(node.mesh().unwrap().proxy().record.ip());
+    let proxy = node.mesh().unwrap().proxy().record.ip();
     for (name, bytes) in garbage() {
         for port in [15020, 15021] {
             let outcome = say(scene.peer.network(), (proxy, port).into(), &bytes);

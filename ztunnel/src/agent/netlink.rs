@@ -78,7 +78,7 @@ impl Netlink {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn list<M: Message>(&mut self, request: M) -> Result<Vec<M>, NetlinkError> {
+    pub fn list<M: Message>(&mut self, request: &M) -> Result<Vec<M>, NetlinkError> {
         for _ in 0..ATTEMPTS {
             match self.ask(request.clone(), NLM_F_DUMP) {
                 Err(NetlinkError::Changing) => {}

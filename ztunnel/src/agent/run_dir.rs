@@ -175,10 +175,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
         let first = RunDir::open(&path, 1337).unwrap();
-        let waiting = std::thread::spawn({
-            let path = path.clone();
-            move || RunDir::open_when_free(&path, 1337).map(drop)
-        });
+        let waiting = std::thread::spawn(move || RunDir::open_when_free(&path, 1337).map(drop));
         std::thread::sleep(Duration::from_millis(100));
         assert!(!waiting.is_finished());
         drop(first);

@@ -118,7 +118,7 @@ fn list(netlink: &mut Netlink) -> Result<Vec<Connection>, SockDiagError> {
     let mut all = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
         let family = u8::try_from(family).unwrap_or_default();
-        match netlink.list(request(BY_FAMILY, family, None)) {
+        match netlink.list(&request(BY_FAMILY, family, None)) {
             Ok(answers) => all.extend(answers.iter().filter_map(|answer| connection(&answer.bytes))),
             // The kernel has no IPv6.
             Err(error) if error.is(libc::ENOENT) || error.is(libc::EAFNOSUPPORT) => {}
@@ -131,7 +131,7 @@ fn list(netlink: &mut Netlink) -> Result<Vec<Connection>, SockDiagError> {
 /// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, id.
 fn request(kind: u16, family: u8, id: Option<&[u8; ID]>) -> Raw {
     let protocol = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
-    let states = u32::MAX & !(1 << LISTEN);
+    let states: u32 = !(1 << LISTEN);
     let mut bytes = vec![family, protocol, 0, 0];
     bytes.extend(states.to_ne_bytes());
     bytes.extend(id.unwrap_or(&[0; ID]));

@@ -85,8 +85,11 @@ fn decided(decision: node::Decision) -> node::PodResponse {
     node::PodResponse { decision: decision.into(), reason: "so".into(), ..answer("", false) }
 }
 
+/// What the agent was asked, with the descriptors that came along.
+type Asked = Vec<(Kind, Vec<OwnedFd>)>;
+
 /// One command against an agent that gives these answers.
-fn with_agent(command: &str, answers: Vec<node::PodResponse>) -> (Result<Value, CniError>, Vec<(Kind, Vec<OwnedFd>)>) {
+fn with_agent(command: &str, answers: Vec<node::PodResponse>) -> (Result<Value, CniError>, Asked) {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("cni.sock");
     let asked = agent(&socket, answers);

@@ -60,7 +60,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
             Err(error) => {
                 let mut facts = Facts::new(Direction::Inbound, peer, local);
                 facts.dst.workload = worker.shared.local(&pod).workload(&worker.shared.state.snapshot()).cloned();
-                return Record::refused(&worker.shared.metrics, facts, &error);
+                return Record::refused(&worker.shared.metrics, &facts, &error);
             }
         };
         let facts = Arc::clone(tls.get_ref().0.facts());
@@ -134,7 +134,7 @@ impl Tunnel {
             Ok(admission) => admission,
             Err(error) => {
                 request.refuse(error.reply());
-                return Record::refused(&shared.metrics, facts, &error);
+                return Record::refused(&shared.metrics, &facts, &error);
             }
         };
         let record = match Record::open(&shared.metrics, &self.pod.live, facts) {

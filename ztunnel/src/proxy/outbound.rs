@@ -40,7 +40,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
         Ok(way) => way,
         Err((to, error)) => {
             facts.set_destination(*to);
-            return Record::refused(metrics, facts, &error);
+            return Record::refused(metrics, &facts, &error);
         }
     };
     facts.set_destination(way.to.clone());

@@ -25,7 +25,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let rules = shared.state.rules_version();
     let admission = match decide(worker, pod, &mut facts, Connection { local, peer }) {
         Ok(admission) => admission,
-        Err(error) => return Record::refused(&shared.metrics, facts, &error),
+        Err(error) => return Record::refused(&shared.metrics, &facts, &error),
     };
     let Ok(record) = Record::open(&shared.metrics, &pod.live, facts) else { return };
     guard::catch_up(shared, pod, &record, rules);

@@ -209,7 +209,7 @@ impl Record {
                     Full::TooMany => ConnectionError::TooManyConnections,
                     Full::PodGone => ConnectionError::PodGone,
                 };
-                Self::refused(metrics, facts, &error);
+                Self::refused(metrics, &facts, &error);
                 Err(error)
             }
         }
@@ -232,10 +232,10 @@ impl Record {
     }
 
     /// Reports a connection that never came to be.
-    pub fn refused(metrics: &Metrics, facts: Facts, error: &ConnectionError) {
-        let labels = Labels::of(&facts);
+    pub fn refused(metrics: &Metrics, facts: &Facts, error: &ConnectionError) {
+        let labels = Labels::of(facts);
         let _ = facts.handles.set(metrics.open(facts.direction, &labels));
-        report(metrics, &labels, &facts, Some(error));
+        report(metrics, &labels, facts, Some(error));
     }
 
     /// Reports the connection's end.

@@ -1,7 +1,7 @@
 //! The CNI plugin and the agent as two processes, over real sockets, namespaces and files: pods that start, change their
 //! labels, get new sandboxes and end, while the agent comes and goes. Needs root.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "tests")]
 
 mod rig;
 

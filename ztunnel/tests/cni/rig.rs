@@ -205,7 +205,7 @@ impl Drop for Rig {
         let _ = umount2(&self.path("bpf"), MntFlags::MNT_DETACH);
         if thread::panicking() {
             for name in ["agent.log", "run/cni.log"] {
-                println!("{name}:\n{}", fs::read_to_string(self.path(name)).unwrap_or_default());
+                eprintln!("{name}:\n{}", fs::read_to_string(self.path(name)).unwrap_or_default());
             }
         }
     }

@@ -118,7 +118,7 @@ fn filters(folder: &Path, index: u32, side: TcAttachType) -> Result<Vec<TcHandle
     .into();
     let answers = Netlink::open(netlink::ROUTE)
         .map_err(netlink::NetlinkError::from)
-        .and_then(|mut netlink| netlink.list(RouteNetlinkMessage::GetTrafficFilter(request)))
+        .and_then(|mut netlink| netlink.list(&RouteNetlinkMessage::GetTrafficFilter(request)))
         .map_err(|error| at(&path)(io::Error::other(error)))?;
     Ok(answers.iter().filter_map(|answer| handle(answer, program)).collect())
 }

@@ -350,7 +350,7 @@ mod tests {
         assert_eq!(after(&(namespace("a", "ambient") + &namespace("b", "none"))), both.clone().into());
         assert_eq!(after(&(namespace("a", "typo") + &namespace("b", "none"))), both.clone().into(), "by object");
         assert_eq!(after("]"), both.clone().into(), "by file");
-        assert_eq!(after(""), both.clone().into(), "half of a write");
+        assert_eq!(after(""), both.into(), "half of a write");
         assert_eq!(after(&namespace("b", "ambient")), [(String::from("b"), Mode::Ambient)].into());
         let complaints = files.complaints.len();
         assert_eq!(complaints, 0, "what was wrong is mended: {:?}", files.complaints);

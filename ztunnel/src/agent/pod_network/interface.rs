@@ -75,7 +75,7 @@ fn holder(netlink: &mut Netlink, address: IpAddr) -> Result<Option<u32>, PodNetw
 }
 
 fn list(netlink: &mut Netlink) -> Result<Vec<AddressMessage>, PodNetworkError> {
-    let answers = netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default()));
+    let answers = netlink.list(&RouteNetlinkMessage::GetAddress(AddressMessage::default()));
     let answers = answers.map_err(failed("cannot list addresses"))?;
     Ok(answers
         .into_iter()

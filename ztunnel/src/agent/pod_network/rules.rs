@@ -87,7 +87,7 @@ pub fn list_rules(netlink: &mut Netlink) -> Result<Vec<RuleMessage>, PodNetworkE
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut query = RuleMessage::default();
         query.header.family = family;
-        let answers = match netlink.list(RouteNetlinkMessage::GetRule(query)) {
+        let answers = match netlink.list(&RouteNetlinkMessage::GetRule(query)) {
             // The kernel has no IPv6.
             Err(error) if family == AddressFamily::Inet6 && error.is(libc::EAFNOSUPPORT) => Vec::new(),
             other => other.map_err(failed("cannot list policy rules"))?,
@@ -153,7 +153,7 @@ pub fn list_routes(netlink: &mut Netlink, table: u32) -> Result<Vec<RouteMessage
         let mut query = RouteMessage::default();
         query.header.address_family = family;
         query.attributes.push(RouteAttribute::Table(table));
-        let answers = match netlink.list(RouteNetlinkMessage::GetRoute(query)) {
+        let answers = match netlink.list(&RouteNetlinkMessage::GetRoute(query)) {
             // No such table yet; the kernel has no IPv6.
             Err(error) if error.is(libc::ENOENT) || error.is(libc::EAFNOSUPPORT) => Vec::new(),
             other => other.map_err(failed("cannot list routes"))?,

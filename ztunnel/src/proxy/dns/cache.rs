@@ -200,7 +200,8 @@ mod tests {
             let name = || Name::from_ascii("example.com.").unwrap();
             Record::from_rdata(name(), 600, RData::SOA(SOA::new(name(), name(), 1, 1, 1, 1, minimum)))
         };
-        let cases: [(&dyn Fn(&mut Message), Option<u32>); 8] = [
+        type Change<'a> = &'a dyn Fn(&mut Message);
+        let cases: [(Change<'_>, Option<u32>); 8] = [
             (&|message| message.answers.push(a("www.example.com.", 60)), Some(60)),
             (&|message| message.answers.push(a("www.example.com.", 86400)), Some(LONGEST)),
             (&|message| message.answers.push(a("www.example.com.", 0)), None),

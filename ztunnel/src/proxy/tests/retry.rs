@@ -201,6 +201,7 @@ async fn a_pod_with_too_many_tunnels_says_so() {
     let source = crate::proxy::sources::Sources::default().enter(peer.ip());
     let permits = Permits { waiting: None, handshakes, source, tunnel: None };
     let (worker, pod, drain) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server), pair.far.drain.clone());
-    soon(crate::proxy::inbound::serve(worker, pod, Accepted::new(stream, peer).unwrap(), permits, drain)).await;
+    let accepted = Accepted::new(stream, peer).unwrap();
+    soon(Box::pin(crate::proxy::inbound::serve(worker, pod, accepted, permits, drain))).await;
     assert_eq!(pair.far.metric("culvert_connection_failures_total", &["reason=\"too_many_tunnels\""]), 1);
 }
