@@ -22,9 +22,9 @@ pub const TCX_EGRESS: u32 = 47;
 /// A program, map or link in the kernel: `prog_id`, `map_id` or `link_id`, and the number, which is never used twice soon.
 pub type Object = (&'static str, u32);
 
-/// What is pinned below a folder, and the programs of the links.
+/// What is pinned below a folder, and the programs of the links. Symbolic links in it are notes, not pins.
 pub fn pinned_objects(folder: &Path) -> Vec<Object> {
-    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| !path.is_symlink());
     let objects =
         entries.flat_map(|path| if path.is_dir() { pinned_objects(&path) } else { objects(&pin(&path).unwrap()) });
     objects.collect()
@@ -42,14 +42,20 @@ pub fn exists(object: &Object) -> bool {
     found.map(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) })).is_ok()
 }
 
-/// How many programs stand on one side of a device of the calling thread's namespace.
+/// How many programs stand on one side of a device of the calling thread's namespace, by links: none before Linux 6.6,
+/// which knows of no such links.
 pub fn attached_to_device(index: u32, side: u32) -> u32 {
     let mut attr = [0_u32; 16];
     attr[0] = index;
     attr[1] = side;
-    bpf(BPF_PROG_QUERY, &mut attr).unwrap();
-    // Target, attach type, two kinds of flags, a pointer (two words), the count.
-    attr[6]
+    match bpf(BPF_PROG_QUERY, &mut attr) {
+        // Target, attach type, two kinds of flags, a pointer (two words), the count.
+        Ok(_) => attr[6],
+        Err(error) => {
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}");
+            0
+        }
+    }
 }
 
 fn pin(path: &Path) -> io::Result<OwnedFd> {

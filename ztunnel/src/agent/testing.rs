@@ -151,9 +151,11 @@ fn give(netns: &Netns, name: &str, v4: Ipv4Addr, v6: Ipv6Addr) {
 }
 
 pub fn configure(netns: &Netns, work: impl AsyncFnOnce(rtnetlink::Handle) + Send) {
+    // Not made inside: the first runtime of a process makes a pair of sockets for signals, which are never closed and
+    // would hold the namespace.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     netns
         .run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
             runtime.block_on(async {
                 let (connection, handle, _) = rtnetlink::new_connection().unwrap();
                 tokio::spawn(connection);

@@ -15,6 +15,9 @@ use crate::agent::netns::Netns;
 /// stopped by the guard.
 pub const MAX_ROUTES: usize = 512;
 
+/// Addresses of one link only (RFC 4291).
+const LINK_LOCAL: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
+
 /// A destination: an address and how many of its bits count.
 type Destination = (IpAddr, u8);
 
@@ -42,6 +45,14 @@ fn decide(routes: &[RouteMessage], own: u32) -> Vec<Route> {
             slot.1 |= candidate.1;
         }
     }
+    // An address of one link says nothing without its interface, and is no peer of the mesh. It is left alone; the guard
+    // stops TCP to it all the same.
+    for ((address, prefix), (_, captured)) in &mut best {
+        *captured &= !is_link_local(*address, *prefix);
+    }
+    if best.iter().any(|((address, prefix), (_, captured))| address.is_ipv6() && *prefix < LINK_LOCAL.1 && *captured) {
+        best.insert((IpAddr::V6(LINK_LOCAL.0), LINK_LOCAL.1), (u32::MAX, false));
+    }
     // The programs look IPv4 addresses up as mapped ones, which a default route of IPv6 covers too.
     if best.keys().any(covers_mapped) {
         best.entry((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)).or_insert((u32::MAX, false));
@@ -51,6 +62,14 @@ fn decide(routes: &[RouteMessage], own: u32) -> Vec<Route> {
     all.sort_by_key(|route| (route.prefix, route.address));
     all.truncate(MAX_ROUTES);
     all
+}
+
+/// Whether all of an IPv6 destination is in `fe80::/10`.
+fn is_link_local(address: IpAddr, prefix: u8) -> bool {
+    match address {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => prefix >= LINK_LOCAL.1 && address.is_unicast_link_local(),
+    }
 }
 
 /// Whether all IPv4-mapped addresses (`::ffff:0:0/96`) are in an IPv6 destination.
@@ -129,6 +148,7 @@ mod tests {
             route(Ipv4Addr::UNSPECIFIED, 0, true),
             route(Ipv6Addr::UNSPECIFIED, 0, true),
             route([10, 0, 0, 0], 8, false),
+            route(LINK_LOCAL.0, 10, false),
         ];
         assert_eq!(found, wanted);
     }
@@ -137,7 +157,24 @@ mod tests {
     fn default_route_of_ipv6_is_none_of_ipv4() {
         let default = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
         let found = decide(&[default.output_interface(2).build()], 2);
-        assert_eq!(found, [route(Ipv4Addr::UNSPECIFIED, 0, false), route(Ipv6Addr::UNSPECIFIED, 0, true)]);
+        let link_local = route(LINK_LOCAL.0, 10, false);
+        let wanted = [route(Ipv4Addr::UNSPECIFIED, 0, false), route(Ipv6Addr::UNSPECIFIED, 0, true), link_local];
+        assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn link_local_destinations_are_never_captured() {
+        let v6 = |address: Ipv6Addr, prefix| {
+            let builder = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(address, prefix);
+            builder.output_interface(2).build()
+        };
+        let (unique, beside) = ("fd00::".parse().unwrap(), "fec0::".parse().unwrap());
+        // No route covers all of them: only what is there is told.
+        let found = decide(&[v6(LINK_LOCAL.0, 64), v6(unique, 64), v6(beside, 10)], 2);
+        assert_eq!(found, [route(beside, 10, true), route(unique, 64, true), route(LINK_LOCAL.0, 64, false)]);
+        let found = decide(&[v6(LINK_LOCAL.0, 10), v6(Ipv6Addr::UNSPECIFIED, 0)], 2);
+        assert!(found.contains(&route(LINK_LOCAL.0, 10, false)));
+        assert_eq!(found.len(), 3, "with the default route of IPv4: {found:?}");
     }
 
     #[test]

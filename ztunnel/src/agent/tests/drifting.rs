@@ -3,6 +3,7 @@
 use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::route::RouteAttribute;
 use rtnetlink::packet_route::rule::RuleAttribute;
+use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 
 use super::drift::Drift;
@@ -90,11 +91,22 @@ fn programs_that_were_taken_off_are_attached_again() {
 #[test]
 fn guard_that_was_taken_off_is_attached_again() {
     let scratch = Scratch::new();
-    let (agent, _a, _b) = enrolled(&scratch);
+    let (agent, a, _b) = enrolled(&scratch);
     let pin = scratch.bpffs().join(format!("v{}/pods/{UID}/guard", ztunnel_ebpf::LAYOUT_VERSION));
-    std::fs::remove_file(&pin).unwrap();
+    let is_link = pin.exists();
+    if is_link {
+        std::fs::remove_file(&pin).unwrap();
+    } else {
+        // Before Linux 6.6 it is a filter of the clsact qdisc.
+        configure(&a.netns, async |handle| {
+            let index = super::testing::index_of(&handle, "eth0").await;
+            let mut request = handle.qdisc().del(index.cast_signed());
+            request.message_mut().header.parent = TcHandle::INGRESS;
+            request.execute().await.unwrap();
+        });
+    }
     mended(&agent, &[Drift::Guard]);
-    assert!(pin.exists());
+    assert_eq!(pin.exists(), is_link);
 }
 
 #[test]
