@@ -67,7 +67,7 @@ fn in_a_process_of_its_own() {
         .unwrap_or_else(|| panic!("{open} descriptors before, {} after", descriptors()));
     // The kernel frees them in the background.
     eventually(|| {
-        objects.retain(|object| sys::exists(object));
+        objects.retain(sys::exists);
         objects.is_empty().then_some(())
     })
     .unwrap_or_else(|| panic!("still in the kernel: {objects:?}"));
