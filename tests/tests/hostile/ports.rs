@@ -35,13 +35,20 @@ enum Outcome {
 }
 
 fn say(from: &NetNs, to: SocketAddr, what: &[u8]) -> Outcome {
+    tell(from, to, what, true)
+}
+
+/// `end`: no more will be said, and the other side is told so. A server may take that for the end of the whole connection.
+fn tell(from: &NetNs, to: SocketAddr, what: &[u8], end: bool) -> Outcome {
     let Ok(mut stream) = from.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(3))).unwrap() else {
         return Outcome::Refused;
     };
     stream.set_read_timeout(Some(BOUND)).unwrap();
     // It may be closed under way.
     let _ = stream.write_all(what);
-    let _ = stream.shutdown(std::net::Shutdown::Write);
+    if end {
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+    }
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Outcome::Open,
@@ -118,7 +125,8 @@ fn the_proxys_own_pages_outlive_garbage_and_show_admin_to_nobody() {
     }
     // A page of its own, asked for by a browser's rebound name, is not given.
     let dump = node.proxy_network().unwrap();
-    let rebound = say(dump, ([127, 0, 0, 1], 15000).into(), b"GET /config_dump HTTP/1.1\r\nHost: evil.example\r\n\r\n");
+    let request = b"GET /config_dump HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
+    let rebound = tell(dump, ([127, 0, 0, 1], 15000).into(), request, false);
     let Outcome::Closed(answer) = rebound else { panic!("{rebound:?}") };
     assert!(answer.starts_with(b"HTTP/1.1 403"), "{}", String::from_utf8_lossy(&answer));
     assert!(node.metrics().is_ok() && node.config_dump().is_ok());

@@ -332,9 +332,10 @@ fn wrong_configuration_is_an_error_of_the_specification() {
         ("/prevResult/interfaces", json!("eth0")),
     ] {
         let mut configuration = good.clone();
-        *configuration.pointer_mut(pointer).unwrap_or(&mut Value::Null) = wrong.clone();
-        if pointer.ends_with("Seconds") {
-            configuration["culvert"]["patienceSeconds"] = wrong.clone();
+        let (parent, field) = pointer.rsplit_once('/').unwrap();
+        match configuration.pointer_mut(parent).unwrap() {
+            Value::Array(items) => items[field.parse::<usize>().unwrap()] = wrong.clone(),
+            object => object[field] = wrong.clone(),
         }
         let error = run("ADD", &configuration).unwrap_err();
         assert_eq!(error.code(), 7, "{pointer} {wrong}: {error}");

@@ -271,6 +271,13 @@ struct Shelf {
 }
 
 impl Shelf {
+    /// What was not answered in [`ORDER_LIFE`] will not be.
+    fn forget_old_orders(&mut self, now: Instant) {
+        if self.ordered.front().is_some_and(|(when, _)| now.duration_since(*when) > ORDER_LIFE) {
+            self.ordered.clear();
+        }
+    }
+
     /// How many should lie here: what is taken in an eighth of a second.
     fn target(&self) -> usize {
         if self.quiet_sweeps >= WARM_SWEEPS {
@@ -333,9 +340,7 @@ impl Stock {
         let now = Instant::now();
         let mut shelf = self.shelf(kind);
         shelf.noticed = false;
-        if shelf.ordered.front().is_some_and(|(when, _)| now.duration_since(*when) > ORDER_LIFE) {
-            shelf.ordered.clear();
-        }
+        shelf.forget_old_orders(now);
         let count = shelf.lack(self.node.room()).min(BATCH_CAP);
         if count == 0 || shelf.closed {
             return None;
@@ -445,6 +450,7 @@ impl Stock {
     }
 
     fn notice_if_low(&self, kind: SocketKind, shelf: &mut Shelf) {
+        shelf.forget_old_orders(Instant::now());
         if shelf.noticed || shelf.closed || !shelf.is_low(self.node.room()) {
             return;
         }
