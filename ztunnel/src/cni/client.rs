@@ -16,9 +16,18 @@ const VERSION: u32 = 2;
 /// Why the agent could not be asked, or what it refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The agent cannot be reached.
+    /// Nobody listens at the agent's socket: the agent is away. Alone this may lead to a decision without it.
     #[error("the mesh's agent does not answer at {}: {source}", path.display())]
     Unreachable {
+        /// Its socket.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: seqpacket::Error,
+    },
+    /// The agent did not answer, or not in time, and may be there all the same.
+    #[error("the mesh's agent at {} gives no answer: {source}", path.display())]
+    Unanswered {
         /// Its socket.
         path: PathBuf,
         /// What failed.
@@ -55,7 +64,7 @@ impl ClientError {
     #[must_use]
     pub const fn may_pass(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Earlier(_) | Self::Answer(_) => true,
+            Self::Unreachable { .. } | Self::Unanswered { .. } | Self::Earlier(_) | Self::Answer(_) => true,
             Self::Refused { try_again, .. } => *try_again,
             Self::Netns { .. } => false,
         }
@@ -73,11 +82,14 @@ impl Client {
     /// Connects to the agent's `cni.sock`; each later request may take `patience`.
     ///
     /// # Errors
-    /// When nobody listens there.
+    /// [`ClientError::Unreachable`] when nobody listens there, [`ClientError::Unanswered`] when that is not certain.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
-        let socket = BlockingSocket::connect(path, patience)
-            .map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;
-        Ok(Self { socket, path: path.to_owned() })
+        let path = path.to_owned();
+        match BlockingSocket::connect(&path, patience) {
+            Ok(socket) => Ok(Self { socket, path }),
+            Err(source) if is_absence(&source) => Err(ClientError::Unreachable { path, source }),
+            Err(source) => Err(ClientError::Unanswered { path, source }),
+        }
     }
 
     /// Has the agent decide about a pod that is about to start; when this returns, what it decided is in force.
@@ -99,10 +111,10 @@ impl Client {
     }
 
     fn ask(&self, kind: pod_request::Kind, fds: &[BorrowedFd<'_>]) -> Result<node::PodResponse, ClientError> {
-        let unreachable = |source| ClientError::Unreachable { path: self.path.clone(), source };
+        let unanswered = |source| ClientError::Unanswered { path: self.path.clone(), source };
         let request = node::PodRequest { kind: Some(kind) }.encode_to_vec();
-        self.socket.send(&request, fds).map_err(unreachable)?;
-        let (answer, _) = self.socket.recv(seqpacket::MAX_MESSAGE).map_err(unreachable)?;
+        self.socket.send(&request, fds).map_err(unanswered)?;
+        let (answer, _) = self.socket.recv(seqpacket::MAX_MESSAGE).map_err(unanswered)?;
         let answer = node::PodResponse::decode(answer)?;
         if answer.version < VERSION {
             return Err(ClientError::Earlier(answer.version));
@@ -112,5 +124,22 @@ impl Client {
         } else {
             Err(ClientError::Refused { text: answer.error, try_again: answer.try_again })
         }
+    }
+}
+
+/// Whether a connect failed because nobody listens: there is no such file, or it is one that a dead process left.
+fn is_absence(error: &seqpacket::Error) -> bool {
+    match error {
+        seqpacket::Error::Io(error) => {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        }
+        seqpacket::Error::Closed
+        | seqpacket::Error::Empty
+        | seqpacket::Error::TooLarge(_)
+        | seqpacket::Error::TooManyFds(_)
+        | seqpacket::Error::Truncated(_)
+        | seqpacket::Error::FdsTruncated
+        | seqpacket::Error::AddressInUse
+        | seqpacket::Error::NotASocket => false,
     }
 }

@@ -197,6 +197,36 @@ fn without_the_agent_only_what_it_left_word_of_passes() {
 }
 
 #[test]
+fn agent_that_is_slow_is_not_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("cni.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let listener = {
+        let _guard = runtime.enter();
+        Listener::bind(&socket, 0o600).unwrap()
+    };
+    leave_word(folder.path(), Mode::Unset, Some(Mode::Unset));
+    // Connections are made, for the kernel accepts them; nobody reads what is asked.
+    let error = run("ADD", &configuration(&socket)).unwrap_err();
+    assert_eq!(error.code(), 11, "{error}");
+    assert!(error.to_string().contains("gives no answer"), "{error}");
+    assert_eq!(Folder::new(folder.path()).load(|_| true).unwrap(), []);
+    // One that closes its connections is not away either.
+    let connection = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| Client::connect(&socket, SHORT)?.request(Kind::Ping(node::Ping {})));
+        // The first is that of ADD.
+        runtime.block_on(async {
+            drop(listener.accept().await.unwrap());
+            drop(listener.accept().await.unwrap());
+        });
+        asking.join().unwrap()
+    });
+    assert!(matches!(connection, Err(ClientError::Unanswered { .. })), "{connection:?}");
+    drop(listener);
+    run("ADD", &configuration(&socket)).unwrap();
+}
+
+#[test]
 fn agent_is_asked_again_until_it_admits_the_pod() {
     let later = || answer("the source does not know this pod (yet)", true);
     let (result, asked) = with_agent("ADD", vec![later(), later(), decided(node::Decision::Passed)]);
