@@ -28,7 +28,7 @@ use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{AddressMessageBuilder, LinkUnspec};
 use ztunnel_ebpf::ROUTE_TABLE;
 
-use super::netlink::NetlinkError;
+use super::netlink::{Netlink, NetlinkError};
 use super::netns::{Netns, NetnsError};
 
 pub use interface::{Interface, find as find_interface};
@@ -95,11 +95,11 @@ pub enum PodNetworkError {
     #[error("the pod's interface {0} is gone")]
     Gone(u32),
     /// What is there is not what was asked for.
-    #[error("in the pod's network namespace there is no {0}")]
+    #[error("the pod's network namespace has {0}")]
     Missing(Missing),
 }
 
-/// What a pod's namespace lacks.
+/// What a pod's namespace lacks, or has of the mesh's and must not have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
     /// Policy rules.
@@ -110,10 +110,14 @@ pub struct Missing {
     pub sysctls: Vec<&'static str>,
     /// `lo` is down.
     pub loopback: bool,
+    /// Policy rules of the mesh that the pod does not need: of DNS that is off by now, of a family that it left.
+    pub surplus_rules: Vec<RuleMessage>,
+    /// Routes in the proxy's table of a family that the pod left.
+    pub surplus_routes: Vec<RouteMessage>,
 }
 
 impl Missing {
-    /// Nothing is.
+    /// Everything is as it should be.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
@@ -124,19 +128,24 @@ impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut parts = Vec::new();
         if !self.rules.is_empty() {
-            parts.push(format!(
-                "policy rule that sends the mesh's packets to its table, or nowhere ({})",
-                self.rules.len()
-            ));
+            let count = self.rules.len();
+            parts.push(format!("no policy rule that sends the mesh's packets to its table, or nowhere ({count})"));
         }
         if !self.routes.is_empty() {
-            parts.push(format!("local route in table {ROUTE_TABLE} ({})", self.routes.len()));
+            parts.push(format!("no local route in table {ROUTE_TABLE} ({})", self.routes.len()));
         }
-        parts.extend(self.sysctls.iter().map(|name| format!("sysctl {name}")));
+        parts.extend(self.sysctls.iter().map(|name| format!("no sysctl {name}")));
         if self.loopback {
-            parts.push(String::from("device lo that is up"));
+            parts.push(String::from("no device lo that is up"));
         }
-        f.write_str(&parts.join(", no "))
+        if !self.surplus_rules.is_empty() {
+            parts.push(format!("policy rules of the mesh that it must not have ({})", self.surplus_rules.len()));
+        }
+        if !self.surplus_routes.is_empty() {
+            let count = self.surplus_routes.len();
+            parts.push(format!("routes in table {ROUTE_TABLE} that it must not have ({count})"));
+        }
+        f.write_str(&parts.join(", "))
     }
 }
 
@@ -162,23 +171,27 @@ pub fn prepare(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> 
     mend(netns, needs).map(drop)
 }
 
-/// Asks the kernel what is missing. Blocks shortly.
+/// Asks the kernel what is missing, and what is there of the mesh's and must not be. Blocks shortly.
 ///
 /// # Errors
 /// When it cannot be asked.
 pub fn inspect(netns: &Netns, needs: &Needs<'_>) -> Result<Missing, PodNetworkError> {
     let sysctls = netns.run(|| sysctl::off(needs.v6().is_some()))??;
     let mut netlink = netns.route();
+    let found_rules = rules::list_rules(&mut netlink)?;
+    let found_routes = rules::list_routes(&mut netlink, ROUTE_TABLE)?;
     Ok(Missing {
-        rules: rules::missing_rules(needs, &rules::list_rules(&mut netlink)?),
-        routes: rules::missing_routes(needs, &rules::list_routes(&mut netlink, ROUTE_TABLE)?),
+        rules: rules::missing_rules(needs, &found_rules),
+        routes: rules::missing_routes(needs, &found_routes),
         sysctls,
         loopback: !interface::is_loopback_up(&mut netlink)?,
+        surplus_rules: rules::surplus_rules(needs, found_rules),
+        surplus_routes: rules::surplus_routes(needs, found_routes),
     })
 }
 
-/// Sets what is missing in a namespace, where connections may be captured: what is there stays, whatever fails. Returns
-/// what was missing.
+/// Sets what is missing in a namespace, where connections may be captured, and then removes what of the mesh's must not
+/// be there: what is needed stays, whatever fails. Returns what was missing, and what was removed.
 ///
 /// Blocks; not for a runtime's thread.
 ///
@@ -202,13 +215,19 @@ pub fn mend(netns: &Netns, needs: &Needs<'_>) -> Result<Missing, PodNetworkError
         let what = "cannot add a policy rule (is CONFIG_IP_MULTIPLE_TABLES in this kernel?)";
         netlink.add(RouteNetlinkMessage::NewRule(rule)).map_err(failed(what))?;
     }
+    for rule in missing.surplus_rules.clone() {
+        remove(&mut netlink, RouteNetlinkMessage::DelRule(rule), "cannot remove a policy rule that is not needed")?;
+    }
+    for route in missing.surplus_routes.clone() {
+        remove(&mut netlink, RouteNetlinkMessage::DelRoute(route), "cannot remove a route that is not needed")?;
+    }
     Ok(missing)
 }
 
 /// Reads back what [`prepare`] set.
 ///
 /// # Errors
-/// What is missing.
+/// What is missing, or must not be there.
 pub fn verify(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> {
     let missing = inspect(netns, needs)?;
     if missing.is_empty() { Ok(()) } else { Err(PodNetworkError::Missing(missing)) }
@@ -246,6 +265,17 @@ pub fn add_loopback_address(netns: &Netns, address: IpAddr) -> Result<(), PodNet
     added.map_err(failed("cannot add an address to lo"))
 }
 
+/// Removes something; that it is gone already is no error.
+fn remove(netlink: &mut Netlink, request: RouteNetlinkMessage, what: &'static str) -> Result<(), PodNetworkError> {
+    match netlink.change(request) {
+        Err(error) if error.is(libc::ENOENT) || error.is(libc::ESRCH) => Ok(()),
+        other => other.map_err(failed(what)),
+    }
+}
+
 fn failed(what: &'static str) -> impl Fn(NetlinkError) -> PodNetworkError {
     move |source| PodNetworkError::Netlink { what, source }
 }
+
+#[cfg(test)]
+mod tests;

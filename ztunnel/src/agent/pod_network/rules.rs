@@ -81,6 +81,12 @@ pub fn our_rules(found: Vec<RuleMessage>) -> impl Iterator<Item = RuleMessage> {
     found.into_iter().filter(move |found| ours.iter().any(|ours| is(found, ours)))
 }
 
+/// Those of the kernel's rules that are ours and that the pod does not need (any more).
+pub fn surplus_rules(needs: &Needs<'_>, found: Vec<RuleMessage>) -> Vec<RuleMessage> {
+    let wanted = wanted_rules(needs);
+    our_rules(found).filter(|found| !wanted.iter().any(|wanted| is(found, wanted))).collect()
+}
+
 /// All rules of both families.
 pub fn list_rules(netlink: &mut Netlink) -> Result<Vec<RuleMessage>, PodNetworkError> {
     let mut rules = Vec::new();
@@ -144,6 +150,13 @@ pub fn missing_routes(needs: &Needs<'_>, found: &[RouteMessage]) -> Vec<RouteMes
         !found.iter().any(same)
     });
     wanted
+}
+
+/// Those routes of the proxy's table that are of a family of which the pod has no address (any more).
+pub fn surplus_routes(needs: &Needs<'_>, mut found: Vec<RouteMessage>) -> Vec<RouteMessage> {
+    let wanted = wanted_routes(needs);
+    found.retain(|found| !wanted.iter().any(|wanted| found.header.address_family == wanted.header.address_family));
+    found
 }
 
 /// The routes of one table in both families.
