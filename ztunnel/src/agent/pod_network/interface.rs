@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd as _};
 
-use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -99,12 +99,15 @@ fn holds(message: &AddressMessage, wanted: IpAddr) -> bool {
     local.or(address) == Some(wanted)
 }
 
+/// Whether an address will be usable soon. An optimistic one is already, and a duplicate never will be.
 fn is_tentative(message: &AddressMessage) -> bool {
-    let by_attribute = message.attributes.iter().any(|attribute| match attribute {
-        AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Tentative),
-        _ => false,
+    // The attribute has the header's flags too, and more; before Linux 3.14 there is the header alone.
+    let flags = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Flags(flags) => Some(*flags),
+        _ => None,
     });
-    by_attribute || message.header.flags.contains(AddressHeaderFlags::Tentative)
+    let flags = flags.unwrap_or_else(|| AddressFlags::from_bits_retain(message.header.flags.bits().into()));
+    flags.contains(AddressFlags::Tentative) && !flags.intersects(AddressFlags::Optimistic | AddressFlags::Dadfailed)
 }
 
 fn link(netlink: &mut Netlink, index: u32) -> Result<LinkMessage, PodNetworkError> {
