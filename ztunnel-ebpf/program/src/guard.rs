@@ -160,10 +160,14 @@ fn matters(owner: &Owner, segment: &Segment) -> bool {
 fn read(ctx: &TcContext) -> Packet {
     // SAFETY: the kernel passes a valid context; the field is read once, by its own width.
     let protocol = unsafe { addr_of!((*ctx.skb.skb).protocol).read_volatile() };
-    match protocol {
-        ETH_P_IP => read_v4(ctx),
-        ETH_P_IPV6 => read_v6(ctx),
-        _ if WRAPPED.contains(&protocol) => Packet::Unclear,
+    if WRAPPED.contains(&protocol) {
+        return Packet::Unclear;
+    }
+    // At the pod's end a packet socket may say any protocol of its frame: the version tells.
+    match load::<1>(ctx, 0).map(|header| header[0] >> 4) {
+        Some(4) => read_v4(ctx),
+        Some(6) => read_v6(ctx),
+        _ if protocol == ETH_P_IP || protocol == ETH_P_IPV6 => Packet::Unclear,
         _ => Packet::Other,
     }
 }
@@ -175,8 +179,8 @@ fn read_v4(ctx: &TcContext) -> Packet {
         return Packet::Other;
     }
     let length = u32::from(header[0] & 0xf) * 4;
-    // A fragment behind the first, or lengths that make no sense.
-    if header[0] >> 4 != 4 || length < 20 || (header[6] & 0x1f | header[7]) != 0 {
+    // A fragment, be it the first, or lengths that make no sense.
+    if length < 20 || (header[6] & 0x3f | header[7]) != 0 {
         return Packet::Unclear;
     }
     let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -191,9 +195,6 @@ fn read_v4(ctx: &TcContext) -> Packet {
 #[inline(always)]
 fn read_v6(ctx: &TcContext) -> Packet {
     let Some(header) = load::<40>(ctx, 0) else { return Packet::Unclear };
-    if header[0] >> 4 != 6 {
-        return Packet::Unclear;
-    }
     let end = match u32::from(u16::from_be_bytes([header[4], header[5]])) {
         0 => u32::MAX,
         behind => 40 + behind,
@@ -211,8 +212,9 @@ fn read_v6(ctx: &TcContext) -> Packet {
             _ => return Packet::Other,
         }
         let Some(extension) = load::<4>(ctx, offset) else { return Packet::Unclear };
-        if next == FRAGMENT && (extension[2] | extension[3] & 0xf8) != 0 {
-            // Behind the first one there is no telling, but where it says that TCP does not follow.
+        if next == FRAGMENT && (extension[2] | extension[3] & 0xf9) != 0 {
+            // What follows counts in the first fragment alone, so what could be TCP is stopped there: the others may say
+            // what they like. Headers behind this one may go on in another fragment. Linux does not fragment its own TCP.
             return match extension[0] {
                 TCP | HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION | MOBILITY | HIP | SHIM6 => {
                     Packet::Unclear

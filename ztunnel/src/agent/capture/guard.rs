@@ -29,7 +29,9 @@ pub enum Guard {
         /// Index of the device in the node's namespace.
         index: u32,
     },
-    /// At the pod's own interface: what it sends. A process in the pod that may change its network can remove it.
+    /// At the pod's own interface: what it sends. It holds processes without privileges: one that may change the pod's
+    /// network can remove it, and one that may open packet sockets gets past it (`PACKET_QDISC_BYPASS`, or a VLAN tag
+    /// under another protocol's name).
     PodEnd {
         /// Index of the device in the pod's namespace.
         index: u32,

@@ -109,13 +109,18 @@ fn frame(kind: [u8; 2], packet: &[u8]) -> Vec<u8> {
 }
 
 fn send_frames(pod: &Netns, frames: &[Vec<u8>]) {
+    send_frames_as(IPV4, pod, frames);
+}
+
+/// Sends frames of which the packet socket says that they are of this protocol.
+fn send_frames_as(protocol: u16, pod: &Netns, frames: &[Vec<u8>]) {
     use nix::sys::socket::{LinkAddr, SockaddrLike as _, sendto};
     pod.run(|| {
         let socket = packet_socket(IPV4).unwrap();
         let index = pod_network::find_interface(pod, A.into(), pod).unwrap().index;
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
-            sll_protocol: IPV4.to_be(),
+            sll_protocol: protocol.to_be(),
             sll_ifindex: index as i32,
             sll_hatype: 0,
             sll_pkttype: 0,
@@ -195,6 +200,49 @@ fn raw_packets_and_frames_are_stopped() {
     assert!(!frames.iter().any(|frame| contains(frame, b"secret-")), "{frames:?}");
     assert_eq!(opening_or_payload(&frames), Vec::<&[u8]>::new());
     assert_eq!(world.counter(Counter::GuardDropped), before + 5);
+}
+
+/// A fragment of IPv6 from A to B whose own header names this protocol. `offset`: in bytes, with the flag that more follow.
+fn fragment_v6(next: u8, offset: u8, rest: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(8 + rest.len()).unwrap();
+    let mut bytes = vec![0x60, 0, 0, 0, 0, length, 44, 64];
+    bytes.extend(A6.octets());
+    bytes.extend(B6.octets());
+    bytes.extend([next, 0, 0, offset, 0, 0, 0, 9]);
+    bytes.extend(rest);
+    bytes
+}
+
+/// A TCP header of 24 bytes, an ACK.
+const ACK: [u8; 24] = [0x9c, 0x40, 0x1f, 0x90, 0, 0, 0, 1, 0, 0, 0, 1, 0x60, 0x10, 0xff, 0xff, 0, 0, 0, 0, 1, 1, 1, 1];
+
+#[test]
+fn first_fragments_of_tcp_are_stopped_though_they_say_nothing() {
+    let world = World::new();
+    let watch = Watch::new(&world.b.netns);
+    let mut first = packet(0x10, b"");
+    first[6] = 0x20;
+    // A header whose end lies in the next fragment, and behind the packet what the frame is filled up with.
+    let mut split = fragment_v6(60, 1, &[6, 1, 1, 4, 0, 0, 0, 0]);
+    split.extend([0; 40]);
+    send_frames(
+        &world.a.netns,
+        &[
+            frame([8, 0], &first),
+            frame([0x86, 0xdd], &fragment_v6(6, 1, &ACK)),
+            frame([0x86, 0xdd], &split),
+            // Says that it is UDP, which no receiver believes of it: it passes, and there is nothing that it adds to.
+            frame([0x86, 0xdd], &fragment_v6(17, 24, b"second-fragment")),
+        ],
+    );
+    let frames = watch.seen(&world.a.netns);
+    let fragments =
+        frames.iter().filter(|frame| frame.get(12..14) == Some(&[0x86, 0xdd]) && frame.get(20) == Some(&44));
+    assert!(fragments.into_iter().all(|frame| contains(frame, b"second-fragment")), "{frames:?}");
+    assert_eq!(world.counter(Counter::GuardDropped), 3);
+    // Whole, though by a fragment's header: an ACK that says nothing.
+    send_frames(&world.a.netns, &[frame([0x86, 0xdd], &fragment_v6(6, 0, &ACK))]);
+    assert_eq!(world.counter(Counter::GuardDropped), 3);
 }
 
 #[test]
@@ -349,11 +397,16 @@ fn guard_at_the_pods_end_does_the_same() {
     let watch = Watch::new(&world.b.netns);
     send_frames(&world.a.netns, &[frame([8, 0], &packet(0x18, b"secret-frame"))]);
     assert_eq!(opening_or_payload(&watch.seen(&world.a.netns)), Vec::<&[u8]>::new());
-    assert_eq!(world.counter(Counter::GuardDropped), 1);
+    // What the sender says of its frame counts for nothing.
+    for protocol in [0x1234, 0x86dd] {
+        send_frames_as(protocol, &world.a.netns, &[frame([8, 0], &packet(0x18, b"secret-named"))]);
+    }
+    assert_eq!(opening_or_payload(&watch.seen(&world.a.netns)), Vec::<&[u8]>::new());
+    assert_eq!(world.counter(Counter::GuardDropped), 3);
     let exempt = |socket: &Socket| world.node.exempt(socket.as_fd()).map_err(io::Error::other);
     let client = connect_with(&world.a.netns, at(B, PORT), exempt).unwrap();
     exchange(client, accept(&world.application).unwrap().0, 1 << 20);
-    assert_eq!(world.counter(Counter::GuardDropped), 1);
+    assert_eq!(world.counter(Counter::GuardDropped), 3);
     // Makes room in the watching sockets.
     watch.seen(&world.a.netns);
     world.capture.unpin().unwrap();
