@@ -10,7 +10,8 @@ use super::pod::{EnrolError, Pod};
 use super::sockets::ListenerSet;
 use super::state::{Saved, State, StateError};
 
-/// A pod that is captured but cannot be served. It is tried again, and its capture stays until somebody withdraws it.
+/// A pod that is captured but cannot be served, or that was withdrawn and is not wholly released. It is tried again.
+/// Its capture stays until somebody withdraws it.
 pub struct Stranded {
     /// What its file says.
     pub saved: Saved,
@@ -18,12 +19,22 @@ pub struct Stranded {
     pub reason: String,
     /// What a proxy kept of it: that proxy goes on serving it.
     pub listeners: Option<Arc<ListenerSet>>,
+    /// Whether it was withdrawn: then what is tried again is that.
+    pub leaving: bool,
+    /// Its namespace, if it was open when the pod was withdrawn: its path may be gone by now.
+    pub netns: Option<Netns>,
 }
 
 impl Stranded {
-    /// Takes listeners that a proxy returned, if they are of this pod and it has none.
+    /// One that cannot be served for this reason.
+    fn new(saved: Saved, reason: String) -> Self {
+        Self { saved, reason, listeners: None, leaving: false, netns: None }
+    }
+
+    /// Takes listeners that a proxy returned, if they are of this pod and it has none. One that leaves needs
+    /// none.
     pub fn take_listeners(&mut self, listeners: ListenerSet) {
-        if self.listeners.is_none() && listeners.are_in(self.saved.netns_cookie) {
+        if !self.leaving && self.listeners.is_none() && listeners.are_in(self.saved.netns_cookie) {
             self.listeners = Some(Arc::new(listeners));
         }
     }
@@ -75,7 +86,7 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
             }
             Adoption::Failed(reason) => {
                 tracing::error!(pod = uid, reason, "cannot adopt; its capture stays as it is");
-                stranded.insert(uid, Stranded { saved, reason, listeners: None });
+                stranded.insert(uid, Stranded::new(saved, reason));
             }
         }
     }

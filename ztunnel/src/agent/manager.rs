@@ -328,42 +328,40 @@ impl Task {
             return self.withdraw_stranded(uid, stranded).await;
         }
         let Some(pod) = self.lock().remove(uid) else { return Ok(()) };
-        let (host, releasing) = (Arc::clone(&self.host), Arc::clone(&pod));
-        let released = blocking(move || releasing.release(&host)).await;
-        self.tell_removed(uid).await;
-        let state = self.state.clone();
-        let restored = blocking(move || pod.restore(&state)).await;
-        tracing::info!(pod = uid, "withdrawn");
-        Ok(released.and(restored)?)
+        let leaving = pod.leave();
+        drop(pod);
+        self.withdraw_stranded(uid, leaving).await
     }
 
-    /// As any pod, if its namespace is to be found by now; without it there are no rules to remove. When something
-    /// fails it stays stranded.
+    /// Releases a pod and restores its namespace, if it is to be found by now; without it there are no rules to remove.
+    /// When something fails it is stranded, its file stays, and it is tried again.
     async fn withdraw_stranded(&mut self, uid: &str, mut stranded: Stranded) -> Result<(), ManagerError> {
+        stranded.leaving = true;
+        let left = self.leave(uid, &mut stranded).await;
+        if let Err(error) = left {
+            stranded.reason = format!("withdrawn, but not wholly released: {error}");
+            self.stranded.insert(uid.to_owned(), stranded);
+            return Err(error.into());
+        }
+        tracing::info!(pod = uid, "withdrawn");
+        Ok(())
+    }
+
+    async fn leave(&mut self, uid: &str, stranded: &mut Stranded) -> Result<(), EnrolError> {
         let (host, saved) = (Arc::clone(&self.host), stranded.saved.clone());
-        let released = blocking(move || {
+        let known = stranded.netns.as_ref().and_then(|netns| netns.try_clone().ok());
+        let netns = blocking(move || {
             // Held, so that it stays to be restored when the proxy closes its sockets.
-            let netns = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
-            host.capture.release(saved.netns_cookie)?;
-            if let Some(netns) = &netns {
-                pod::end_captured(netns)?;
-            }
-            host.capture.unpin_pod(&saved.pod.uid)?;
+            let find = || Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
+            let netns = known.or_else(find);
+            pod::release(&host, &saved, netns.as_ref())?;
             Ok(netns)
         })
-        .await;
-        let netns = match released {
-            Ok(netns) => netns,
-            Err(error) => {
-                stranded.reason = error.to_string();
-                self.stranded.insert(uid.to_owned(), stranded);
-                return Err(error.into());
-            }
-        };
+        .await?;
         stranded.listeners = None;
         self.tell_removed(uid).await;
         let (state, saved) = (self.state.clone(), stranded.saved.clone());
-        let restored = blocking(move || {
+        blocking(move || {
             if let Some(netns) = netns {
                 pod::restore(&netns, saved.before)?;
             } else {
@@ -371,14 +369,7 @@ impl Task {
             }
             Ok(state.remove(&saved.pod.uid)?)
         })
-        .await;
-        if let Err(error) = restored {
-            stranded.reason = error.to_string();
-            self.stranded.insert(uid.to_owned(), stranded);
-            return Err(error.into());
-        }
-        tracing::info!(pod = uid, "withdrawn");
-        Ok(())
+        .await
     }
 
     /// Waits until every proxy has closed the pod's sockets; one that does not in time is cut off.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND, PodEntry};
 
+use super::adopt::Stranded;
 use super::capture::{CaptureError, PodCapture, Route};
 use super::host::{ForeignPrograms, Host};
 use super::netlink::Changes;
@@ -177,29 +178,16 @@ impl Pod {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// First part of leaving: from now on nothing new is captured, and what was captured has ended. Blocks shortly.
-    ///
-    /// # Errors
-    /// When the kernel refuses; the other steps are done all the same.
-    pub fn release(&self, host: &Host) -> Result<(), EnrolError> {
-        let released = host.capture.release(self.netns.cookie());
-        // While the guard still stands: what they would send again must not leave in clear.
-        let ended = end_captured(&self.netns);
-        self.capture.unpin()?;
-        released?;
-        ended?;
-        Ok(())
-    }
-
-    /// Last part of leaving, when the proxy has closed its sockets: the namespace becomes what it was. Blocks shortly.
-    ///
-    /// # Errors
-    /// When the kernel refuses; the other steps are done all the same.
-    pub fn restore(&self, state: &State) -> Result<(), EnrolError> {
-        drop(self.lock().take());
-        let restored = restore(&self.netns, self.before);
-        state.remove(&self.info.uid)?;
-        restored
+    /// What is left to do when it is withdrawn. It has no listeners after this: who leaves has them.
+    #[must_use]
+    pub fn leave(&self) -> Stranded {
+        Stranded {
+            saved: Saved::new(&self.info, &self.netns, &self.sandbox(), self.before),
+            reason: String::from("it was withdrawn and is not released yet"),
+            listeners: self.lock().take(),
+            leaving: true,
+            netns: self.netns.try_clone().ok(),
+        }
     }
 
     /// Its namespace.
@@ -243,23 +231,34 @@ impl Pod {
     }
 }
 
-/// Removes what is left of a pod in its namespace. Connections that were captured end first: without the rules they would
-/// be sent in clear.
+/// First part of leaving: from now on nothing new is captured, and what was captured has ended. Blocks shortly.
 ///
 /// # Errors
-/// When the kernel refuses; the other steps are done all the same.
+/// When the kernel refuses, or captured connections are still there: then the guard stands, since what they would send
+/// must not leave in clear.
+pub fn release(host: &Host, saved: &Saved, netns: Option<&Netns>) -> Result<(), EnrolError> {
+    host.capture.release(saved.netns_cookie)?;
+    if let Some(netns) = netns {
+        end_captured(netns)?;
+    }
+    Ok(host.capture.unpin_pod(&saved.pod.uid)?)
+}
+
+/// Last part of leaving, when the proxy has closed its sockets: removes what is left of a pod in its namespace.
+/// Connections that were captured end first: without the rules they would be sent in clear.
+///
+/// # Errors
+/// When the kernel refuses, or captured connections are still there: then the rules stay.
 pub fn restore(netns: &Netns, before: Before) -> Result<(), EnrolError> {
-    let ended = end_captured(netns);
-    pod_network::restore(netns, before)?;
-    ended?;
-    Ok(())
+    end_captured(netns)?;
+    Ok(pod_network::restore(netns, before)?)
 }
 
 /// Ends the connections of a pod that only work through the proxy. Blocks shortly.
 ///
 /// # Errors
 /// When the kernel refuses, or some are still there after a while.
-pub fn end_captured(netns: &Netns) -> Result<(), EnrolError> {
+fn end_captured(netns: &Netns) -> Result<(), EnrolError> {
     let ended = sock_diag::destroy(netns, &MARKS)?;
     if ended > 0 {
         tracing::info!(connections = ended, "captured connections of a withdrawn pod ended");

@@ -182,7 +182,16 @@ impl Task {
     }
 
     async fn look_after_stranded(&mut self, uid: &str) {
-        let Some(Stranded { saved, listeners, .. }) = self.stranded.get(uid) else { return };
+        let Some(Stranded { saved, listeners, leaving, reason, .. }) = self.stranded.get(uid) else { return };
+        if *leaving {
+            let known = reason.clone();
+            match self.withdraw(uid).await {
+                Ok(()) => {}
+                Err(error) if known.ends_with(&error.to_string()) => {}
+                Err(error) => tracing::warn!(pod = uid, %error, "cannot withdraw yet"),
+            }
+            return;
+        }
         let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
         match blocking(move || Ok(adopt::one(&host, &saved, listeners))).await {
             Ok(Adoption::Adopted(pod)) => self.adopted(*pod),

@@ -189,3 +189,24 @@ fn segments_received(pod: &TestPod) -> u64 {
     let at = names.split(' ').position(|name| name == "InSegs").unwrap();
     values.split(' ').nth(at).unwrap().parse().unwrap()
 }
+
+#[test]
+fn pod_that_cannot_be_withdrawn_wholly_is_tried_again() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    let announcer = agent.announcer();
+    announcer.enrol(UID, &a, "").unwrap();
+    // A folder in the place of the pod's file: the last step fails.
+    let file = std::fs::read_dir(agent.run.join("pods")).unwrap().next().unwrap().unwrap().path();
+    std::fs::remove_file(&file).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    announcer.withdraw(UID).unwrap_err();
+    let (uid, reason) = announcer.list().remove(0);
+    assert_eq!(uid, UID);
+    assert!(reason.contains("not wholly released"), "{reason}");
+    std::fs::remove_dir(&file).unwrap();
+    eventually(|| announcer.list().is_empty().then_some(())).expect("tried again");
+    assert!(unprepared(&a));
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
+}
