@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::connection::Keepalive;
+use crate::flood::Guarded;
 use crate::headers::HeaderError;
 use crate::stream::{ResetReason, Stream, StreamError};
 use crate::{Authority, ConnectionError, Headers, Options};
@@ -157,9 +158,10 @@ where
         .max_send_buffer_size(options.send_buffer)
         .initial_max_send_streams(options.client_streams)
         .enable_push(false);
-    let (requests, mut connection) = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(io))
-        .await
-        .map_err(|_| ConnectionError::HandshakeTimeout)??;
+    let (requests, mut connection) =
+        timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(Guarded::client(io)))
+            .await
+            .map_err(|_| ConnectionError::HandshakeTimeout)??;
     let shared = Arc::new(Shared {
         streams: AtomicUsize::new(0),
         bulk: AtomicUsize::new(0),

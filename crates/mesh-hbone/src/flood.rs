@@ -67,8 +67,14 @@ struct Frames {
 }
 
 impl Frames {
+    /// What a client sends: the preface first.
     fn new() -> Self {
-        Self { skip: PREFACE, header: [0; HEADER], have: 0, idle: Bucket::new(IDLE), busy: Bucket::new(BUSY) }
+        Self { skip: PREFACE, ..Self::client() }
+    }
+
+    /// What a client gets: a server sends frames alone.
+    fn client() -> Self {
+        Self { skip: 0, header: [0; HEADER], have: 0, idle: Bucket::new(IDLE), busy: Bucket::new(BUSY) }
     }
 
     /// Looks at what has come; false if it is too much.
@@ -116,6 +122,11 @@ impl<IO> Guarded<IO> {
     /// For a server, before anything was read.
     pub(crate) fn new(io: IO) -> Self {
         Self { io, frames: Frames::new() }
+    }
+
+    /// For a client, before anything was read.
+    pub(crate) fn client(io: IO) -> Self {
+        Self { io, frames: Frames::client() }
     }
 }
 
@@ -203,6 +214,13 @@ mod tests {
         assert_eq!(passed(&frame(0, 0, 1), 100), 100_000, "DATA");
         assert_eq!(passed(&frame(0, 1, 0), 100), 100_000, "the end of a stream");
         assert_eq!(passed(&frame(1, 4, 20), 100), 100_000, "HEADERS");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_sends_no_preface() {
+        let mut frames = Frames::client();
+        let ping = frame(6, 0, 8);
+        assert_eq!((0..100_000).find(|_| !frames.observe(&ping)), Some(2_000));
     }
 
     #[tokio::test(start_paused = true)]

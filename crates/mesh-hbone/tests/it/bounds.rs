@@ -180,6 +180,22 @@ async fn rapid_reset_closes_the_connection() {
 }
 
 #[tokio::test]
+async fn a_server_that_floods_loses_the_client() {
+    let (io, far) = pipe();
+    let (tunnel, driver) = mesh_hbone::client::handshake(io, &Options::default()).await.unwrap();
+    let driver = tokio::spawn(driver);
+    let (mut answers, mut far) = tokio::io::split(far);
+    let drained = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
+    let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    far.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+    // The client may hang up in the middle of it.
+    let _ = soon(far.write_all(&ping.repeat(3_000))).await;
+    let _ = soon(driver).await.unwrap();
+    assert!(!tunnel.is_usable());
+    let _ = soon(drained).await.unwrap();
+}
+
+#[tokio::test]
 async fn handlers_of_reset_streams_are_bounded() {
     let (io, far) = pipe();
     let (tx, mut started) = mpsc::unbounded_channel();
