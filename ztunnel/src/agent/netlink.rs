@@ -19,7 +19,7 @@ pub const SOCK_DIAG: isize = 4;
 
 /// How often a list that changed while it was read is read again.
 const ATTEMPTS: usize = 8;
-/// Most messages of one answer: what a pod's namespace holds is bounded by the pod alone.
+/// Most messages of one answer that is kept whole: what a pod's namespace holds is bounded by the pod alone.
 const MAX_MESSAGES: usize = 1 << 14;
 
 /// Why a request failed.
@@ -88,6 +88,22 @@ impl Netlink {
         Err(NetlinkError::Changing)
     }
 
+    /// Shows everything that the kernel lists for a request to `see`, one after the other: however long the list is,
+    /// nothing of it is kept here. What changes meanwhile may be missing or shown twice.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn each<M: Message>(&mut self, request: &M, mut see: impl FnMut(M)) -> Result<(), NetlinkError> {
+        let see = |answer| {
+            see(answer);
+            true
+        };
+        match self.ask_each(request.clone(), NLM_F_DUMP, see) {
+            Err(NetlinkError::Changing) => Ok(()),
+            other => other,
+        }
+    }
+
     /// The answers to a request for one thing.
     ///
     /// # Errors
@@ -124,6 +140,24 @@ impl Netlink {
     }
 
     fn ask<M: Message>(&mut self, request: M, flags: u16) -> Result<Vec<M>, NetlinkError> {
+        let mut answers = Vec::new();
+        self.ask_each(request, flags, |answer| {
+            let room = answers.len() < MAX_MESSAGES;
+            if room {
+                answers.push(answer);
+            }
+            room
+        })?;
+        Ok(answers)
+    }
+
+    /// Asks, and gives each answer to `take`, which says whether it had room for it.
+    fn ask_each<M: Message>(
+        &mut self,
+        request: M,
+        flags: u16,
+        mut take: impl FnMut(M) -> bool,
+    ) -> Result<(), NetlinkError> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;
@@ -133,7 +167,6 @@ impl Netlink {
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
-        let mut answers = Vec::new();
         let (mut interrupted, mut long) = (false, false);
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
@@ -150,10 +183,9 @@ impl Netlink {
                 }
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(answer) if answers.len() < MAX_MESSAGES => answers.push(answer),
-                    // Read to its end all the same: the next request would find the kernel in the middle of it.
-                    NetlinkPayload::InnerMessage(_) => long = true,
-                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(answers),
+                    // Read to its end in any case: the next request would find the kernel in the middle of it.
+                    NetlinkPayload::InnerMessage(answer) => long |= !take(answer),
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
                     NetlinkPayload::Error(error) => {
                         return Err(NetlinkError::Refused(io::Error::from_raw_os_error(-error.raw_code())));
                     }
@@ -162,7 +194,7 @@ impl Netlink {
                     }
                     NetlinkPayload::Done(_) if long => return Err(NetlinkError::Long),
                     NetlinkPayload::Done(_) if interrupted => return Err(NetlinkError::Changing),
-                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Done(_) => return Ok(()),
                     // Nothing, or something that this version of the library does not know: the end will come.
                     _ => {}
                 }

@@ -15,8 +15,12 @@ const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
 /// Attribute of an answer: the mark, a `u32`. Given to `CAP_NET_ADMIN` only.
 const INET_DIAG_MARK: u16 = 15;
-/// `TCP_LISTEN`.
-const LISTEN: u8 = 10;
+/// The states that are asked for: `TCP_ESTABLISHED`, `TCP_SYN_SENT`, `TCP_SYN_RECV`, `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`,
+/// `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`, `TCP_NEW_SYN_RECV`. Sockets in `TCP_TIME_WAIT`, of which a pod can
+/// have very many, in `TCP_CLOSE` or only bound have nothing to send.
+const STATES: [u8; 9] = [1, 2, 3, 4, 5, 8, 9, 11, 12];
+/// Most connections that are kept of a list: as many as the programs can be told of.
+const MAX_KEPT: usize = ztunnel_ebpf::OLDER_CAPACITY;
 /// Bytes of `struct inet_diag_sockid`.
 const ID: usize = 48;
 /// Where it stands in an answer.
@@ -49,7 +53,7 @@ pub enum SockDiagError {
     Remaining(usize),
 }
 
-/// A TCP connection in any state but listening.
+/// A TCP connection that can still send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connection {
     /// Its address in the pod.
@@ -72,12 +76,13 @@ impl Connection {
     }
 }
 
-/// All TCP connections of a namespace. Blocks shortly.
+/// The TCP connections of a namespace that can still send, the first [`ztunnel_ebpf::OLDER_CAPACITY`] that the kernel
+/// lists. Blocks shortly.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn connections(netns: &Netns) -> Result<Vec<Connection>, SockDiagError> {
-    list(&mut open(netns)?)
+    list(&mut open(netns)?, |_| true)
 }
 
 /// Ends every TCP connection with one of these marks, and waits until they are gone: their peers are reset. Returns how
@@ -90,8 +95,7 @@ pub fn destroy(netns: &Netns, marks: &[u32]) -> Result<usize, SockDiagError> {
     let deadline = Instant::now() + PATIENCE;
     let mut ended = 0;
     loop {
-        let mut found = list(&mut netlink)?;
-        found.retain(|connection| marks.contains(&connection.mark));
+        let found = list(&mut netlink, |connection| marks.contains(&connection.mark))?;
         if found.is_empty() {
             return Ok(ended);
         }
@@ -114,12 +118,18 @@ fn open(netns: &Netns) -> Result<Netlink, SockDiagError> {
     netns.run(|| Netlink::open(netlink::SOCK_DIAG))?.map_err(SockDiagError::Open)
 }
 
-fn list(netlink: &mut Netlink) -> Result<Vec<Connection>, SockDiagError> {
+/// Those connections that are wanted, [`MAX_KEPT`] at most, of a list that may be much longer.
+fn list(netlink: &mut Netlink, wanted: impl Fn(&Connection) -> bool) -> Result<Vec<Connection>, SockDiagError> {
     let mut all = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
         let family = u8::try_from(family).unwrap_or_default();
-        match netlink.list(&request(BY_FAMILY, family, None)) {
-            Ok(answers) => all.extend(answers.iter().filter_map(|answer| connection(&answer.bytes))),
+        let see = |answer: Raw| {
+            if all.len() < MAX_KEPT {
+                all.extend(connection(&answer.bytes).filter(&wanted));
+            }
+        };
+        match netlink.each(&request(BY_FAMILY, family, None), see) {
+            Ok(()) => {}
             // The kernel has no IPv6.
             Err(error) if error.is(libc::ENOENT) || error.is(libc::EAFNOSUPPORT) => {}
             Err(source) => return Err(SockDiagError::Netlink { what: "list", source }),
@@ -131,7 +141,7 @@ fn list(netlink: &mut Netlink) -> Result<Vec<Connection>, SockDiagError> {
 /// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, id.
 fn request(kind: u16, family: u8, id: Option<&[u8; ID]>) -> Raw {
     let protocol = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
-    let states: u32 = !(1 << LISTEN);
+    let states = STATES.iter().fold(0_u32, |states, state| states | 1 << state);
     let mut bytes = vec![family, protocol, 0, 0];
     bytes.extend(states.to_ne_bytes());
     bytes.extend(id.unwrap_or(&[0; ID]));
@@ -141,7 +151,7 @@ fn request(kind: u16, family: u8, id: Option<&[u8; ID]>) -> Raw {
 /// Reads `struct inet_diag_msg`: family, state, timer, retransmissions, id (ports and addresses first), and attributes.
 fn connection(bytes: &[u8]) -> Option<Connection> {
     let (family, state) = (*bytes.first()?, *bytes.get(1)?);
-    if state == LISTEN {
+    if !STATES.contains(&state) {
         return None;
     }
     let id: [u8; ID] = bytes.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
@@ -207,10 +217,52 @@ mod tests {
     use std::io::Read as _;
     use std::net::{TcpListener, TcpStream};
 
-    use socket2::SockRef;
+    use socket2::{Domain, SockRef, Socket, Type};
 
     use super::*;
     use crate::agent::testing::{A, B, pair};
+
+    #[test]
+    fn no_number_of_connections_is_too_long_a_list_and_what_is_over_is_not_in_it() {
+        const COUNT: usize = 16_500;
+        let (a, _b) = pair();
+        let netns = &a.netns;
+        let listener = netns
+            .run(|| {
+                std::fs::write("/proc/sys/net/core/somaxconn", "20000").unwrap();
+                let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)).into()).unwrap();
+                listener.listen(20_000).unwrap();
+                TcpListener::from(listener)
+            })
+            .unwrap();
+        let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, 8080)).unwrap();
+        // Closed by the accepting end first: that is in TIME_WAIT in the end.
+        let over = netns.run(connect).unwrap();
+        drop(listener.accept().unwrap());
+        drop(over);
+        let waiting = || {
+            let text = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/sockstat").unwrap()).unwrap();
+            let mut words = text.lines().find(|line| line.starts_with("TCP:")).unwrap().split(' ');
+            words.find(|word| *word == "tw").and_then(|_| words.next()).unwrap().parse::<usize>().unwrap()
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while waiting() != 1 || !connections(netns).unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "{:?}", connections(netns));
+            thread::sleep(Duration::from_millis(2));
+        }
+        // The ends that nobody accepts stay.
+        let marked = netns
+            .run(|| {
+                (0..COUNT).for_each(|_| drop(connect()));
+                connect()
+            })
+            .unwrap();
+        SockRef::from(&marked).set_mark(0x601).unwrap();
+        assert!(connections(netns).unwrap().len() >= COUNT);
+        assert_eq!(destroy(netns, &[0x601]).unwrap(), 1, "though the list is long");
+        drop((listener, marked));
+    }
 
     #[test]
     fn marked_connections_are_ended_and_others_live_on() {
