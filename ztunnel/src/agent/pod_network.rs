@@ -96,7 +96,7 @@ pub enum PodNetworkError {
     Gone(u32),
     /// What is there is not what was asked for.
     #[error("the pod's network namespace has {0}")]
-    Missing(Missing),
+    Missing(Box<Missing>),
 }
 
 /// What a pod's namespace lacks, or has of the mesh's and must not have.
@@ -230,7 +230,7 @@ pub fn mend(netns: &Netns, needs: &Needs<'_>) -> Result<Missing, PodNetworkError
 /// What is missing, or must not be there.
 pub fn verify(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> {
     let missing = inspect(netns, needs)?;
-    if missing.is_empty() { Ok(()) } else { Err(PodNetworkError::Missing(missing)) }
+    if missing.is_empty() { Ok(()) } else { Err(PodNetworkError::Missing(Box::new(missing))) }
 }
 
 /// Removes what [`prepare`] set, for both families, and puts back what was there before.
