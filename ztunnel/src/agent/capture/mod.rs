@@ -151,7 +151,8 @@ impl NodeCapture {
         lock(&self.routes).set(cookie, routes)
     }
 
-    /// What the kernel holds of [`Self::set_routes`] for a namespace, in no order.
+    /// What the kernel holds of [`Self::set_routes`] for a namespace, in no order. What another process put there is seen
+    /// after some minutes only.
     ///
     /// # Errors
     /// When the kernel refuses.

@@ -1,7 +1,8 @@
 //! The destinations of each pod that are captured: a copy of its routing table in a trie that the connect hooks read.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{MapData, MapError};
@@ -24,10 +25,14 @@ type Bytes = [u8; abi::RouteKey::SIZE];
 /// Length and bytes of a key, in an order.
 type Name = (u32, Bytes);
 
-/// The trie, and which keys it holds: the kernel only lists all of them at once.
+/// How often all keys are listed, for those that somebody else put there.
+const SWEEP_EVERY: Duration = Duration::from_secs(300);
+
+/// The trie, and which keys it holds for each namespace: the kernel only lists those of all of them at once.
 pub struct Routes {
     trie: LpmTrie<MapData, Bytes, u32>,
-    known: BTreeSet<Name>,
+    known: BTreeMap<u64, BTreeSet<Name>>,
+    swept: Instant,
 }
 
 impl Routes {
@@ -36,12 +41,7 @@ impl Routes {
     /// # Errors
     /// When the kernel refuses.
     pub fn new(trie: LpmTrie<MapData, Bytes, u32>) -> Result<Self, CaptureError> {
-        let mut known = BTreeSet::new();
-        for key in trie.keys() {
-            let key = key.map_err(map_error(abi::MAP_ROUTES))?;
-            known.insert((key.prefix_len(), key.data()));
-        }
-        Ok(Self { trie, known })
+        Ok(Self { known: list(&trie)?, trie, swept: Instant::now() })
     }
 
     /// Puts these in the place of those that the namespace has.
@@ -49,6 +49,7 @@ impl Routes {
     /// # Errors
     /// When the kernel refuses; then some of it may be done.
     pub fn set(&mut self, cookie: u64, routes: &[Route]) -> Result<(), CaptureError> {
+        let known = self.known.entry(cookie).or_default();
         let mut wanted = BTreeSet::new();
         for route in routes {
             let (length, data) = name(cookie, route);
@@ -56,36 +57,60 @@ impl Routes {
                 .insert(&Key::new(length, data), u32::from(route.captured), 0)
                 .map_err(map_error(abi::MAP_ROUTES))?;
             wanted.insert((length, data));
-            self.known.insert((length, data));
+            known.insert((length, data));
         }
-        let stale: Vec<Name> =
-            self.known.iter().filter(|key| is_of(cookie, key) && !wanted.contains(key)).copied().collect();
+        let stale: Vec<Name> = known.difference(&wanted).copied().collect();
         for (length, data) in stale {
             match self.trie.remove(&Key::new(length, data)) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
                 Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(map_error(abi::MAP_ROUTES)(error)),
             }
-            self.known.remove(&(length, data));
+            known.remove(&(length, data));
+        }
+        if known.is_empty() {
+            self.known.remove(&cookie);
         }
         Ok(())
     }
 
-    /// What the kernel holds for a namespace.
+    /// What the kernel holds for a namespace. Each route that was set is looked up as the connect hooks do it; one that
+    /// somebody else added is seen after the next listing of all.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn of(&self, cookie: u64) -> Result<Vec<Route>, CaptureError> {
+    pub fn of(&mut self, cookie: u64) -> Result<Vec<Route>, CaptureError> {
+        if self.swept.elapsed() >= SWEEP_EVERY {
+            self.sweep()?;
+        }
         let mut found = Vec::new();
-        for entry in self.trie.iter() {
-            let (key, value) = entry.map_err(map_error(abi::MAP_ROUTES))?;
-            let name = (key.prefix_len(), key.data());
-            if is_of(cookie, &name) {
-                found.extend(route(&name, value != 0));
+        for name in self.known.get(&cookie).into_iter().flatten() {
+            match self.trie.get(&Key::new(name.0, name.1), 0) {
+                Ok(value) => found.extend(route(name, value != 0)),
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(map_error(abi::MAP_ROUTES)(error)),
             }
         }
         Ok(found)
     }
+
+    /// Lists all keys.
+    fn sweep(&mut self) -> Result<(), CaptureError> {
+        self.known = list(&self.trie)?;
+        self.swept = Instant::now();
+        Ok(())
+    }
+}
+
+/// All keys by the cookie of their namespace.
+fn list(trie: &LpmTrie<MapData, Bytes, u32>) -> Result<BTreeMap<u64, BTreeSet<Name>>, CaptureError> {
+    let mut known: BTreeMap<u64, BTreeSet<Name>> = BTreeMap::new();
+    for key in trie.keys() {
+        let key = key.map_err(map_error(abi::MAP_ROUTES))?;
+        let name = (key.prefix_len(), key.data());
+        known.entry(cookie_of(&name)).or_default().insert(name);
+    }
+    Ok(known)
 }
 
 fn name(cookie: u64, route: &Route) -> Name {
@@ -100,8 +125,9 @@ fn name(cookie: u64, route: &Route) -> Name {
     (prefix, data)
 }
 
-fn is_of(cookie: u64, (_, data): &Name) -> bool {
-    data.starts_with(&cookie.to_ne_bytes())
+fn cookie_of((_, data): &Name) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *data;
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
 fn route((length, data): &Name, captured: bool) -> Option<Route> {
@@ -127,6 +153,6 @@ mod tests {
         let sloppy = Route { address: "10.1.255.255".parse().unwrap(), prefix: 17, captured: false };
         let exact = Route { address: "10.1.128.0".parse().unwrap(), ..sloppy };
         assert_eq!(name(7, &sloppy), name(7, &exact));
-        assert!(is_of(7, &name(7, &exact)) && !is_of(8, &name(7, &exact)));
+        assert_eq!(cookie_of(&name(7, &exact)), 7);
     }
 }

@@ -387,7 +387,12 @@ fn destinations_without_a_route_of_the_pod_are_left_alone_and_stopped() {
     }
     assert!(world.counter(Counter::GuardDropped) >= dropped + 2);
     assert_eq!(world.counter(Counter::Captured), 0);
+    let neighbour = cookie + 1;
+    world.node.set_routes(neighbour, &[other]).unwrap();
     world.node.set_routes(cookie, &everywhere()).unwrap();
+    let told = world.node.routes(cookie).unwrap();
+    assert!(told.len() == 2 && everywhere().iter().all(|route| told.contains(route)), "{told:?}");
+    assert_eq!(world.node.routes(neighbour).unwrap(), [other], "another namespace keeps its own");
     connect(&world.a.netns, at(B, PORT)).unwrap();
     world.node.release(cookie).unwrap();
     assert_eq!(world.node.routes(cookie).unwrap(), []);
