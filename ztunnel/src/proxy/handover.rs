@@ -241,6 +241,9 @@ impl Handover {
                 }
             }
             Want::Reply(resolver) => {
+                if !stock.next_reply(resolver) {
+                    return Ok(());
+                }
                 let address = match resolver {
                     IpAddr::V4(v4) => v4.octets().to_vec(),
                     IpAddr::V6(v6) => v6.octets().to_vec(),

@@ -14,6 +14,7 @@ use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 
 use super::dial::DeliveryPorts;
+use super::dns::PodBounds;
 use super::live::Live;
 use super::record::Facts;
 use super::sockets::{NodeCap, Notice, SocketSource, Stock};
@@ -39,6 +40,8 @@ pub struct Pod {
     pub live: Arc<Live<Facts>>,
     /// Which source ports deliveries use.
     pub delivery_ports: DeliveryPorts,
+    /// How much of it may ask for names.
+    pub dns: PodBounds,
 }
 
 impl Pod {
@@ -252,6 +255,7 @@ impl Pods {
             sockets: Arc::clone(&stock) as Arc<dyn SocketSource>,
             live: Live::new(self.max_connections),
             delivery_ports: DeliveryPorts::default(),
+            dns: PodBounds::default(),
         };
         Ok((Arc::new(pod), stock))
     }

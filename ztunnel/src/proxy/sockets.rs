@@ -48,7 +48,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Questions without an answer after which the connection has failed: a peer that died is found in two minutes.
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// Sockets that were bound for one resolver each and that somebody waits for, one pod: more are refused.
+/// Resolvers that sockets are on order for, one pod: more are refused.
 const REPLIES_CAP: usize = 16;
 
 /// A family of addresses.
@@ -191,7 +191,8 @@ pub trait SocketSource: Send + Sync {
     fn take(&self, kind: SocketKind) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
 
     /// A UDP socket that is bound to the address of `resolver`, which answers to the pod's applications come from.
-    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>>;
+    /// All who wait for one get the same.
+    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<Arc<OwnedFd>, TakeError>>;
 }
 
 /// How many sockets lie in stock on this node, all pods together, and how many may.
@@ -249,10 +250,33 @@ pub enum Want {
 pub struct Stock {
     pod_uid: Arc<str>,
     shelves: [Mutex<Shelf>; 6],
-    /// Who waits for sockets that are bound for a resolver, in the order in which they were asked for.
-    replies: Mutex<HashMap<IpAddr, VecDeque<oneshot::Sender<OwnedFd>>>>,
+    /// Sockets that are to be bound for a resolver.
+    replies: Mutex<HashMap<IpAddr, Reply>>,
     node: Arc<NodeCap>,
     notices: mpsc::UnboundedSender<Notice>,
+}
+
+/// A socket that is to be bound for one resolver.
+#[derive(Debug, Default)]
+struct Reply {
+    /// All of them get the same one.
+    waiting: Vec<oneshot::Sender<Arc<OwnedFd>>>,
+    /// A notice is on its way.
+    noticed: bool,
+    /// When the agent was asked, unless it has answered.
+    ordered: Option<Instant>,
+}
+
+impl Reply {
+    fn is_wanted(&mut self) -> bool {
+        self.waiting.retain(|waiter| !waiter.is_closed());
+        !self.waiting.is_empty()
+    }
+
+    /// Whether the agent was asked and may still answer.
+    fn is_coming(&self, now: Instant) -> bool {
+        self.ordered.is_some_and(|when| now.duration_since(when) <= ORDER_LIFE)
+    }
 }
 
 /// Sockets of one kind.
@@ -333,6 +357,13 @@ impl Stock {
             shelf.noticed = false;
             self.notice_if_low(kind, &mut shelf);
         }
+        self.replies().retain(|resolver, reply| {
+            (reply.noticed, reply.ordered) = (reply.is_wanted(), None);
+            if reply.noticed {
+                self.notice(Want::Reply(*resolver));
+            }
+            reply.noticed
+        });
     }
 
     /// How many sockets to ask the agent for now, at most 253; they count as ordered from here on.
@@ -393,44 +424,64 @@ impl Stock {
         self.replies().clear();
     }
 
-    /// Takes in what the agent answered to the oldest order of a socket for this resolver; none if it gave none.
+    /// Whether to ask the agent now for a socket for this resolver; it counts as ordered from here on.
+    pub fn next_reply(&self, resolver: IpAddr) -> bool {
+        let now = Instant::now();
+        let mut replies = self.replies();
+        let Some(reply) = replies.get_mut(&resolver) else { return false };
+        reply.noticed = false;
+        if reply.is_coming(now) {
+            return false;
+        }
+        if !reply.is_wanted() {
+            replies.remove(&resolver);
+            return false;
+        }
+        reply.ordered = Some(now);
+        true
+    }
+
+    /// Takes in what the agent answered to the order of a socket for this resolver; none if it gave none.
     pub fn fill_reply(&self, resolver: IpAddr, socket: Option<OwnedFd>) {
         let mut replies = self.replies();
-        let Some(waiting) = replies.get_mut(&resolver) else { return };
-        // Without a socket the one who waits is told at once, as its end of the channel is dropped.
-        let waiter = waiting.pop_front();
-        if waiting.is_empty() {
+        let Some(reply) = replies.get_mut(&resolver) else { return };
+        reply.ordered = None;
+        let waiting = std::mem::take(&mut reply.waiting);
+        if !reply.noticed {
             replies.remove(&resolver);
         }
         drop(replies);
-        if let (Some(waiter), Some(socket)) = (waiter, socket) {
+        // Without a socket those who wait are told at once, as their ends of the channels are dropped.
+        let Some(socket) = socket.filter(|socket| is_usable_reply(resolver, socket)).map(Arc::new) else { return };
+        for waiter in waiting {
             // One that gave up needs none.
-            let _ = waiter.send(socket);
+            let _ = waiter.send(Arc::clone(&socket));
         }
     }
 
-    fn order_reply(&self, resolver: IpAddr) -> Result<oneshot::Receiver<OwnedFd>, TakeError> {
+    fn order_reply(&self, resolver: IpAddr) -> Result<oneshot::Receiver<Arc<OwnedFd>>, TakeError> {
         // A closed pod has no shelf that is open.
         if self.shelf(SocketKind::DnsUpstream(Family::of(resolver))).closed {
             return Err(TakeError::PodGone);
         }
+        let now = Instant::now();
         let mut replies = self.replies();
-        replies.retain(|_, waiting| {
-            waiting.retain(|waiter| !waiter.is_closed());
-            !waiting.is_empty()
-        });
-        if replies.values().map(VecDeque::len).sum::<usize>() >= REPLIES_CAP {
+        // What is on its way stays although nobody waits: it must not be ordered twice.
+        replies.retain(|_, reply| reply.is_wanted() || reply.noticed || reply.is_coming(now));
+        if replies.len() >= REPLIES_CAP && !replies.contains_key(&resolver) {
             return Err(TakeError::Empty);
         }
         let (give, wait) = oneshot::channel();
-        replies.entry(resolver).or_default().push_back(give);
-        drop(replies);
-        // Without a receiver the proxy is on its way out.
-        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), want: Want::Reply(resolver) });
+        let reply = replies.entry(resolver).or_default();
+        reply.waiting.push(give);
+        if !reply.noticed && !reply.is_coming(now) {
+            reply.noticed = true;
+            self.notice(Want::Reply(resolver));
+        }
         Ok(wait)
     }
 
-    fn replies(&self) -> MutexGuard<'_, HashMap<IpAddr, VecDeque<oneshot::Sender<OwnedFd>>>> {
+    fn replies(&self) -> MutexGuard<'_, HashMap<IpAddr, Reply>> {
         // A panic in a holder leaves nothing half done that matters here.
         self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -455,8 +506,12 @@ impl Stock {
             return;
         }
         shelf.noticed = true;
+        self.notice(Want::Shelf(kind));
+    }
+
+    fn notice(&self, want: Want) {
         // Without a receiver the proxy is on its way out.
-        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), want: Want::Shelf(kind) });
+        let _ = self.notices.send(Notice { pod_uid: Arc::clone(&self.pod_uid), want });
     }
 
     fn take_or_wait(&self, kind: SocketKind) -> Result<Result<OwnedFd, oneshot::Receiver<OwnedFd>>, TakeError> {
@@ -497,21 +552,24 @@ impl SocketSource for Stock {
         })
     }
 
-    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
+    fn reply(&self, resolver: IpAddr) -> BoxFuture<'_, Result<Arc<OwnedFd>, TakeError>> {
         let ordered = self.order_reply(resolver);
         Box::pin(async move {
             match tokio::time::timeout(STOCK_WAIT, ordered?).await {
-                Ok(Ok(socket)) => {
-                    let usable = SockRef::from(&socket).set_nonblocking(true);
-                    usable.and_then(|()| is_datagram(&SockRef::from(&socket))).map(|()| socket).map_err(|error| {
-                        tracing::error!(%error, %resolver, "the agent gave an unusable socket");
-                        TakeError::Empty
-                    })
-                }
+                Ok(Ok(socket)) => Ok(socket),
                 Ok(Err(_)) | Err(_) => Err(TakeError::Empty),
             }
         })
     }
+}
+
+fn is_usable_reply(resolver: IpAddr, socket: &OwnedFd) -> bool {
+    let known = SockRef::from(socket);
+    known
+        .set_nonblocking(true)
+        .and_then(|()| is_datagram(&known))
+        .inspect_err(|error| tracing::error!(%error, %resolver, "the agent gave an unusable socket"))
+        .is_ok()
 }
 
 fn prepared(kind: SocketKind, socket: &OwnedFd) -> bool {

@@ -19,7 +19,7 @@ use prost::Message;
 use tokio::net::TcpListener;
 
 use super::dial::DeliveryPorts;
-use super::dns::{Dns, DnsMetrics};
+use super::dns::{Dns, DnsMetrics, PodBounds};
 use super::live::Live;
 use super::local::fixture;
 use super::metrics::Metrics;
@@ -86,8 +86,8 @@ impl SocketSource for LocalSockets {
         })
     }
 
-    fn reply(&self, _: IpAddr) -> BoxFuture<'_, Result<OwnedFd, TakeError>> {
-        let reply = self.reply.as_ref().map(|socket| socket.try_clone().unwrap());
+    fn reply(&self, _: IpAddr) -> BoxFuture<'_, Result<Arc<OwnedFd>, TakeError>> {
+        let reply = self.reply.as_ref().map(|socket| Arc::new(socket.try_clone().unwrap()));
         Box::pin(async move { reply.ok_or(TakeError::Empty) })
     }
 }
@@ -236,6 +236,7 @@ impl Proxy {
             sockets: Arc::new(sockets),
             live: Live::new(max),
             delivery_ports: DeliveryPorts::default(),
+            dns: PodBounds::default(),
         })
     }
 

@@ -11,6 +11,9 @@ use super::message::{self, HEADER};
 /// Answers of one pod that are kept.
 const ENTRIES: usize = 512;
 
+/// Bytes of answers and questions of one pod that are kept.
+const BYTES: usize = 128 << 10;
+
 /// Largest answer that is kept.
 const LARGEST: usize = 1232;
 
@@ -60,16 +63,27 @@ struct Entry {
     until: Instant,
 }
 
+impl Entry {
+    /// Bytes that are kept for it.
+    fn size(&self, key: &Key) -> usize {
+        self.answer.len() + key.question.len() + self.times.len() * size_of::<usize>()
+    }
+}
+
 /// Answers by query.
 #[derive(Default)]
-pub struct Cache(HashMap<Key, Entry>);
+pub struct Cache {
+    entries: HashMap<Key, Entry>,
+    /// Of all entries.
+    bytes: usize,
+}
 
 impl Cache {
     /// What was said to the same query, with the id and the letters of this one and the time that is left.
     pub fn get(&mut self, key: &Key, query: &[u8], now: Instant) -> Option<Vec<u8>> {
-        let entry = self.0.get(key)?;
+        let entry = self.entries.get(key)?;
         if entry.until <= now {
-            self.0.remove(key);
+            self.remove(key);
             return None;
         }
         let limit = match key.dnssec {
@@ -92,16 +106,42 @@ impl Cache {
     /// Keeps what was said, if it says for how long it holds.
     pub fn put(&mut self, key: Key, answer: &[u8], now: Instant) {
         let Some((times, seconds)) = lifetime(answer) else { return };
-        if self.0.len() >= ENTRIES {
-            self.0.retain(|_, entry| entry.until > now);
-        }
-        if self.0.len() >= ENTRIES
-            && let Some(any) = self.0.keys().next().cloned()
-        {
-            self.0.remove(&any);
-        }
         let until = now + Duration::from_secs(u64::from(seconds));
-        self.0.insert(key, Entry { answer: answer.to_vec(), times, kept: now, until });
+        let entry = Entry { answer: answer.to_vec(), times, kept: now, until };
+        let size = entry.size(&key);
+        self.remove(&key);
+        if self.is_full(size) {
+            self.sweep(now);
+        }
+        while self.is_full(size)
+            && let Some(any) = self.entries.keys().next().cloned()
+        {
+            self.remove(&any);
+        }
+        self.bytes += size;
+        self.entries.insert(key, entry);
+    }
+
+    /// Forgets what does not hold any more.
+    pub fn sweep(&mut self, now: Instant) {
+        let Self { entries, bytes } = self;
+        entries.retain(|key, entry| {
+            let holds = entry.until > now;
+            if !holds {
+                *bytes -= entry.size(key);
+            }
+            holds
+        });
+    }
+
+    fn is_full(&self, size: usize) -> bool {
+        self.entries.len() >= ENTRIES || self.bytes + size > BYTES
+    }
+
+    fn remove(&mut self, key: &Key) {
+        if let Some((key, entry)) = self.entries.remove_entry(key) {
+            self.bytes -= entry.size(&key);
+        }
     }
 }
 
@@ -190,7 +230,8 @@ mod tests {
         assert_eq!(told.answers.iter().map(|record| record.ttl).collect::<Vec<_>>(), [45, 5]);
         assert!(told.queries[0].name.eq_case(&Name::from_ascii("WWW.Example.com.").unwrap()));
         assert_eq!(cache.get(&key, &again, begin + Duration::from_secs(20)), None);
-        assert!(cache.0.is_empty());
+        assert!(cache.entries.is_empty());
+        assert_eq!(cache.bytes, 0);
     }
 
     #[test]
@@ -260,7 +301,17 @@ mod tests {
             let said = answer(&asked, |message| message.answers.push(a("x.example.com.", 60)));
             cache.put(Key::of(resolver(), &asked).unwrap(), &said, Instant::now());
         }
-        assert_eq!(cache.0.len(), ENTRIES);
+        assert_eq!(cache.entries.len(), ENTRIES);
+        cache.sweep(Instant::now() + Duration::from_secs(61));
+        assert_eq!((cache.entries.len(), cache.bytes), (0, 0));
+        for i in 0..ENTRIES {
+            let asked = query(1, &format!("n{i}.example.com."), None);
+            let said = answer(&asked, |message| message.answers.extend((0..40).map(|_| a("x.example.com.", 60))));
+            cache.put(Key::of(resolver(), &asked).unwrap(), &said, Instant::now());
+        }
+        let kept: usize = cache.entries.iter().map(|(key, entry)| entry.size(key)).sum();
+        assert_eq!(cache.bytes, kept);
+        assert!((BYTES / 2..=BYTES).contains(&kept), "{kept}");
     }
 
     proptest! {

@@ -24,13 +24,18 @@ pub mod udp;
 
 pub use metrics::DnsMetrics;
 
+use std::sync::{Mutex, PoisonError};
+
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use bucket::Bucket;
 
 /// The port that resolvers answer on, and the only one that is captured for names.
 pub const DNS_PORT: u16 = 53;
 
-/// See [`Dns::connections`].
-const CONNECTIONS: usize = 4096;
+/// See [`PodBounds::connections`].
+const CONNECTIONS: usize = 256;
 
 /// What the DNS servers of all pods share.
 #[derive(Debug)]
@@ -41,8 +46,6 @@ pub struct Dns {
     pub port: u16,
     /// Where resolvers are asked: [`DNS_PORT`].
     pub upstream_port: u16,
-    /// Connections whose queries are looked at, all pods together; more are carried as they are.
-    pub connections: Semaphore,
     /// Counts.
     pub metrics: DnsMetrics,
 }
@@ -50,13 +53,29 @@ pub struct Dns {
 impl Dns {
     /// For a cluster whose names end in `domain`.
     pub fn new(domain: &str, metrics: DnsMetrics) -> Self {
-        Self {
-            domain: domain.trim_matches('.').to_ascii_lowercase(),
-            port: DNS_PORT,
-            upstream_port: DNS_PORT,
-            connections: Semaphore::new(CONNECTIONS),
-            metrics,
-        }
+        Self { domain: domain.trim_matches('.').to_ascii_lowercase(), port: DNS_PORT, upstream_port: DNS_PORT, metrics }
+    }
+}
+
+/// What bounds one pod's queries, on all threads together.
+#[derive(Debug)]
+pub struct PodBounds {
+    /// Connections whose queries are looked at; more are carried as they are.
+    pub connections: Semaphore,
+    bucket: Mutex<Bucket>,
+}
+
+impl Default for PodBounds {
+    fn default() -> Self {
+        Self { connections: Semaphore::new(CONNECTIONS), bucket: Mutex::new(Bucket::new(Instant::now())) }
+    }
+}
+
+impl PodBounds {
+    /// Whether the pod may ask once more, by UDP or TCP.
+    pub fn take(&self) -> bool {
+        // A bucket is never half done.
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now())
     }
 }
 

@@ -42,11 +42,14 @@ const QUERIES: usize = 1000;
 
 /// What is to become of a connection.
 enum Next {
-    /// It goes to where it was addressed.
-    HandOver,
+    /// It goes to where it was addressed, and counts as this.
+    HandOver(Outcome),
     /// It is at its end.
     Close,
 }
+
+/// What most connections that are not answered are.
+const HAND_OVER: Next = Next::HandOver(Outcome::HandedOver);
 
 /// Serves one connection to its end.
 pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, mut accepted: Accepted) {
@@ -58,9 +61,12 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, mut accepted: Accepted)
     };
     drop(token);
     match next {
-        Ok(Next::HandOver) => {
-            worker.shared.dns.metrics.count(Outcome::HandedOver);
-            outbound::serve(worker, pod, accepted).await;
+        Ok(Next::HandOver(outcome)) => {
+            worker.shared.dns.metrics.count(outcome);
+            match registered_anew(accepted.stream) {
+                Ok(stream) => outbound::serve(worker, pod, Accepted { stream, ..accepted }).await,
+                Err(error) => tracing::error!(%error, ?pod, "cannot carry a connection to port 53"),
+            }
         }
         Ok(Next::Close) => {}
         Err(error) => {
@@ -70,10 +76,16 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, mut accepted: Accepted)
     }
 }
 
+/// The stream as the runtime knows a new one. Who peeks has told the runtime that nothing is there to be read, and bytes
+/// that have been seen and left would not wake up anybody again.
+fn registered_anew(stream: TcpStream) -> io::Result<TcpStream> {
+    TcpStream::from_std(stream.into_std()?)
+}
+
 /// Answers queries as long as they can be answered.
 async fn answer(worker: &Worker, pod: &Pod, stream: &mut TcpStream) -> io::Result<Next> {
     let shared = &worker.shared;
-    let Ok(_permit) = shared.dns.connections.try_acquire() else { return Ok(Next::HandOver) };
+    let Ok(_permit) = pod.dns.connections.try_acquire() else { return Ok(Next::HandOver(Outcome::RateLimited)) };
     let mut random = fastrand::Rng::new();
     let mut buffer = vec![0; PREFIX + MAX_QUERY];
     for answered in 0..QUERIES {
@@ -86,27 +98,30 @@ async fn answer(worker: &Worker, pod: &Pod, stream: &mut TcpStream) -> io::Resul
         };
         let length = match peeked {
             Peeked::Query(length) => length,
-            Peeked::Other => return Ok(Next::HandOver),
-            Peeked::End if answered == 0 => return Ok(Next::HandOver),
+            Peeked::Other => return Ok(HAND_OVER),
+            Peeked::End if answered == 0 => return Ok(HAND_OVER),
             Peeked::End => return Ok(Next::Close),
         };
-        let Some(query) = buffer.get(PREFIX..PREFIX + length) else { return Ok(Next::HandOver) };
+        if !pod.dns.take() {
+            return Ok(Next::HandOver(Outcome::RateLimited));
+        }
+        let Some(query) = buffer.get(PREFIX..PREFIX + length) else { return Ok(HAND_OVER) };
         let snapshot = shared.state.snapshot();
         let local = shared.local(pod);
         let decision = decide(Some(&snapshot), &local, &shared.dns.domain, query, Transport::Tcp, &mut random);
         let (answer, outcome) = match decision {
             Decision::Answer(answer, outcome) => (answer, outcome),
-            Decision::Forward | Decision::Drop => return Ok(Next::HandOver),
+            Decision::Forward | Decision::Drop => return Ok(HAND_OVER),
         };
-        let Ok(size) = u16::try_from(answer.len()) else { return Ok(Next::HandOver) };
+        let Ok(size) = u16::try_from(answer.len()) else { return Ok(HAND_OVER) };
         // Taken now, all of it: it was seen.
-        let Some(seen) = buffer.get_mut(..PREFIX + length) else { return Ok(Next::HandOver) };
+        let Some(seen) = buffer.get_mut(..PREFIX + length) else { return Ok(HAND_OVER) };
         stream.read_exact(seen).await?;
         let told = [size.to_be_bytes().as_slice(), &answer].concat();
         timeout(WRITE, stream.write_all(&told)).await.map_err(|_| io::ErrorKind::TimedOut)??;
         shared.dns.metrics.count(outcome);
     }
-    Ok(Next::HandOver)
+    Ok(HAND_OVER)
 }
 
 /// What stands at the beginning of what has not been read.

@@ -313,6 +313,35 @@ async fn from_the_first_bytes_that_are_not_ours_a_stream_goes_where_it_was_addre
 }
 
 #[tokio::test]
+async fn a_client_that_sends_one_byte_and_waits_is_carried() {
+    let bench = Bench::new().await;
+    let (mut client, accepted) = connected(&bench, bench.mesh.addr(20, 0)).await;
+    let server = TcpListener::bind(accepted.local).await.unwrap();
+    client.write_all(b"?").await.unwrap();
+    serve_tcp(&bench, accepted);
+    let (mut carried, _) = soon(server.accept()).await.unwrap();
+    assert_eq!(soon(carried.read_u8()).await.unwrap(), b'?');
+    carried.write_all(b"!").await.unwrap();
+    assert_eq!(soon(client.read_u8()).await.unwrap(), b'!');
+}
+
+#[tokio::test]
+async fn a_stream_of_a_pod_that_asks_too_much_is_carried() {
+    let bench = Bench::new().await;
+    let (mut client, accepted) = connected(&bench, bench.mesh.addr(20, 0)).await;
+    let server = TcpListener::bind(accepted.local).await.unwrap();
+    let _all = bench.pod.dns.connections.acquire_many(256).await.unwrap();
+    serve_tcp(&bench, accepted);
+    let bytes = framed(&query(1, "api.").to_vec().unwrap());
+    client.write_all(&bytes).await.unwrap();
+    let (mut carried, _) = soon(server.accept()).await.unwrap();
+    let mut seen = vec![0; bytes.len()];
+    soon(carried.read_exact(&mut seen)).await.unwrap();
+    assert_eq!(seen, bytes);
+    assert_eq!((bench.count("rate_limited"), bench.count("handed_over")), (1, 0));
+}
+
+#[tokio::test]
 async fn a_server_that_speaks_first_is_reached() {
     let bench = Bench::new().await;
     let (mut client, accepted) = connected(&bench, bench.mesh.addr(20, 0)).await;

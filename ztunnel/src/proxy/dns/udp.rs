@@ -17,7 +17,6 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::answer::{Decision, Transport, decide};
-use super::bucket::Bucket;
 use super::cache::{Cache, Key};
 use super::forward::{ForwardError, Upstreams};
 use super::message;
@@ -101,7 +100,6 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: OwnedFd, drain: W
         }
     };
     tokio::pin!(ended);
-    let mut bucket = Bucket::new(Instant::now());
     let mut random = fastrand::Rng::new();
     let mut buffer = vec![0; MAX_QUERY];
     let mut sweeps = interval(SWEEP);
@@ -112,6 +110,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: OwnedFd, drain: W
             () = &mut ended => return,
             _ = sweeps.tick() => {
                 server.upstreams.sweep();
+                server.cache().sweep(Instant::now());
                 continue;
             }
             received = receive(&socket, &mut buffer) => received,
@@ -129,7 +128,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: OwnedFd, drain: W
                 continue;
             }
         };
-        if !bucket.take(Instant::now()) {
+        if !pod.dns.take() {
             metrics.count(Outcome::RateLimited);
             continue;
         }
@@ -177,13 +176,14 @@ impl Server {
             return metrics.count(Outcome::Overloaded);
         };
         let (server, drain, token) = (Arc::clone(self), drain.clone(), self.pod.live.token());
-        tokio::spawn(async move {
+        let turn = self.worker.turns.of(&self.pod.uid);
+        tokio::spawn(turn.run(async move {
             let _held: (_, Watcher, Token) = (permit, drain, token);
             tokio::select! {
                 () = server.finish(work, asked) => {}
                 () = server.pod.live.closed() => {}
             }
-        });
+        }));
     }
 
     async fn finish(&self, work: Work, asked: Asked) {
@@ -191,7 +191,6 @@ impl Server {
         let (answer, outcome) = match work {
             Work::Send(answer, outcome) => (answer, outcome),
             Work::Ask(query, key) => {
-                metrics.count(Outcome::Forwarded);
                 let mut resolver = asked.resolver;
                 resolver.set_port(self.worker.shared.dns.upstream_port);
                 let answer = self.upstreams.ask(resolver, &query, metrics).await;
@@ -203,35 +202,39 @@ impl Server {
                     Err(error) => {
                         tracing::debug!(%error, pod = ?self.pod, "a query was not answered");
                         match error {
-                            ForwardError::Timeout(_) | ForwardError::NoSocket(TakeError::PodGone) => return,
+                            ForwardError::Timeout(_) | ForwardError::NoSocket(TakeError::PodGone) => {
+                                return metrics.count(Outcome::Forwarded);
+                            }
                             // Who asks goes on with the next resolver at once, as without the mesh.
                             ForwardError::Refused { .. } | ForwardError::NoSocket(TakeError::Empty) => {
-                                let Some(failure) = message::failure(&query) else { return };
+                                let Some(failure) = message::failure(&query) else {
+                                    return metrics.count(Outcome::Forwarded);
+                                };
                                 failure
                             }
                         }
                     }
                 };
-                return self.send(&answer, asked).await;
+                (answer, Outcome::Forwarded)
             }
         };
-        self.send(&answer, asked).await;
-        metrics.count(outcome);
+        // Without a socket that is what became of the query, whatever the answer was.
+        metrics.count(self.send(&answer, asked).await.err().unwrap_or(outcome));
     }
 
     /// Sends an answer from the address of the resolver that was asked.
-    async fn send(&self, answer: &[u8], asked: Asked) {
-        let metrics = &self.worker.shared.dns.metrics;
+    async fn send(&self, answer: &[u8], asked: Asked) -> Result<(), Outcome> {
         let socket = match self.reply(asked.resolver.ip()).await {
             Ok(socket) => socket,
             Err(error) => {
                 tracing::debug!(%error, pod = ?self.pod, resolver = %asked.resolver, "no socket to answer from");
-                return metrics.count(Outcome::NoSocket);
+                return Err(Outcome::NoSocket);
             }
         };
         if !matches!(timeout(SEND, socket.send_to(answer, asked.from)).await, Ok(Ok(_))) {
             tracing::debug!(pod = ?self.pod, to = %asked.from, "an answer could not be sent");
         }
+        Ok(())
     }
 
     /// The socket for this resolver if there is one; it becomes the last to be given up.
@@ -249,7 +252,12 @@ impl Server {
             return Ok(socket);
         }
         let socket = self.pod.sockets.reply(resolver).await?;
-        let socket = UdpSocket::from_std(std::net::UdpSocket::from(socket)).map_err(|error| {
+        // All who wait for this resolver get the same one: the first of this thread registers it.
+        if let Some(socket) = self.known_reply(resolver) {
+            return Ok(socket);
+        }
+        let own = socket.try_clone().and_then(|socket| UdpSocket::from_std(std::net::UdpSocket::from(socket)));
+        let socket = own.map_err(|error| {
             tracing::error!(%error, "cannot use a socket to answer from");
             TakeError::Empty
         })?;

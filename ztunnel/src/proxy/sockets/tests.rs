@@ -177,27 +177,61 @@ async fn a_pod_is_stocked_with_what_its_addresses_need() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sockets_for_resolvers_are_asked_for_one_by_one() {
+async fn all_who_wait_for_a_resolver_share_one_socket() {
     let mut b = bench(100);
     let udp = || OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     let (a, other): (IpAddr, IpAddr) = ("10.96.0.10".parse().unwrap(), "2001:db8::10".parse().unwrap());
-    let waits = [b.stock.reply(a), b.stock.reply(other), b.stock.reply(a)];
-    for resolver in [a, other, a] {
+    let shared: Vec<_> = (0..REPLIES_CAP + 20).map(|_| b.stock.reply(a)).collect();
+    let refused = b.stock.reply(other);
+    for resolver in [a, other] {
         assert_eq!(b.notices.try_recv().unwrap().want, Want::Reply(resolver));
+        assert!(b.stock.next_reply(resolver));
+        assert!(!b.stock.next_reply(resolver), "it is on its way");
     }
+    let late = b.stock.reply(a);
+    assert!(b.notices.try_recv().is_err(), "one order for each");
     b.stock.fill_reply(a, Some(udp()));
     b.stock.fill_reply(other, None);
-    b.stock.fill_reply(a, Some(sockets(1).remove(0)));
-    b.stock.fill_reply(a, Some(udp()));
     let started = Instant::now();
-    let [first, refused, no_udp] = waits;
-    assert!(first.await.is_ok());
+    let first = late.await.unwrap();
+    for wait in shared {
+        assert!(Arc::ptr_eq(&wait.await.unwrap(), &first));
+    }
     assert_eq!(refused.await.unwrap_err(), TakeError::Empty);
+    let no_udp = b.stock.reply(a);
+    b.stock.fill_reply(a, Some(sockets(1).remove(0)));
     assert_eq!(no_udp.await.unwrap_err(), TakeError::Empty);
     assert_eq!(started.elapsed(), Duration::ZERO, "who cannot be served is told at once");
-    let waits: Vec<_> = (0..REPLIES_CAP).map(|_| b.stock.reply(a)).collect();
+    let cap = u8::try_from(REPLIES_CAP).unwrap();
+    let waits: Vec<_> = (0..cap - 1).map(|i| b.stock.reply([10, 0, 0, i].into())).collect();
     assert_eq!(b.stock.reply(other).await.unwrap_err(), TakeError::Empty, "too many at once");
     drop(waits);
     b.stock.close();
     assert_eq!(b.stock.reply(a).await.unwrap_err(), TakeError::PodGone);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_came_back_is_asked_for_the_resolvers_that_somebody_waits_for() {
+    let mut b = bench(100);
+    let (a, other): (IpAddr, IpAddr) = ("10.96.0.10".parse().unwrap(), "10.96.0.11".parse().unwrap());
+    let waits = [b.stock.reply(a), b.stock.reply(a)];
+    drop(b.stock.reply(other));
+    assert!(b.stock.next_reply(a));
+    assert!(!b.stock.next_reply(other), "nobody waits any more");
+    while b.notices.try_recv().is_ok() {}
+    b.stock.prime();
+    let mut wanted = Vec::new();
+    while let Ok(notice) = b.notices.try_recv() {
+        wanted.extend(matches!(notice.want, Want::Reply(_)).then_some(notice.want));
+    }
+    assert_eq!(wanted, [Want::Reply(a)]);
+    assert!(b.stock.next_reply(a));
+    // An order that is never answered is made again.
+    for wait in waits {
+        assert_eq!(wait.await.unwrap_err(), TakeError::Empty);
+    }
+    tokio::time::advance(ORDER_LIFE).await;
+    let _wait = b.stock.reply(a);
+    assert_eq!(b.notices.try_recv().unwrap().want, Want::Reply(a));
+    assert!(b.stock.next_reply(a));
 }
