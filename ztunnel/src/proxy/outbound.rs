@@ -17,10 +17,12 @@ use super::record::{Direction, Facts, Reached, Record, Side};
 use super::worker::{Accepted, TunnelKey, Worker};
 
 mod reach;
+mod refusals;
 mod tunnel;
 
 pub use reach::TunnelPool;
 use reach::Upstream;
+pub use refusals::Refusals;
 
 /// Longest that a connection waits for discovery to tell of the pod that it goes to.
 const DISCOVERY_WAIT: Duration = Duration::from_secs(1);

@@ -1,7 +1,6 @@
 //! The threads that carry connections. Each has a runtime of its own and accepts on its own duplicate of every pod's
 //! listening sockets; a connection never leaves the thread that accepted it, nor does a pooled tunnel.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -19,7 +18,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::dns::{self, Dns};
-use super::error::ConnectionError;
 use super::local::{Listed, LocalAddresses, LocalPod};
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
@@ -110,30 +108,19 @@ pub struct Worker {
     pub pool: outbound::TunnelPool,
     /// Whose tasks run when.
     pub turns: Turns,
-    /// Peers that refused a tunnel's certificate after the handshake, which TLS 1.3 allows: the reason, until the
-    /// connection that asked for the tunnel has taken it.
-    pub refusals: Mutex<HashMap<TunnelKey, Arc<ConnectionError>>>,
+    /// Peers that refused a tunnel's certificate after the handshake.
+    pub refusals: outbound::Refusals,
 }
 
 impl Worker {
     /// A worker without tunnels.
     pub fn new(shared: Arc<Shared>) -> Arc<Self> {
-        Arc::new(Self { shared, pool: Pool::new(IDLE_TIMEOUT), turns: Turns::default(), refusals: Mutex::default() })
-    }
-
-    /// Keeps why the peer did not take a tunnel.
-    pub fn note_refusal(&self, key: TunnelKey, error: ConnectionError) {
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        // Nobody may come for it; the list must not grow.
-        if refusals.len() >= 1024 {
-            refusals.clear();
-        }
-        refusals.insert(key, Arc::new(error));
-    }
-
-    /// Why the peer did not take the tunnel, if it said so.
-    pub fn take_refusal(&self, key: &TunnelKey) -> Option<Arc<ConnectionError>> {
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).remove(key)
+        Arc::new(Self {
+            shared,
+            pool: Pool::new(IDLE_TIMEOUT),
+            turns: Turns::default(),
+            refusals: outbound::Refusals::default(),
+        })
     }
 }
 

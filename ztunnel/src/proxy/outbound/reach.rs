@@ -144,15 +144,19 @@ async fn open(
     key: &TunnelKey,
     connect: Connect,
 ) -> Result<(Stream, SpiffeId), ConnectionError> {
-    let dial = || dial_tunnel(Arc::clone(worker), Arc::clone(pod), key.clone());
+    // A task of its own, and the pod's all the same.
+    let dial = || worker.turns.of(&pod.uid).run(dial_tunnel(Arc::clone(worker), Arc::clone(pod), key.clone()));
     let Place { slot, about: peer } = match worker.pool.get(key, dial).await {
         Ok(place) => place,
         Err(PoolError::Dial(error)) => return Err(ConnectionError::Dial(error)),
         Err(PoolError::Unusable) => return Err(ConnectionError::NoTunnel),
     };
     match slot.open(connect, OPEN_TIMEOUT).await {
-        Ok((_, stream)) => Ok((stream, peer)),
-        Err(error) if error.is_retryable() => Err(match worker.take_refusal(key) {
+        Ok((_, stream)) => {
+            worker.refusals.forget(key);
+            Ok((stream, peer))
+        }
+        Err(error) if error.is_retryable() => Err(match worker.refusals.take(key) {
             Some(refusal) => ConnectionError::Dial(refusal),
             None => ConnectionError::Open { error },
         }),

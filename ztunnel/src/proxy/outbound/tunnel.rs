@@ -53,7 +53,7 @@ pub async fn dial_tunnel(
         if let mesh_hbone::ConnectionError::Io(error) = error
             && let error @ (HandshakeError::RefusedByPeer(_) | HandshakeError::Refused(_)) = HandshakeError::from(error)
         {
-            worker.note_refusal(key, error.into());
+            worker.refusals.note(key, error.into());
         }
     }));
     Ok((tunnel, peer))
