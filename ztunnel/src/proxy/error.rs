@@ -89,6 +89,9 @@ pub enum ConnectionError {
     /// The peer's address has too many tunnels to the pod, or too many that it does not go on with.
     #[error("the peer has as many tunnels to the pod, or begun ones, as one address may")]
     TooManyFromPeer,
+    /// The handshakes of other peers go on for so long that this one's was not begun.
+    #[error("peers have as many handshakes under way with the pod as they may")]
+    TooManyHandshakes,
     /// The peer connected and did not begin a TLS handshake.
     #[error("the peer did not begin a TLS handshake in time")]
     Silent,
@@ -136,7 +139,8 @@ impl ConnectionError {
             | Self::Open { .. }
             | Self::TooManyConnections
             | Self::TooManyTunnels
-            | Self::TooManyFromPeer => ResponseFlags::Connect,
+            | Self::TooManyFromPeer
+            | Self::TooManyHandshakes => ResponseFlags::Connect,
             Self::GaveUp(_) | Self::Copy(_) | Self::PodGone | Self::Drained | Self::Dropped => ResponseFlags::None,
         }
     }
@@ -168,6 +172,7 @@ impl ConnectionError {
             Self::TooManyConnections => "too_many_connections",
             Self::TooManyTunnels => "too_many_tunnels",
             Self::TooManyFromPeer => "too_many_from_peer",
+            Self::TooManyHandshakes => "too_many_handshakes",
             Self::Silent => "silent",
             Self::PolicyChanged(_) => "policy_changed",
             Self::Drained => "drained",
@@ -196,6 +201,7 @@ impl ConnectionError {
             | Self::TooManyConnections
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
+            | Self::TooManyHandshakes
             | Self::Silent
             | Self::PodGone
             | Self::Drained
@@ -221,6 +227,7 @@ impl ConnectionError {
             | Self::TooManyConnections
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
+            | Self::TooManyHandshakes
             | Self::Silent => true,
             Self::GaveUp(_)
             | Self::Copy(_)
@@ -276,6 +283,7 @@ impl ConnectionError {
             | Self::TooManyConnections
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
+            | Self::TooManyHandshakes
             | Self::Silent
             | Self::PodGone
             | Self::PolicyChanged(_)

@@ -14,7 +14,7 @@ use mesh_identity::handshake;
 use mesh_model::{Service, Snapshot, SpiffeId, Workload};
 use mesh_runtime::drain::Watcher;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::admit::{Admission, Connect, Connection, Denial, admit};
 use super::dial::{self, Unanswered};
@@ -101,12 +101,11 @@ async fn authenticate(
     }
     // The peer's own share first, so that nobody waits with one of those that all share. Neither is ever closed; without a
     // permit nothing would be bounded.
-    let permits = async {
-        let own = source.handshake().await?;
-        Some((own, handshakes.acquire_owned().await.ok()?))
-    };
-    let permits = timeout(handshake::TIMEOUT, permits).await.map_err(|_| ConnectionError::TooManyFromPeer)?;
-    let _permits = permits.ok_or(ConnectionError::Dropped)?;
+    let deadline = Instant::now() + handshake::TIMEOUT;
+    let own = timeout_at(deadline, source.handshake()).await.map_err(|_| ConnectionError::TooManyFromPeer)?;
+    let _own = own.ok_or(ConnectionError::Dropped)?;
+    let shared = timeout_at(deadline, handshakes.acquire_owned()).await;
+    let _shared = shared.map_err(|_| ConnectionError::TooManyHandshakes)?.map_err(|_| ConnectionError::Dropped)?;
     drop(waiting);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;

@@ -205,3 +205,23 @@ async fn a_pod_with_too_many_tunnels_says_so() {
     soon(Box::pin(crate::proxy::inbound::serve(worker, pod, accepted, permits, drain))).await;
     assert_eq!(pair.far.metric("culvert_connection_failures_total", &["reason=\"too_many_tunnels\""]), 1);
 }
+
+#[tokio::test]
+async fn a_peer_is_not_blamed_for_the_handshakes_of_others() {
+    let pair = Pair::new().await;
+    let listener = TcpListener::bind(pair.mesh.addr(70, 0)).await.unwrap();
+    let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    let (stream, peer) = accepted.unwrap();
+    client.as_ref().unwrap().writable().await.unwrap();
+    assert_eq!(client.as_ref().unwrap().try_write(&[22]).unwrap(), 1);
+    // Others have all of them.
+    let handshakes = Arc::new(tokio::sync::Semaphore::new(0));
+    let source = crate::proxy::sources::Sources::default().enter(peer.ip());
+    let tunnel = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().ok();
+    let permits = Permits { waiting: None, handshakes, source, tunnel };
+    let (worker, pod, drain) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server), pair.far.drain.clone());
+    let accepted = Accepted::new(stream, peer).unwrap();
+    let serving = Box::pin(crate::proxy::inbound::serve(worker, pod, accepted, permits, drain));
+    tokio::time::timeout(2 * mesh_identity::handshake::TIMEOUT, serving).await.expect("it is told in time");
+    assert_eq!(pair.far.metric("culvert_connection_failures_total", &["reason=\"too_many_handshakes\""]), 1);
+}
