@@ -270,7 +270,7 @@ impl Task {
     /// A pod that is enrolled was announced once more. Whatever is missing, its capture is never given up here.
     async fn enrol_again(&self, pod: Arc<Pod>, sandbox: Sandbox) -> Result<(), ManagerError> {
         let (host, state, mending) = (Arc::clone(&self.host), self.state.clone(), Arc::clone(&pod));
-        let had_listeners = pod.listeners().is_some();
+        let had_listeners = pod.has_listeners(&self.host).is_ok();
         let done = blocking(move || {
             mending.announced(&state, sandbox)?;
             mending.mend(&host)
@@ -424,6 +424,11 @@ impl Task {
             if let Some(pod) = self.get(&uid) {
                 if pod.take_listeners(listeners) {
                     tracing::info!(pod = uid, "listeners returned by the proxy");
+                    let (host, opening) = (Arc::clone(&self.host), Arc::clone(&pod));
+                    // A proxy of a former version had none for DNS.
+                    if let Err(error) = blocking(move || opening.open_listeners(&host)).await {
+                        tracing::warn!(pod = uid, %error, "no listeners for DNS yet");
+                    }
                     // Other proxies, if any, had to do without.
                     self.announce(&pod);
                 }

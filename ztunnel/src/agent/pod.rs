@@ -56,6 +56,9 @@ pub enum EnrolError {
     /// The proxy was to return its listeners, and they are not there yet.
     #[error("the proxy that holds its listeners has not returned them; capture stays in force, try again later")]
     NoListeners,
+    /// The proxy returned its listeners, and those for DNS were not among them and could not be opened.
+    #[error("there are no listeners for DNS, which is captured; try again later")]
+    NoDnsListeners,
 }
 
 /// An enrolled pod. Dropping it changes nothing in the kernel but that the agent's duplicates of the sockets are
@@ -139,6 +142,7 @@ impl Pod {
         let changes = netns.changes()?;
         pod_network::mend(&netns, &needs(host, &info))?;
         let listeners = match returned {
+            Some(listeners) if host.dns() => Some(ListenerSet::with_dns(listeners, &netns)?),
             Some(listeners) => Some(listeners),
             None => match ListenerSet::open(&netns, host.dns()) {
                 Ok(listeners) => Some(Arc::new(listeners)),
@@ -212,17 +216,31 @@ impl Pod {
         taken
     }
 
-    /// Opens new listeners where it has none and nobody else holds any. Blocks shortly.
+    /// Whether the agent has every listener that the pod needs.
+    ///
+    /// # Errors
+    /// [`EnrolError::NoListeners`], [`EnrolError::NoDnsListeners`].
+    pub fn has_listeners(&self, host: &Host) -> Result<(), EnrolError> {
+        match self.listeners() {
+            None => Err(EnrolError::NoListeners),
+            Some(listeners) if host.dns() && listeners.dns.is_none() => Err(EnrolError::NoDnsListeners),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Opens new listeners where it has none and nobody else holds any, and those for DNS where it has only the others.
+    /// Blocks shortly.
     ///
     /// # Errors
     /// When a port is in use, or the kernel refuses.
     pub fn open_listeners(&self, host: &Host) -> Result<(), EnrolError> {
-        if self.lock().is_some() {
-            return Ok(());
-        }
-        let listeners = ListenerSet::open(&self.netns, host.dns())?;
+        let listeners = match self.listeners() {
+            Some(listeners) if !host.dns() || listeners.dns.is_some() => return Ok(()),
+            Some(listeners) => ListenerSet::with_dns(listeners, &self.netns)?,
+            None => Arc::new(ListenerSet::open(&self.netns, host.dns())?),
+        };
         self.capture.replace_listeners(listeners.borrow())?;
-        *self.lock() = Some(Arc::new(listeners));
+        *self.lock() = Some(listeners);
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use mesh_proto::node::Listener;
 use nix::sys::socket::{SetSockOpt, setsockopt, sockopt};
@@ -109,11 +110,17 @@ impl ListenerSet {
     ///
     /// # Errors
     /// When they cannot be opened.
-    pub fn with_dns(self, netns: &Netns) -> Result<Self, SocketError> {
-        match self.dns {
-            Some(_) => Ok(self),
-            None => Ok(Self { dns: Some(netns.run(DnsListeners::open_here)??), ..self }),
+    pub fn with_dns(listeners: Arc<Self>, netns: &Netns) -> Result<Arc<Self>, SocketError> {
+        if listeners.dns.is_some() {
+            return Ok(listeners);
         }
+        let duplicate = |socket: &OwnedFd| socket.try_clone().map_err(failed("duplicate a listener"));
+        Ok(Arc::new(Self {
+            outbound: duplicate(&listeners.outbound)?,
+            inbound_plaintext: duplicate(&listeners.inbound_plaintext)?,
+            inbound_hbone: duplicate(&listeners.inbound_hbone)?,
+            dns: Some(netns.run(DnsListeners::open_here)??),
+        }))
     }
 
     /// Whether all were made in the network namespace with this cookie.

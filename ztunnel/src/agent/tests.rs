@@ -132,7 +132,7 @@ impl Proxy {
         let hello = node::Hello { version: 1, kept_pods: u32::try_from(kept.len()).unwrap() };
         proxy.say(proxy_message::Kind::Hello(hello), &[]);
         for (uid, sockets) in kept {
-            let kinds = ListenerKinds::ALL.map(Into::into).to_vec();
+            let kinds = ListenerKinds::ALL.map(Into::into).into_iter().take(sockets.len()).collect();
             let sockets: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
             proxy.say(proxy_message::Kind::PodKept(node::PodKept { pod_uid: uid.into(), listeners: kinds }), &sockets);
         }

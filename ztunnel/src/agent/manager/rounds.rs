@@ -120,7 +120,7 @@ impl Task {
                 if let Err(error) = self.withdraw(&uid).await {
                     tracing::warn!(pod = uid, %error, "cannot withdraw");
                 }
-            } else if pod.listeners().is_none() {
+            } else if pod.has_listeners(&self.host).is_err() {
                 let opening = Arc::clone(&pod);
                 let host = Arc::clone(&self.host);
                 match blocking(move || opening.open_listeners(&host)).await {

@@ -91,7 +91,7 @@ impl Pod {
             return Err(CaptureError::NotInForce(String::from("the map of enrolled pods does not hold it")).into());
         }
         pod_network::verify(&self.netns, &needs(host, &self.info))?;
-        if self.listeners().is_some() { Ok(()) } else { Err(EnrolError::NoListeners) }
+        self.has_listeners(host)
     }
 
     /// Looks for everything that is missing in the kernel and mends it. What is in force stays so, also when something
@@ -105,7 +105,7 @@ impl Pod {
             host.drift.add(*what);
         }
         let foreign = host.refuse_foreign_programs().map_err(EnrolError::from);
-        let listeners = if self.listeners().is_some() { Ok(()) } else { Err(EnrolError::NoListeners) };
+        let listeners = self.has_listeners(host);
         let wrong = [network, capture, foreign, listeners].into_iter().find_map(Result::err);
         (found, wrong)
     }
@@ -162,11 +162,13 @@ impl Pod {
     /// When it is not wholly in force; [`EnrolError::NoListeners`]: it will be when the proxy returns them.
     pub fn mend(&self, host: &Host) -> Result<(), EnrolError> {
         match self.look_after(host).1 {
-            None | Some(EnrolError::NoListeners) => {}
+            None | Some(EnrolError::NoListeners | EnrolError::NoDnsListeners) => {}
             Some(error) => return Err(error),
         }
         match self.open_listeners(host) {
-            Err(EnrolError::Socket(SocketError::PortInUse(_))) => return Err(EnrolError::NoListeners),
+            Err(EnrolError::Socket(SocketError::PortInUse(_))) => {
+                return Err(self.has_listeners(host).err().unwrap_or(EnrolError::NoListeners));
+            }
             opened => opened?,
         }
         self.verify(host)

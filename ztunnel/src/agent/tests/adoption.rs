@@ -36,6 +36,34 @@ fn restarted_agent_gets_the_listeners_back_from_a_living_proxy() {
 }
 
 #[test]
+fn listeners_of_a_proxy_without_dns_get_those_for_dns_beside_them() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, b) = pair();
+    // One is adopted before its listeners are returned, the other is stranded then.
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    agent.announcer().enrol("uid-b", &b, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let mut kept = vec![proxy.added(), proxy.added()];
+    kept.iter_mut().for_each(|(_, sockets)| sockets.truncate(3));
+    drop((proxy, agent));
+
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    assert!(agent.announcer().list().iter().all(|(_, reason)| !reason.is_empty()), "no listeners");
+    let kept =
+        kept.iter().map(|(uid, sockets)| (uid.as_str(), sockets.iter().map(|s| s.try_clone().unwrap()).collect()));
+    let proxy = agent.proxy(kept.collect());
+    assert_eq!(proxy.added().0, UID, "with all five");
+    let announcer = agent.announcer();
+    let reason = |uid: &str| announcer.list().into_iter().find(|(found, _)| found == uid).unwrap().1;
+    assert_eq!(reason(UID), "");
+    let inside_b = process_in(&b);
+    eventually(|| reason("uid-b").is_empty().then_some(())).expect("adopted with listeners for DNS");
+    drop((inside, inside_b));
+}
+
+#[test]
 fn restarted_agent_opens_listeners_when_the_proxy_died_too() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
