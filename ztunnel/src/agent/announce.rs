@@ -1,5 +1,6 @@
 //! Where pods are announced: the CNI plugin, or whoever plays the container runtime, asks on a socket for root.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use tokio::sync::Semaphore;
 use super::enrolment::{Admission, Admitted, Checked, Enrolment};
 use super::manager::Manager;
 use super::pod::{PodInfo, Sandbox};
+use super::pod_network;
 
 /// The version of the protocol.
 const VERSION: u32 = 2;
@@ -116,6 +118,7 @@ async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, enrolment: &Enrol
 async fn enrol(request: node::EnrolPod, fds: Vec<OwnedFd>, manager: &Manager) -> Result<(), String> {
     let info = PodInfo::try_from(request.pod).map_err(|error| error.to_string())?;
     let (netns, sandbox) = place(fds, request.netns_path, request.container_id)?;
+    pod_network::settle(&netns, &info.addresses).await;
     manager.enrol(info, netns, sandbox).await.map_err(|error| error.to_string())
 }
 
@@ -125,6 +128,12 @@ async fn admit(request: node::AdmitPod, fds: Vec<OwnedFd>, enrolment: &Enrolment
         Err(error) => return refusal(error),
     };
     let Some(pod) = request.pod else { return refusal(String::from("the request names no pod")) };
+    // Only those of IPv6 may have to be waited for.
+    let octets = pod.addresses.iter().filter_map(|octets| <[u8; 16]>::try_from(octets.as_slice()).ok());
+    let addresses: Vec<IpAddr> = octets.map(IpAddr::from).collect();
+    if !addresses.is_empty() {
+        pod_network::settle(&netns, &addresses).await;
+    }
     let admission = Admission { pod, netns_path: sandbox.path, sandbox: sandbox.id, asked_at_ms: request.asked_at_ms };
     match enrolment.admit(admission, netns).await {
         Ok(Admitted::Enrolled(why)) => decided(node::Decision::Enrolled, why),

@@ -18,7 +18,8 @@ mod sysctl;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::thread;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -38,6 +39,8 @@ pub use sysctl::Before;
 const LOOPBACK: u32 = 1;
 /// How long addresses that were just added may take to become usable.
 const SETTLING: Duration = Duration::from_secs(3);
+/// Wait before it is asked again whether they are.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What of a pod decides what its namespace needs.
 #[derive(Clone, Copy, Debug)]
@@ -157,17 +160,33 @@ pub fn before(netns: &Netns, needs: &Needs<'_>) -> Result<Before, PodNetworkErro
     netns.run(|| sysctl::read(needs.v6().is_some()))?
 }
 
+/// Waits until addresses that were just added are usable, for [`SETTLING`] at most, on no thread: whoever announces a pod
+/// waits before the agent's other tasks hear of it. What cannot be found out is left to [`prepare`], which fails then.
+/// Needs a tokio runtime.
+pub async fn settle(netns: &OwnedFd, addresses: &[IpAddr]) {
+    let opened = netns.try_clone().map(|fd| tokio::task::spawn_blocking(move || Netns::new(fd).ok()));
+    let Ok(opening) = opened else { return };
+    let Ok(Some(netns)) = opening.await else { return };
+    let (netns, addresses) = (Arc::new(netns), Arc::<[IpAddr]>::from(addresses));
+    let deadline = Instant::now() + SETTLING;
+    while Instant::now() < deadline {
+        let (netns, addresses) = (Arc::clone(&netns), Arc::clone(&addresses));
+        let asked = tokio::task::spawn_blocking(move || interface::is_settling(&netns, &addresses)).await;
+        if !matches!(asked, Ok(Ok(true))) {
+            return;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
 /// Prepares a namespace for capture: nothing is captured by this alone. Preparing it twice changes nothing.
 ///
-/// Blocks, for [`SETTLING`] at most; not for a runtime's thread.
+/// Blocks shortly; not for a runtime's thread.
 ///
 /// # Errors
-/// When the kernel refuses; what was done stays, for [`restore`].
+/// When the kernel refuses, also because the pod's address is not usable yet ([`settle`]); what was done stays, for
+/// [`restore`].
 pub fn prepare(netns: &Netns, needs: &Needs<'_>) -> Result<(), PodNetworkError> {
-    let deadline = Instant::now() + SETTLING;
-    while interface::is_settling(netns, needs.addresses)? && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(20));
-    }
     mend(netns, needs).map(drop)
 }
 
