@@ -44,7 +44,7 @@ fn listeners_of_a_proxy_without_dns_get_those_for_dns_beside_them() {
     agent.announcer().enrol(UID, &a, "").unwrap();
     agent.announcer().enrol("uid-b", &b, "").unwrap();
     let proxy = agent.proxy(Vec::new());
-    let mut kept = vec![proxy.added(), proxy.added()];
+    let mut kept = [proxy.added(), proxy.added()];
     kept.iter_mut().for_each(|(_, sockets)| sockets.truncate(3));
     drop((proxy, agent));
 
