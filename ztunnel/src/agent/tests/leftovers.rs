@@ -16,8 +16,11 @@ const CHILD: &str = "CULVERT_TEST_LEFTOVERS";
 /// In a process of its own: descriptors are counted.
 #[test]
 fn hundred_rounds_leave_nothing_behind() {
+    if std::env::var_os(CHILD).is_some() {
+        return in_a_process_of_its_own();
+    }
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "agent::tests::leftovers::in_a_process_of_its_own", "--nocapture"])
+        .args(["--exact", "agent::tests::leftovers::hundred_rounds_leave_nothing_behind", "--nocapture"])
         .env(CHILD, "1")
         .output()
         .unwrap();
@@ -25,11 +28,7 @@ fn hundred_rounds_leave_nothing_behind() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
 }
 
-#[test]
 fn in_a_process_of_its_own() {
-    if std::env::var_os(CHILD).is_none() {
-        return;
-    }
     let scratch = Scratch::new();
     let (node, a) = node_and_pod();
     let agent = node.netns.run(|| Agent::start(&scratch)).unwrap();
