@@ -178,7 +178,7 @@ pub fn resident(pid: i32) -> Option<u64> {
 }
 
 /// The folder and all below, parents first. Empty if it does not exist.
-fn tree(top: &Path) -> Vec<PathBuf> {
+pub(crate) fn tree(top: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut next = vec![top.to_path_buf()];
     while let Some(folder) = next.pop() {

@@ -11,10 +11,13 @@ use std::time::Duration;
 
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::Context;
+use crate::kubernetes::cgroups;
 use crate::{Error, wait};
 
 /// Folder of all clusters.
 pub const ROOT: &str = "/run/culvert-test";
+/// Folder of what is too large for memory: the images and volumes of real nodes.
+pub const DISK: &str = "/var/lib/culvert-test";
 /// Beginning of the names of control groups.
 pub const GROUP_PREFIX: &str = "culvert-test-";
 const MEMORY_NOTE: &str = "memory-group";
@@ -39,12 +42,17 @@ impl ClusterId {
         Ok(Self { pid, started, number: NEXT.fetch_add(1, Ordering::Relaxed) })
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('-').map(str::parse::<u64>);
         let mut next = || parts.next()?.ok();
         let (pid, started, number) = (next()?, next()?, next()?);
         let id = Self { pid: u32::try_from(pid).ok()?, started, number: u32::try_from(number).ok()? };
         (id.to_string() == text).then_some(id)
+    }
+
+    /// The process id of its harness.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// True while its harness lives.
@@ -55,6 +63,11 @@ impl ClusterId {
     /// Its folder.
     pub fn folder(&self) -> PathBuf {
         Path::new(ROOT).join(self.to_string())
+    }
+
+    /// Its folder on disk, if it has real nodes.
+    pub fn disk(&self) -> PathBuf {
+        Path::new(DISK).join(self.to_string())
     }
 
     /// Name of its control group.
@@ -87,11 +100,10 @@ fn started(pid: u32) -> Option<u64> {
 /// Something cannot be removed.
 pub fn sweep() -> Result<Vec<String>, Error> {
     let hierarchy = Hierarchy::detect()?;
-    let mut found: Vec<ClusterId> = names(Path::new(ROOT)).iter().filter_map(|n| ClusterId::parse(n)).collect();
-    for folder in std::iter::once(&hierarchy.unified).chain(&hierarchy.memory) {
-        let groups = names(folder);
-        found.extend(groups.iter().filter_map(|n| ClusterId::parse(n.strip_prefix(GROUP_PREFIX)?)));
-    }
+    let folders = [ROOT, DISK].into_iter().flat_map(|folder| names(Path::new(folder)));
+    let mut found: Vec<ClusterId> = folders.filter_map(|n| ClusterId::parse(&n)).collect();
+    let groups = hierarchy.memory.iter().flat_map(|folder| names(folder)).chain(cgroups::names());
+    found.extend(groups.filter_map(|n| ClusterId::parse(n.strip_prefix(GROUP_PREFIX)?)));
     found.sort_by_key(ToString::to_string);
     found.dedup();
     found.retain(|id| !id.alive());
@@ -117,12 +129,16 @@ pub(crate) fn remove(hierarchy: &Hierarchy, id: &ClusterId) -> Result<(), Error>
     let group = Cgroup::existing(&hierarchy, &id.group());
     group.kill()?;
     group.remove()?;
+    cgroups::remove(&id.group())?;
     // Two harnesses may sweep at once.
-    wait::until(&format!("removing {}", folder.display()), Duration::from_secs(5), || {
-        (fs::remove_dir_all(&folder).is_ok() || !folder.exists()).then_some(())
-    })?;
+    for folder in [folder, id.disk()] {
+        wait::until(&format!("removing {}", folder.display()), Duration::from_secs(20), || {
+            (fs::remove_dir_all(&folder).is_ok() || !folder.exists()).then_some(())
+        })?;
+    }
     // Not empty while there are other clusters.
     let _ = fs::remove_dir(ROOT);
+    let _ = fs::remove_dir(DISK);
     Ok(())
 }
 

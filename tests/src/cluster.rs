@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
+pub(crate) use builder::router;
 pub use builder::{Builder, Mesh, bin_dir};
-pub(crate) use shared::Shared;
+pub(crate) use shared::{Shared, join};
 
 use crate::announce::Agent;
 use crate::capture::{Recorder, Report};

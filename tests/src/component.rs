@@ -13,6 +13,7 @@ type Ready = dyn Fn() -> Result<bool, Error> + Send + Sync;
 pub struct Component {
     spec: Spec,
     ready: Box<Ready>,
+    bound: Duration,
     running: Mutex<Option<Process>>,
 }
 
@@ -24,10 +25,17 @@ impl std::fmt::Debug for Component {
 
 impl Component {
     pub(crate) fn new(spec: Spec, ready: impl Fn() -> Result<bool, Error> + Send + Sync + 'static) -> Self {
-        Self { spec, ready: Box::new(ready), running: Mutex::new(None) }
+        Self { spec, ready: Box::new(ready), bound: wait::READY, running: Mutex::new(None) }
     }
 
-    /// Starts it and waits until it is ready (30 s at most).
+    /// Gives it so long to become ready, instead of [`wait::READY`].
+    #[must_use]
+    pub(crate) fn ready_within(mut self, bound: Duration) -> Self {
+        self.bound = bound;
+        self
+    }
+
+    /// Starts it and waits until it is ready ([`wait::READY`] unless it was given another bound).
     ///
     /// # Errors
     /// It cannot be started, ends early, or is not ready in time.
@@ -55,12 +63,12 @@ impl Component {
         self.spec.start()
     }
 
-    /// Waits until it is ready (30 s at most).
+    /// Waits until it is ready.
     ///
     /// # Errors
     /// It is not running, ends early, or is not ready in time.
     pub fn wait_ready(&self) -> Result<(), Error> {
-        self.with(|process| process.wait_ready(wait::READY, || (self.ready)()))?
+        self.with(|process| process.wait_ready(self.bound, || (self.ready)()))?
     }
 
     /// `kill -9`.

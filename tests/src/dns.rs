@@ -17,6 +17,8 @@ pub enum Code {
     NoError,
     /// Not a question that can be read.
     FormErr,
+    /// The server cannot know now.
+    ServFail,
     /// No such name.
     NxDomain,
 }
@@ -94,6 +96,7 @@ fn answer_within(question: &Question, code: Code, addresses: &[IpAddr], limit: u
         | match code {
             Code::NoError => 0,
             Code::FormErr => 1,
+            Code::ServFail => 2,
             Code::NxDomain => 3,
         };
     let mut count = 0_u16;
@@ -123,6 +126,7 @@ fn answer_within(question: &Question, code: Code, addresses: &[IpAddr], limit: u
 pub fn read_answer(message: &[u8]) -> Option<Answer> {
     let code = match message.get(3)? & 0x0f {
         0 => Code::NoError,
+        2 => Code::ServFail,
         3 => Code::NxDomain,
         _ => Code::FormErr,
     };

@@ -10,7 +10,8 @@ use crate::netns::NetNs;
 
 /// Longest answer read.
 const LIMIT: u64 = 64 << 20;
-const BOUND: Duration = Duration::from_secs(10);
+/// How long a request may take.
+pub(crate) const BOUND: Duration = Duration::from_secs(10);
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,11 +30,27 @@ pub struct Answer {
 /// A broken connection, no answer within 10 s, or what is not HTTP.
 pub fn exchange(stream: TcpStream, method: &str, host: &str, path: &str) -> Result<Answer, Error> {
     let what = || format!("{method} {path} from {host}");
-    let mut stream = stream;
     stream.set_read_timeout(Some(BOUND)).during(what)?;
     stream.set_write_timeout(Some(BOUND)).during(what)?;
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
-    stream.write_all(request.as_bytes()).during(what)?;
+    talk(stream, method, host, path, None)
+}
+
+/// As [`exchange`], over any stream that bounds its own waiting; `body` with its media type.
+pub(crate) fn talk(
+    mut stream: impl Read + Write,
+    method: &str,
+    host: &str,
+    path: &str,
+    body: Option<(&str, &[u8])>,
+) -> Result<Answer, Error> {
+    let what = || format!("{method} {path} from {host}");
+    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n");
+    if let Some((kind, _)) = body {
+        request.push_str(&format!("content-type: {kind}\r\n"));
+    }
+    let body = body.map_or(&[][..], |(_, body)| body);
+    request.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
+    stream.write_all(&[request.as_bytes(), body].concat()).during(what)?;
     let mut bytes = Vec::new();
     stream.take(LIMIT).read_to_end(&mut bytes).during(what)?;
     parse(&bytes).ok_or_else(|| Error::Output {

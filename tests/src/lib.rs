@@ -48,6 +48,7 @@ pub mod forward;
 pub mod http;
 pub mod interop;
 pub mod kube;
+pub mod kubernetes;
 pub mod links;
 pub mod metrics;
 pub mod mounts;

@@ -25,7 +25,7 @@ impl MountNs {
     /// # Errors
     /// The kernel refuses a namespace or a mount.
     pub fn create(bpffs: &[PathBuf]) -> Result<Self, Error> {
-        let fd = on_thread(|| {
+        on_thread(|| {
             unshare(CloneFlags::CLONE_NEWNS).during(|| "making a mount namespace".to_owned())?;
             let none: Option<&Path> = None;
             mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
@@ -35,9 +35,14 @@ impl MountNs {
                 mount(Some("bpf"), folder, Some("bpf"), flags, Some("mode=0700"))
                     .during(|| format!("mounting a BPF filesystem on {}", folder.display()))?;
             }
-            File::open("/proc/thread-self/ns/mnt").during(|| "opening the mount namespace".to_owned())
-        })??;
-        Ok(Self { fd: fd.into() })
+            Self::of_thread()
+        })?
+    }
+
+    /// That of the calling thread.
+    pub(crate) fn of_thread() -> Result<Self, Error> {
+        let file = File::open("/proc/thread-self/ns/mnt").during(|| "opening the mount namespace".to_owned())?;
+        Ok(Self { fd: file.into() })
     }
 
     /// Runs `work` on a thread that sees these mounts, to look at pinned objects for example.

@@ -37,10 +37,26 @@ pub struct Asked {
     pub tcp: bool,
 }
 
+/// What knows the services.
+pub trait Names: std::fmt::Debug + Send + Sync {
+    /// Addresses of `asked` (in lower case, without the last dot) for the client at that address; None if there is no
+    /// such name.
+    ///
+    /// # Errors
+    /// It cannot be known now.
+    fn resolve(&self, client: IpAddr, asked: &str) -> Result<Option<Vec<IpAddr>>, Error>;
+}
+
+impl Names for Directory {
+    fn resolve(&self, client: IpAddr, asked: &str) -> Result<Option<Vec<IpAddr>>, Error> {
+        Ok(Self::resolve(self, client, asked))
+    }
+}
+
 #[derive(Debug)]
 struct State {
     stop: AtomicBool,
-    directory: Arc<Directory>,
+    services: Arc<dyn Names>,
     names: Mutex<BTreeMap<String, Vec<IpAddr>>>,
     asked: Mutex<Vec<Asked>>,
 }
@@ -57,9 +73,9 @@ impl Resolver {
     ///
     /// # Errors
     /// A port cannot be had.
-    pub fn start(network: &NetNs, addresses: &[IpAddr], directory: Arc<Directory>) -> Result<Self, Error> {
+    pub fn start(network: &NetNs, addresses: &[IpAddr], services: Arc<dyn Names>) -> Result<Self, Error> {
         let (names, asked) = (Mutex::default(), Mutex::default());
-        let state = Arc::new(State { stop: AtomicBool::new(false), directory, names, asked });
+        let state = Arc::new(State { stop: AtomicBool::new(false), services, names, asked });
         let mut own = Self { state, threads: Vec::new() };
         for address in addresses {
             let at = SocketAddr::new(*address, 53);
@@ -145,11 +161,12 @@ impl State {
         }
         drop(asked);
         let given = self.names.lock().unwrap_or_else(PoisonError::into_inner).get(&question.name).cloned();
-        let found = given.or_else(|| self.directory.resolve(client.ip(), &question.name));
+        let found = given.map_or_else(|| self.services.resolve(client.ip(), &question.name), |given| Ok(Some(given)));
         match found {
-            Some(addresses) if tcp => dns::answer_tcp(question, Code::NoError, &addresses),
-            Some(addresses) => dns::answer(question, Code::NoError, &addresses),
-            None => dns::answer(question, Code::NxDomain, &[]),
+            Ok(Some(addresses)) if tcp => dns::answer_tcp(question, Code::NoError, &addresses),
+            Ok(Some(addresses)) => dns::answer(question, Code::NoError, &addresses),
+            Ok(None) => dns::answer(question, Code::NxDomain, &[]),
+            Err(_) => dns::answer(question, Code::ServFail, &[]),
         }
     }
 }

@@ -25,6 +25,11 @@ pub fn programs(root: &Path, profile: Profile) -> Result<PathBuf, Failure> {
         command.arg("--release");
     }
     call(&mut command)?;
+    Ok(folder(root, profile))
+}
+
+/// The folder that programs are built into.
+pub fn folder(root: &Path, profile: Profile) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    Ok(target.join(if profile == Profile::Release { "release" } else { "debug" }))
+    target.join(if profile == Profile::Release { "release" } else { "debug" })
 }

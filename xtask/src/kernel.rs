@@ -3,11 +3,11 @@
 //! root here, and nothing of the system is changed.
 
 mod cpio;
-mod debian;
+pub mod debian;
 mod image;
 mod judge;
 mod machine;
-mod store;
+pub mod store;
 mod suite;
 
 use std::fs;

@@ -4,10 +4,12 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command for people")]
 
 mod build;
+mod cluster;
 mod demo;
 mod deny;
 mod ebpf;
 mod kernel;
+mod kubernetes;
 mod prerequisites;
 mod soak;
 mod test;
@@ -33,6 +35,12 @@ Tasks:
           --kernel list     the kernels that can be had
   bench   Compare the mesh with plain TCP on this machine, in release build
           --help            its own options: --output, --compare, --peer, --only, --quick
+  cluster A real Kubernetes on this machine: etcd, control plane, nodes with kubelet and containerd in namespaces
+          up [--nodes N]    starts it and prints its KUBECONFIG
+          load-images       images of the programs in the checkout, onto every node
+          status            nodes, components, process ids
+          down              ends it and removes everything, also after a crash
+          programs          prints the folder of Kubernetes' programs, built once with Go ($KUBERNETES_BIN_DIR instead)
   soak    Run the fuzz targets for long (needs g++)
           --minutes N       for all of them together (default 10)
           --target T        only this one
@@ -48,6 +56,7 @@ Examples:
   cargo xtask demo --once --output json
   cargo xtask test two_nodes
   cargo xtask bench --output bench.json
+  cargo xtask cluster up && export KUBECONFIG=/run/culvert-cluster/culvert/kubeconfig
 
 Tools are kept in $CULVERT_CACHE (default ~/.cache/culvert). Exit codes: 0 done, 1 failed, 2 wrong usage.
 ";
@@ -64,6 +73,7 @@ fn main() -> ExitCode {
         "demo" => demo::run(&root, rest),
         "test" => test::run(&root, rest),
         "bench" => demo::bench(&root, rest),
+        "cluster" => cluster::run(&root, rest),
         "soak" => soak::run(&root, rest),
         "ebpf" => ebpf::run(&root, rest),
         "deny" => deny::run(&root),

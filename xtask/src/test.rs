@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::build::{self, Profile};
-use crate::{Failure, call, cargo, kernel, prerequisites};
+use crate::{Failure, call, cargo, kernel, kubernetes, prerequisites};
 
 /// Builds the programs, then runs the tests with the remaining arguments as filter; with `--kernel`, on another kernel.
 ///
@@ -18,11 +18,20 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
         return kernel::run(root, version, rest);
     }
     prerequisites::check()?;
+    // The tests on a real cluster need it. Who asks for some tests by name may do without.
+    let kubernetes = match kubernetes::programs(root) {
+        Err(Failure(why)) if !args.is_empty() => {
+            println!("tests on a real Kubernetes cluster will fail: {why}");
+            None
+        }
+        programs => Some(programs?),
+    };
     let programs = build::programs(root, Profile::Dev)?;
     let mut command = cargo();
     // A failure does not hide the next one.
     command.args(["test", "--workspace", "--locked", "--no-fail-fast"]).args(args);
     // The end-to-end tests start the programs that were just built.
     command.env("CULVERT_BIN_DIR", programs).current_dir(root);
+    command.envs(kubernetes.map(|folder| (kubernetes::VARIABLE, folder)));
     call(&mut command)
 }

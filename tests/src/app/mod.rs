@@ -1,8 +1,8 @@
 //! The test applications: subcommands of `culvert-app`. Servers run until they are killed; clients print one line of
 //! JSON to standard output and end with 0 if everything was as asked.
 //!
-//! They need nothing of the machine but `CULVERT_RESOLVER` (address of the cluster's resolver) and `CULVERT_MARKER`
-//! (a string put into what they send), which the harness sets.
+//! They need nothing of the machine but `CULVERT_RESOLVER` (address of the cluster's resolver; without it, what
+//! `/etc/resolv.conf` says) and `CULVERT_MARKER` (a string put into what they send), which the harness sets.
 
 pub mod bookinfo;
 pub mod clients;
@@ -62,6 +62,8 @@ enum Command {
     Storm(storm::Options),
     /// Looks a name up at the cluster's resolver.
     Resolve(net::ResolveOptions),
+    /// Does nothing until it is told to end: holds a pod's namespaces.
+    Pause,
 }
 
 /// Runs the command; the exit code is 0 if all went as asked, 1 if not, 2 for wrong usage.
@@ -75,7 +77,7 @@ pub fn run(cli: Cli) -> ExitCode {
         }
     };
     let done = match builder.enable_all().build() {
-        Ok(runtime) => runtime.block_on(dispatch(cli.command)),
+        Ok(runtime) => runtime.block_on(until_told(dispatch(cli.command))),
         Err(error) => Err(error),
     };
     match done {
@@ -85,6 +87,18 @@ pub fn run(cli: Cli) -> ExitCode {
             net::emit(&serde_json::json!({"ok": false, "error": net::kind(&error), "message": error.to_string()}));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The kernel ignores a request to end for the first process of a container, unless that process listens for it.
+async fn until_told(work: impl Future<Output = std::io::Result<bool>>) -> std::io::Result<bool> {
+    if std::process::id() != 1 {
+        return work.await;
+    }
+    let mut told = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        done = work => done,
+        _ = told.recv() => Ok(true),
     }
 }
 
@@ -105,5 +119,6 @@ async fn dispatch(command: Command) -> std::io::Result<bool> {
         Command::Numbered(options) => numbered::run(options).await,
         Command::Storm(options) => storm::run(options).await,
         Command::Resolve(options) => net::resolve_command(options).await,
+        Command::Pause => std::future::pending().await,
     }
 }

@@ -79,17 +79,89 @@ pub async fn resolve_one(target: &str) -> io::Result<SocketAddr> {
 
 /// Addresses of a name: those of the resolver's own family, as a pod of that family would use.
 async fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
-    let answer = ask(name, None, None, false).await?;
-    if answer.code == Code::NoError && !answer.addresses.is_empty() {
-        return Ok(answer.addresses);
+    let names = match Resolver::of_process()? {
+        Resolver::Given(_) => vec![name.to_owned()],
+        Resolver::File(file) => file.names(name),
+    };
+    let mut last = Code::NxDomain;
+    for name in &names {
+        let answer = ask(name, None, None, false).await?;
+        if answer.code == Code::NoError && !answer.addresses.is_empty() {
+            return Ok(answer.addresses);
+        }
+        last = answer.code;
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("{name}: {:?}, no address", answer.code)))
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("{name}: {last:?}, no address")))
+}
+
+/// Whom to ask for names.
+enum Resolver {
+    /// `CULVERT_RESOLVER`, for whole names.
+    Given(SocketAddr),
+    /// What the kubelet wrote.
+    File(ResolvConf),
+}
+
+impl Resolver {
+    fn of_process() -> io::Result<Self> {
+        if let Some(given) = std::env::var("CULVERT_RESOLVER").ok().and_then(|given| given.parse().ok()) {
+            return Ok(Self::Given(given));
+        }
+        let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let none = || {
+            io::Error::new(io::ErrorKind::NotFound, "neither CULVERT_RESOLVER nor /etc/resolv.conf names a resolver")
+        };
+        ResolvConf::parse(&text).map(Self::File).ok_or_else(none)
+    }
+
+    fn server(&self) -> SocketAddr {
+        match self {
+            Self::Given(server) => *server,
+            Self::File(file) => (file.server, 53).into(),
+        }
+    }
+}
+
+/// What of resolv.conf(5) matters here.
+#[derive(Debug, PartialEq)]
+struct ResolvConf {
+    server: IpAddr,
+    search: Vec<String>,
+    ndots: usize,
+}
+
+impl ResolvConf {
+    /// None if it names no server.
+    fn parse(text: &str) -> Option<Self> {
+        let (mut server, mut search, mut ndots) = (None, Vec::new(), 1);
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("nameserver") => server = server.or_else(|| words.next()?.parse().ok()),
+                Some("search") => search = words.map(str::to_owned).collect(),
+                Some("options") => {
+                    ndots = words.find_map(|word| word.strip_prefix("ndots:")?.parse().ok()).unwrap_or(ndots);
+                }
+                _ => {}
+            }
+        }
+        Some(Self { server: server?, search, ndots })
+    }
+
+    /// The whole names to ask for, in order.
+    fn names(&self, name: &str) -> Vec<String> {
+        if let Some(whole) = name.strip_suffix('.') {
+            return vec![whole.to_owned()];
+        }
+        let mut names: Vec<String> = self.search.iter().map(|domain| format!("{name}.{domain}")).collect();
+        let many_dots = name.matches('.').count() >= self.ndots;
+        names.insert(if many_dots { 0 } else { names.len() }, name.to_owned());
+        names
+    }
 }
 
 async fn ask(name: &str, server: Option<SocketAddr>, kind: Option<u16>, tcp: bool) -> io::Result<Answer> {
-    let no_resolver = || io::Error::new(io::ErrorKind::NotFound, "CULVERT_RESOLVER names no resolver");
-    let named = || std::env::var("CULVERT_RESOLVER").ok().and_then(|r| r.parse().ok());
-    let server: SocketAddr = server.or_else(named).ok_or_else(no_resolver)?;
+    let server = server.map_or_else(|| Ok(Resolver::of_process()?.server()), io::Result::Ok)?;
     let id = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |t| (t.subsec_nanos() & 0xffff) as u16);
     let kind = kind.unwrap_or(if server.is_ipv4() { dns::A } else { dns::AAAA });
     let question = dns::ask(id, name, kind).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a name"))?;
@@ -153,7 +225,7 @@ pub fn listen(at: SocketAddr) -> io::Result<TcpListener> {
 pub struct ResolveOptions {
     /// The name.
     name: String,
-    /// Asks this server (`address:port`) instead of the one that CULVERT_RESOLVER names.
+    /// Asks this server (`address:port`) instead of the pod's own.
     #[arg(long)]
     server: Option<SocketAddr>,
     /// Record type: 1 A, 28 AAAA; by default that of the server's family.
@@ -176,4 +248,20 @@ pub async fn resolve_command(options: ResolveOptions) -> io::Result<bool> {
         "ok": ok, "name": options.name, "code": code, "truncated": answer.truncated, "addresses": answer.addresses,
     }));
     Ok(ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_completed_as_the_kubelet_says() {
+        let text = "search shop.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n";
+        let file = ResolvConf::parse(text).expect("a server");
+        assert_eq!(file.server, IpAddr::from([10, 96, 0, 10]));
+        assert_eq!(file.names("web"), ["web.shop.svc.cluster.local", "web.svc.cluster.local", "web"]);
+        assert_eq!(file.names("a.b.c.d.e.f")[0], "a.b.c.d.e.f");
+        assert_eq!(file.names("web."), ["web"]);
+        assert_eq!(ResolvConf::parse("search a\n"), None);
+    }
 }

@@ -198,7 +198,7 @@ impl Builder {
         let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
         let mounts = MountNs::create(&nodes.iter().map(Node::bpffs).collect::<Vec<_>>())?;
         let directory = Arc::new(Directory::create(folder.join("source"), self.families)?);
-        let resolver = Resolver::start(&fabric, &self.families_of_resolver(), Arc::clone(&directory))?;
+        let resolver = Resolver::start(&fabric, &self.families_of_resolver(), Arc::<Directory>::clone(&directory))?;
         Ok(Shared {
             // A process that enters other mounts loses its working folder.
             bins: std::path::absolute(self.bins.clone().map_or_else(bin_dir, Ok)?)
@@ -238,7 +238,7 @@ impl Drop for Unfinished {
 }
 
 /// Makes a namespace forward packets, and gives its loopback addresses that it answers for.
-fn router(network: &NetNs, families: Families, addresses: &[IpAddr]) -> Result<(), Error> {
+pub(crate) fn router(network: &NetNs, families: Families, addresses: &[IpAddr]) -> Result<(), Error> {
     // A new namespace takes over some of the machine's settings; these must not depend on it.
     for (name, value) in [
         ("net/ipv4/ip_forward", "1"),

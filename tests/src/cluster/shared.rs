@@ -148,7 +148,7 @@ impl Shared {
 /// Joins `other` to the fabric: the fabric's end is `172.31.<octet>.1`, the other's `eth0` `172.31.<octet>.2` with the
 /// default route, and the same in IPv6 where the cluster has it. A node's end is captured on the node's side, before it
 /// is up; a host's on the fabric's. A node's pods are reached through it.
-pub(super) fn join(
+pub(crate) fn join(
     recorder: Option<&Recorder>,
     fabric: &NetNs,
     other: &NetNs,

@@ -18,7 +18,7 @@ use crate::error::Context;
 const REQUESTS: Duration = Duration::from_secs(5);
 
 /// A flag that Ctrl-C, SIGTERM and SIGHUP set. A second one ends the program at once; the next run cleans up.
-pub(super) fn interrupts() -> Result<Arc<AtomicBool>, Error> {
+pub(crate) fn interrupts() -> Result<Arc<AtomicBool>, Error> {
     let flag = Arc::new(AtomicBool::new(false));
     let set = Arc::clone(&flag);
     let what = || "waiting for signals".to_owned();

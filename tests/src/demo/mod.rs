@@ -21,6 +21,7 @@ use crate::pod::Pod;
 use crate::{Error, cleanup, http, prerequisites};
 
 use checks::Summary;
+pub(crate) use live::interrupts;
 use print::Progress;
 
 /// What the applications send and the capture looks for.
@@ -105,7 +106,7 @@ fn start_and_watch(options: &Options, progress: &Progress) -> Result<bool, Error
         progress.missing(&missing);
         return Ok(false);
     }
-    let interrupted = live::interrupts()?;
+    let interrupted = interrupts()?;
     let start = Instant::now();
     for id in cleanup::sweep()? {
         progress.step(&format!("removed what the dead run {id} had left"));

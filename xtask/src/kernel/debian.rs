@@ -8,13 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use crate::Failure;
 
-/// The suites that have kernels, oldest first.
+/// The suites that are used, oldest first.
 const SUITES: &str = "bookworm trixie trixie-backports sid";
-/// The suite of the emulator.
-const TOOLS_SUITE: &str = "trixie";
-/// The emulator, what sorts modules, and the shell of the virtual machine.
-const TOOLS: [&str; 3] = ["qemu-system-x86", "kmod", "busybox-static"];
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// What Debian signs its lists with.
+pub const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// How old the lists may be before they are asked for again.
 const FRESH: Duration = Duration::from_hours(24);
 
@@ -190,30 +187,30 @@ impl Debian {
         clean(&scratch)
     }
 
-    /// The emulator's packages with all that they need, named exactly.
+    /// Packages of one suite with all that they need, named exactly.
     ///
     /// # Errors
     /// apt fails.
-    pub fn tools(&self) -> Result<String, Failure> {
-        let planned = output(self.install().arg("--simulate").args(TOOLS))?;
+    pub fn set(&self, suite: &str, packages: &[&str]) -> Result<String, Failure> {
+        let planned = output(self.install(suite).arg("--simulate").args(packages))?;
         Ok(planned.lines().filter(|line| line.starts_with("Inst ")).collect::<Vec<_>>().join("\n"))
     }
 
-    /// Downloads the emulator with all that it needs, libc included, and unpacks it.
+    /// Downloads packages of one suite with all that they need, libc included, and unpacks them.
     ///
     /// # Errors
     /// A package cannot be had or unpacked.
-    pub fn unpack_tools(&self, into: &Path) -> Result<(), Failure> {
+    pub fn unpack_set(&self, suite: &str, packages: &[&str], into: &Path) -> Result<(), Failure> {
         let scratch = self.folder.join("cache/archives");
         clean(&scratch.join("partial"))?;
-        output(self.install().arg("--download-only").args(TOOLS))?;
+        output(self.install(suite).arg("--download-only").args(packages))?;
         unpack_all(&scratch, into)?;
         clean(&scratch)
     }
 
-    fn install(&self) -> Command {
+    fn install(&self, suite: &str) -> Command {
         let mut command = self.command("apt-get");
-        command.args(["install", "-q", "--yes", "--no-install-recommends", "--target-release", TOOLS_SUITE]);
+        command.args(["install", "-q", "--yes", "--no-install-recommends", "--target-release", suite]);
         command
     }
 }

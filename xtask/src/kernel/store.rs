@@ -11,6 +11,11 @@ use sha2::{Digest as _, Sha256};
 use super::debian::{Debian, Kernel, clean, failed, output};
 use crate::Failure;
 
+/// The suite of the emulator.
+const TOOLS_SUITE: &str = "trixie";
+/// The emulator, what sorts modules, and the shell of the virtual machine.
+const TOOLS: [&str; 3] = ["qemu-system-x86", "kmod", "busybox-static"];
+
 /// The folder of a kernel: `vmlinuz`, and `lib/modules/<release>`.
 ///
 /// # Errors
@@ -52,14 +57,14 @@ pub fn kernel(
 /// # Errors
 /// They cannot be had.
 pub fn tools(cache: &Path, debian: &Debian) -> Result<PathBuf, Failure> {
-    let folder = cache.join(format!("tools-{}", short(&debian.tools()?)));
+    let folder = cache.join(format!("tools-{}", short(&debian.set(TOOLS_SUITE, &TOOLS)?)));
     if folder.exists() {
         return Ok(folder);
     }
     println!("taking QEMU and what it needs into {}", folder.display());
     let scratch = cache.join("tools.new");
     clean(&scratch)?;
-    debian.unpack_tools(&scratch)?;
+    debian.unpack_set(TOOLS_SUITE, &TOOLS, &scratch)?;
     fs::rename(&scratch, &folder).map_err(|error| failed(&folder, &error))?;
     Ok(folder)
 }
@@ -126,7 +131,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
 }
 
 /// A short name for a content.
-fn short(text: &str) -> String {
+pub fn short(text: &str) -> String {
     Sha256::digest(text).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
 }
 

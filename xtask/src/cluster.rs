@@ -1,0 +1,30 @@
+//! `cargo xtask cluster`: builds what a real Kubernetes cluster needs, then hands over to `culvert-cluster`.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::build::{self, Profile};
+use crate::{Failure, call, kubernetes, prerequisites};
+
+/// Runs `culvert-cluster` with the arguments, or with `programs` prints the folder of Kubernetes' programs.
+///
+/// # Errors
+/// A missing prerequisite, a failed build, or what the program could not do.
+pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
+    let action = args.first().map_or("", String::as_str);
+    if action == "programs" {
+        println!("{}", kubernetes::programs(root)?.display());
+        return Ok(());
+    }
+    let built = build::folder(root, Profile::Dev);
+    // What takes a cluster down must not depend on whether the checkout compiles.
+    let needs_build = !["down", "status"].contains(&action) || !built.join("culvert-cluster").exists();
+    let programs = if needs_build { build::programs(root, Profile::Dev)? } else { built };
+    let mut command = Command::new(programs.join("culvert-cluster"));
+    command.args(args).arg("--bin-dir").arg(&programs);
+    if action == "up" && !args.iter().any(|arg| arg == "--help" || arg == "-h") {
+        prerequisites::check()?;
+        command.env(kubernetes::VARIABLE, kubernetes::programs(root)?);
+    }
+    call(&mut command)
+}
