@@ -2,11 +2,12 @@
 
 use std::error::Error;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "istio/workload.proto",
     "istio/authorization.proto",
     "istio/ca.proto",
     "envoy/discovery.proto",
+    "culvert/discovery.proto",
     "culvert/node.proto",
 ];
 

@@ -10,6 +10,9 @@ pub const A: u16 = 1;
 /// Record type of an IPv6 address (RFC 3596).
 pub const AAAA: u16 = 28;
 
+/// Record type of where a service is (RFC 2782).
+pub const SRV: u16 = 33;
+
 /// Response codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
@@ -45,6 +48,8 @@ pub struct Answer {
     pub truncated: bool,
     /// Addresses.
     pub addresses: Vec<IpAddr>,
+    /// Where a service is: `name:port`.
+    pub targets: Vec<String>,
 }
 
 /// A question for records of `name`. None if it is no domain name.
@@ -135,7 +140,7 @@ pub fn read_answer(message: &[u8]) -> Option<Answer> {
     }
     let (_, end) = read_name(message, 12)?;
     let mut at = end + 4;
-    let mut addresses = Vec::new();
+    let (mut addresses, mut targets) = (Vec::new(), Vec::new());
     for _ in 0..u16_at(message, 6)? {
         let (_, end) = read_name(message, at)?;
         let length = usize::from(u16_at(message, end + 8)?);
@@ -143,11 +148,12 @@ pub fn read_answer(message: &[u8]) -> Option<Answer> {
         match u16_at(message, end)? {
             A => addresses.push(Ipv4Addr::from(<[u8; 4]>::try_from(data).ok()?).into()),
             AAAA => addresses.push(IpAddr::from(<[u8; 16]>::try_from(data).ok()?)),
+            SRV => targets.push(format!("{}:{}", read_name(message, end + 16)?.0, u16_at(message, end + 14)?)),
             _ => {}
         }
         at = end + 10 + length;
     }
-    Some(Answer { id: u16_at(message, 0)?, code, truncated: message.get(2)? & 2 != 0, addresses })
+    Some(Answer { id: u16_at(message, 0)?, code, truncated: message.get(2)? & 2 != 0, addresses, targets })
 }
 
 /// The name at `at` and where it ends. Pointers (section 4.1.4) must lead backwards, so there is no loop.
@@ -199,7 +205,7 @@ mod tests {
         let v6: IpAddr = [0xfd96, 0, 0, 0, 0, 0, 0, 20].into();
         let all = [v4[0], v6, v4[1]];
         let got = read_answer(&answer(&question, Code::NoError, &all));
-        let expected = Answer { id: 7, code: Code::NoError, truncated: false, addresses: v4.to_vec() };
+        let expected = Answer { id: 7, code: Code::NoError, truncated: false, addresses: v4.to_vec(), targets: vec![] };
         assert_eq!(got, Some(expected.clone()));
         let question6 = Question { kind: AAAA, ..question.clone() };
         let got = read_answer(&answer(&question6, Code::NoError, &all));

@@ -26,7 +26,10 @@ const SERVICES: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, nam
                         ---\napiVersion: v1\nkind: Service\nmetadata: {name: old, namespace: default}\n\
                         spec: {ipFamilies: [IPv4], selector: {app: web}, ports: [{port: 80, targetPort: 7000}]}\n\
                         ---\napiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: default}\n\
-                        spec: {clusterIP: None, selector: {app: db-0}, ports: [{port: 7000}]}\n";
+                        spec: {clusterIP: None, selector: {app: db-0}, ports: [{name: sql, port: 5432, targetPort: 7000}]}\n\
+                        ---\napiVersion: v1\nkind: Service\nmetadata: {name: shop, namespace: default}\n\
+                        spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 7000}, \
+                        {name: grpc, port: 81, targetPort: 7001}]}\n";
 
 /// What getaddrinfo of an ordinary program gives.
 fn getent(pod: &Pod, database: &str, name: &str) -> BTreeSet<IpAddr> {
@@ -108,6 +111,28 @@ fn the_pod_of_a_stateful_set_has_a_name() -> Result<(), Error> {
     let pods = stage.cluster.pods();
     let db = pods.iter().find(|pod| pod.name() == "db-0").expect("db-0");
     assert_eq!(getent(&stage.client, "ahosts", "db-0.db"), set(db.ips()));
+    Ok(())
+}
+
+#[test]
+fn ports_are_found_by_their_names() -> Result<(), Error> {
+    let stage = Stage::start()?;
+    let srv = |name: &str, more: &[&str]| {
+        let answer = resolve(&stage.client, name, &[&["--kind", "33"], more].concat());
+        answer["targets"].as_array().unwrap().iter().map(|one| one.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let (domain, before) = ("default.svc.cluster.local", stage.asked().len());
+    for more in [&[][..], &["--tcp"]] {
+        assert_eq!(srv(&format!("_grpc._tcp.shop.{domain}"), more), [format!("shop.{domain}:81")], "{more:?}");
+        // Headless: the pod, and the port that it listens on.
+        assert_eq!(srv(&format!("_sql._tcp.db.{domain}"), more), [format!("db-0.db.{domain}:7000")], "{more:?}");
+    }
+    assert_eq!(stage.asked().len(), before, "the mesh itself knows them");
+    // What the mesh is not told is the resolver's business: this one has no such names.
+    for name in ["_grpc._udp.shop", "_http._tcp.web"] {
+        assert_eq!(srv(&format!("{name}.{domain}"), &[]), Vec::<String>::new(), "{name}");
+    }
+    assert_eq!(stage.asked().split_off(before), ["_grpc._udp.shop", "_http._tcp.web"].map(|n| format!("{n}.{domain}")));
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use mesh_model::port_names::{EXTENSION, PAYLOAD_TYPE};
+use mesh_proto::extension;
 use mesh_proto::workload as wire;
+use prost::Message as _;
 
 use super::multimap::MultiMap;
 use super::pods::selects;
@@ -121,6 +124,7 @@ impl Index {
             waypoint: self.waypoint(&name.namespace, &service.waypoint),
             load_balancing: load_balancing(&service),
             ip_families: families(service.families).into(),
+            extensions: port_names(&service.ports).into_iter().collect(),
             // Kubernetes' own services are the definition of their host names.
             canonical: true,
             ..Default::default()
@@ -179,6 +183,15 @@ fn port_on_wire(port: &ServicePort) -> wire::Port {
         AppProtocol::Tls => wire::AppProtocol::Tls,
     };
     wire::Port { service_port: port.port.into(), target_port, app_protocol: app_protocol.into() }
+}
+
+/// The extension that names the ports, for a service that has names.
+fn port_names(ports: &[ServicePort]) -> Option<wire::Extension> {
+    let named = ports.iter().filter(|port| !port.name.is_empty());
+    let named = named.map(|port| extension::PortName { service_port: port.port.into(), name: port.name.clone() });
+    let message = extension::PortNames { ports: named.collect() };
+    let config = prost_types::Any { type_url: PAYLOAD_TYPE.to_owned(), value: message.encode_to_vec() };
+    (!message.ports.is_empty()).then(|| wire::Extension { name: EXTENSION.to_owned(), config: Some(config) })
 }
 
 fn load_balancing(service: &Service) -> Option<wire::LoadBalancing> {

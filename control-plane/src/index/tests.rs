@@ -117,6 +117,28 @@ spec: {clusterIP: 10.96.0.7, selector: {app: web}, ports: [{name: http, port: 80
 ";
 
 #[test]
+fn the_names_of_ports_reach_the_proxy() {
+    let spec = "---
+apiVersion: v1
+kind: Service
+metadata: {name: dns, namespace: ns}
+spec:
+  clusterIP: 10.96.0.8
+  ports: [{name: dns, port: 53, protocol: UDP}, {name: dns-tcp, port: 53}, {name: metrics, port: 9153, targetPort: web}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: nameless, namespace: ns}
+spec: {clusterIP: 10.96.0.9, ports: [{port: 80}]}
+";
+    let index = index(spec);
+    let read = |name: &str| mesh_model::Service::try_from(&service(&index, name)).unwrap().port_names;
+    let names = read("dns");
+    assert_eq!((names.port("dns"), names.port("dns-tcp"), names.port("metrics")), (None, Some(53), Some(9153)));
+    assert_eq!((service(&index, "nameless").extensions, read("nameless")), (Vec::new(), Default::default()));
+}
+
+#[test]
 fn a_pod_becomes_a_workload() {
     let text = ENROLLED.to_owned()
         + WEB

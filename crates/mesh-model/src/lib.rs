@@ -17,6 +17,7 @@ pub mod gateway;
 pub mod identity;
 mod intern;
 pub mod policy;
+pub mod port_names;
 pub mod resolve;
 pub mod service;
 pub mod snapshot;

@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::address::{Cidr, InvalidAddress};
 use crate::gateway::{GatewayAddress, InvalidGateway};
 use crate::identity::SpiffeId;
+use crate::port_names::{InvalidPortNames, PortNames};
 use crate::workload::Workload;
 
 /// The key of a service, `<namespace>/<hostname>`, which is also its primary name in discovery.
@@ -30,6 +31,8 @@ pub struct Service {
     pub addresses: Box<[Vip]>,
     /// Ports, by service port, each once.
     pub ports: Box<[ServicePort]>,
+    /// Names of the ports, as far as the control plane tells them.
+    pub port_names: PortNames,
     /// Further identities that endpoints may present. Names that no workload of the mesh can have are left out.
     pub subject_alt_names: Box<[SpiffeId]>,
     /// The waypoint that traffic to this service goes through.
@@ -187,13 +190,15 @@ impl TryFrom<&wire::Service> for Service {
             let address = waypoint.destination.as_ref().ok_or(InvalidGateway::NoDestination)?;
             weighted_waypoints.push((GatewayAddress::try_from(address)?, waypoint.weight));
         }
+        let ports = ports_from_wire(&wire.ports)?;
         Ok(Self {
             key: service_key(&wire.namespace, &wire.hostname),
             name: wire.name.as_str().into(),
             namespace: wire.namespace.as_str().into(),
             hostname: wire.hostname.as_str().into(),
             addresses: wire.addresses.iter().map(Vip::try_from).collect::<Result<_, _>>()?,
-            ports: ports_from_wire(&wire.ports)?,
+            port_names: PortNames::from_wire(&wire.extensions, &ports)?,
+            ports,
             subject_alt_names: wire.subject_alt_names.iter().filter_map(|name| name.parse().ok()).collect(),
             waypoint: wire.waypoint.as_ref().map(GatewayAddress::try_from).transpose()?,
             weighted_waypoints: weighted_waypoints.into(),
@@ -271,6 +276,9 @@ pub enum InvalidService {
     /// A port.
     #[error(transparent)]
     Port(#[from] InvalidPort),
+    /// The names of its ports.
+    #[error("names of ports: {0}")]
+    PortNames(#[from] InvalidPortNames),
     /// A waypoint.
     #[error("waypoint: {0}")]
     Waypoint(#[from] InvalidGateway),

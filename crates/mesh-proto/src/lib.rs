@@ -7,6 +7,8 @@ mod wire {
     include!(concat!(env!("OUT_DIR"), "/wire.rs"));
 }
 
+/// What culvertd tells beyond the shared discovery protocol, `culvert.discovery.v1`.
+pub use wire::culvert::discovery::v1 as extension;
 /// Hand-over of pods and sockets between the agent and the proxy of one node, `culvert.node.v1`.
 pub use wire::culvert::node::v1 as node;
 /// The part of `envoy.config.core.v3` that discovery requests carry.

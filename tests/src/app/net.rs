@@ -228,7 +228,7 @@ pub struct ResolveOptions {
     /// Asks this server (`address:port`) instead of the pod's own.
     #[arg(long)]
     server: Option<SocketAddr>,
-    /// Record type: 1 A, 28 AAAA; by default that of the server's family.
+    /// Record type: 1 A, 28 AAAA, 33 SRV; by default that of the server's family.
     #[arg(long)]
     kind: Option<u16>,
     /// Asks over TCP.
@@ -236,16 +236,17 @@ pub struct ResolveOptions {
     tcp: bool,
 }
 
-/// Prints the addresses of a name.
+/// Prints the addresses of a name, or where a service is.
 ///
 /// # Errors
 /// As [`resolve`].
 pub async fn resolve_command(options: ResolveOptions) -> io::Result<bool> {
     let answer = ask(&options.name, options.server, options.kind, options.tcp).await?;
     let code = format!("{:?}", answer.code);
-    let ok = answer.code == Code::NoError && !answer.addresses.is_empty();
+    let ok = answer.code == Code::NoError && !(answer.addresses.is_empty() && answer.targets.is_empty());
     emit(&serde_json::json!({
         "ok": ok, "name": options.name, "code": code, "truncated": answer.truncated, "addresses": answer.addresses,
+        "targets": answer.targets,
     }));
     Ok(ok)
 }

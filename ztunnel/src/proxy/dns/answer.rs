@@ -1,15 +1,13 @@
 //! What becomes of one query: a pure decision over a snapshot.
 
-use std::net::IpAddr;
-
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, Query};
-use hickory_proto::rr::rdata::{A, AAAA, CNAME, SOA};
+use hickory_proto::rr::rdata::{CNAME, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use mesh_model::Snapshot;
 
 use super::message;
 use super::metrics::Outcome;
-use super::resolve::{Found, resolve};
+use super::resolve::{Found, FoundService, resolve, resolve_service};
 use crate::proxy::local::LocalPod;
 
 /// Seconds that what we say may be kept, also that there is nothing.
@@ -26,6 +24,12 @@ const OUR_UDP: u16 = 1232;
 
 /// Tries to make an answer fit by leaving out records.
 const CUTS: usize = 4;
+
+/// Types of records that are answered.
+const TYPES: [RecordType; 3] = [RecordType::A, RecordType::AAAA, RecordType::SRV];
+
+/// Rank of all SRV records: there is no second choice.
+const PRIORITY: u16 = 0;
 
 /// How the query came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,15 +68,19 @@ pub fn decide(
     // Most queries are told apart here, before anything is decoded.
     let Some(asked) = message::question(query) else { return Decision::Forward };
     let of_type = message::u16_at(query, asked.end - 4);
-    if ![RecordType::A, RecordType::AAAA].map(|known| Some(u16::from(known))).contains(&of_type) {
+    if !TYPES.map(|known| Some(u16::from(known))).contains(&of_type) {
         return Decision::Forward;
     }
     let Ok(decoded) = Message::from_vec(query) else { return Decision::Forward };
     let Some(question) = plain_question(&decoded) else { return Decision::Forward };
     let Some(name) = host_name(&question.name) else { return Decision::Forward };
-    let Some(mut found) = resolve(snapshot, client, domain, &name) else { return Decision::Forward };
-    random.shuffle(&mut found.addresses);
-    match respond(&decoded, question, &name, domain, &found, transport) {
+    let content = if question.query_type == RecordType::SRV {
+        resolve_service(snapshot, client, domain, &name).and_then(|found| Content::of_service(found, random))
+    } else {
+        resolve(snapshot, client, domain, &name).map(|found| Content::of_host(found, question.query_type, random))
+    };
+    let Some(content) = content else { return Decision::Forward };
+    match respond(&decoded, question, &name, domain, content, transport) {
         Some((answer, outcome)) => Decision::Answer(answer, outcome),
         None => Decision::Forward,
     }
@@ -109,12 +117,42 @@ fn host_name(name: &Name) -> Option<String> {
     Some(text).filter(|text| !text.is_empty())
 }
 
+/// What an answer says.
+struct Content {
+    /// The name that is meant, where it is not the one that was asked for.
+    alias_of: Option<String>,
+    data: Vec<RData>,
+    /// What the client would ask for next.
+    additional: Vec<Record>,
+}
+
+impl Content {
+    fn of_host(mut found: Found, of_type: RecordType, random: &mut fastrand::Rng) -> Self {
+        random.shuffle(&mut found.addresses);
+        let data = found.addresses.into_iter().map(RData::from).filter(|data| data.record_type() == of_type).collect();
+        Self { alias_of: found.alias_of, data, additional: Vec::new() }
+    }
+
+    /// None: one of the names is too long.
+    fn of_service(mut found: FoundService, random: &mut fastrand::Rng) -> Option<Self> {
+        random.shuffle(&mut found.targets);
+        let (mut data, mut additional) = (Vec::with_capacity(found.targets.len()), Vec::new());
+        for target in found.targets {
+            let name = Name::from_ascii(format!("{}.", target.name)).ok()?;
+            let addresses = target.addresses.into_iter().map(RData::from);
+            additional.extend(addresses.map(|data| Record::from_rdata(name.clone(), TTL, data)));
+            data.push(RData::SRV(SRV::new(PRIORITY, target.weight, target.port, name)));
+        }
+        Some(Self { alias_of: found.alias_of, data, additional })
+    }
+}
+
 fn respond(
     query: &Message,
     question: &Query,
     name: &str,
     domain: &str,
-    found: &Found,
+    content: Content,
     transport: Transport,
 ) -> Option<(Vec<u8>, Outcome)> {
     let mut response = Message::response(query.metadata.id, OpCode::Query);
@@ -124,21 +162,16 @@ fn respond(
     response.queries.push(question.clone());
     // Where the records stand: behind an alias if a search domain was appended.
     let mut owner = question.name.clone();
-    if let Some(alias_of) = &found.alias_of {
+    if let Some(alias_of) = &content.alias_of {
         let meant = Name::from_ascii(format!("{alias_of}.")).ok()?;
         response.answers.push(Record::from_rdata(owner, TTL, RData::CNAME(CNAME(meant.clone()))));
         owner = meant;
     }
-    let before = response.answers.len();
-    let data = found.addresses.iter().filter_map(|ip| match (question.query_type, ip) {
-        (RecordType::A, IpAddr::V4(v4)) => Some(RData::A(A(*v4))),
-        (RecordType::AAAA, IpAddr::V6(v6)) => Some(RData::AAAA(AAAA(*v6))),
-        (_, IpAddr::V4(_) | IpAddr::V6(_)) => None,
-    });
-    response.answers.extend(data.map(|data| Record::from_rdata(owner.clone(), TTL, data)));
-    let outcome = if response.answers.len() == before { Outcome::NoData } else { Outcome::Answered };
+    let outcome = if content.data.is_empty() { Outcome::NoData } else { Outcome::Answered };
+    response.answers.extend(content.data.into_iter().map(|data| Record::from_rdata(owner.clone(), TTL, data)));
+    response.additionals = content.additional;
     if outcome == Outcome::NoData {
-        let meant = found.alias_of.as_deref().unwrap_or(name);
+        let meant = content.alias_of.as_deref().unwrap_or(name);
         response.authorities.push(authority(meant, domain)?);
     }
     let limit = match (transport, &query.edns) {
@@ -164,8 +197,17 @@ fn authority(name: &str, domain: &str) -> Option<Record> {
     Some(Record::from_rdata(zone, TTL, RData::SOA(soa)))
 }
 
-/// The bytes of an answer of at most `limit`; with fewer records, and marked as cut, where it would be longer.
+/// The bytes of an answer of at most `limit`. Where it would be longer, without additional records (RFC 2181, section 9),
+/// and if that is not enough with fewer answers, and marked as cut.
 fn encode(mut response: Message, limit: usize) -> Option<Vec<u8>> {
+    if !response.additionals.is_empty() {
+        if (response.answers.len() + response.additionals.len()) * 16 <= limit
+            && let Some(bytes) = response.to_vec().ok().filter(|bytes| bytes.len() <= limit)
+        {
+            return Some(bytes);
+        }
+        response.additionals.clear();
+    }
     // An address takes 16 bytes at least.
     let most = limit / 16;
     if response.answers.len() > most {

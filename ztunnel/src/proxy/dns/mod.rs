@@ -6,6 +6,7 @@
 //! |---|---|
 //! | A, AAAA of a service that the pod sees | answered: virtual addresses, or those of the ready endpoints; NODATA for the other family |
 //! | A, AAAA of an endpoint of a headless service | answered |
+//! | SRV of a service that the pod sees, for a port whose name culvertd told | answered: the service, or its ready endpoints |
 //! | any other type or name, or discovery has not told all yet | forwarded as it is |
 //! | an answer, or what is shorter than a header | dropped |
 //!

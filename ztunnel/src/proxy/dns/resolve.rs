@@ -18,6 +18,9 @@ const ENDPOINTS: usize = 1000;
 /// Labels of a name that may be short for one with search domains: with more, resolvers do not search.
 const SHORT: usize = 4;
 
+/// Weight of a record that is the only one.
+const WHOLE: u16 = 100;
+
 /// What is known of a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
@@ -27,47 +30,93 @@ pub struct Found {
     pub alias_of: Option<String>,
 }
 
+/// Where a service is to be found, as SRV records say it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundService {
+    /// Each once; never empty.
+    pub targets: Vec<Target>,
+    /// As in [`Found`].
+    pub alias_of: Option<String>,
+}
+
+/// One SRV record, with the addresses of what it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Full name, without a dot at its end.
+    pub name: String,
+    /// Port to connect to.
+    pub port: u16,
+    /// Share in proportion to the other targets.
+    pub weight: u16,
+    /// Addresses of both families.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// What the mesh knows of `name`, in lower case and without a dot at its end, for the pod `client` of the cluster whose
 /// names end in `domain`. None: not known, or not fully.
 pub fn resolve(snapshot: &Snapshot, client: &LocalPod<'_>, domain: &str, name: &str) -> Option<Found> {
-    let workload = client.workload(snapshot);
-    let from = client.viewpoint(workload);
-    let resolver = Resolver { snapshot, from, domain };
-    // The search domains that Kubernetes gives a pod.
-    let searched = [format!("{}.svc.{domain}", client.namespace), format!("svc.{domain}"), domain.to_owned()];
-    if let Some((addresses, _)) = resolver.as_typed(name, &searched) {
-        return Some(Found { addresses, alias_of: None });
-    }
-    for search in &searched {
-        let Some(meant) = name.strip_suffix(search.as_str()).and_then(|rest| rest.strip_suffix('.')) else { continue };
-        // One label is a service of the cluster or nothing.
-        if meant.contains('.')
-            && let Some((addresses, full)) = resolver.as_typed(meant, &searched)
-        {
-            return Some(Found { addresses, alias_of: Some(full) });
-        }
-    }
-    None
+    let resolver = Resolver::new(snapshot, client, domain);
+    let (addresses, alias_of) =
+        resolver.search(name, |name| resolver.exactly(name), |name| resolver.in_cluster(name))?;
+    Some(Found { addresses, alias_of })
+}
+
+/// As [`resolve`], for a name `_<port>._<protocol>.<service>` (Kubernetes DNS specification 1.1, sections 2.3.2 and 2.4.2).
+/// None also for what is not told to the mesh: ports of other protocols than TCP, and the names of a control plane that does
+/// not tell them.
+pub fn resolve_service(snapshot: &Snapshot, client: &LocalPod<'_>, domain: &str, name: &str) -> Option<FoundService> {
+    let (port, rest) = name.strip_prefix('_')?.split_once('.')?;
+    let host = rest.strip_prefix("_tcp.")?;
+    let resolver = Resolver::new(snapshot, client, domain);
+    let look_up = |host: &str| resolver.targets(host, port);
+    let (targets, alias_of) = resolver.search(host, look_up, look_up)?;
+    Some(FoundService { targets, alias_of: alias_of.map(|full| format!("_{port}._tcp.{full}")) })
 }
 
 struct Resolver<'a> {
     snapshot: &'a Snapshot,
     from: Viewpoint<'a>,
     domain: &'a str,
+    /// The search domains that Kubernetes gives the pod.
+    searched: [String; 3],
 }
 
 impl<'a> Resolver<'a> {
-    /// Addresses of a name that may be short, with the full name.
-    fn as_typed(&self, name: &str, searched: &[String]) -> Option<(Vec<IpAddr>, String)> {
-        if let Some(addresses) = self.exactly(name) {
-            return Some((addresses, name.to_owned()));
+    fn new(snapshot: &'a Snapshot, client: &'a LocalPod<'_>, domain: &'a str) -> Self {
+        let from = client.viewpoint(client.workload(snapshot));
+        let searched = [format!("{}.svc.{domain}", client.namespace), format!("svc.{domain}"), domain.to_owned()];
+        Self { snapshot, from, domain, searched }
+    }
+
+    /// What is known of a name, with the full name that is meant where a search domain was appended to it. `exactly` knows
+    /// full names, `in_cluster` those that a search domain was put behind.
+    fn search<T>(
+        &self,
+        name: &str,
+        exactly: impl Fn(&str) -> Option<T>,
+        in_cluster: impl Fn(&str) -> Option<T>,
+    ) -> Option<(T, Option<String>)> {
+        // Of a name that may be short, with the full name.
+        let as_typed = |name: &str| {
+            if let Some(found) = exactly(name) {
+                return Some((found, name.to_owned()));
+            }
+            if name.split('.').count() > SHORT {
+                return None;
+            }
+            self.searched.iter().find_map(|search| {
+                let full = format!("{name}.{search}");
+                in_cluster(&full).map(|found| (found, full))
+            })
+        };
+        if let Some((found, _)) = as_typed(name) {
+            return Some((found, None));
         }
-        if name.split('.').count() > SHORT {
-            return None;
-        }
-        searched.iter().find_map(|search| {
-            let full = format!("{name}.{search}");
-            self.in_cluster(&full).map(|addresses| (addresses, full))
+        self.searched.iter().find_map(|search| {
+            let meant = name.strip_suffix(search.as_str())?.strip_suffix('.')?;
+            // One label is a service of the cluster or nothing.
+            let (found, full) = meant.contains('.').then(|| as_typed(meant))??;
+            Some((found, Some(full)))
         })
     }
 
@@ -140,6 +189,45 @@ impl<'a> Resolver<'a> {
         known.then_some(addresses)
     }
 
+    /// Where the port of that name of a service is to be found.
+    fn targets(&self, host: &str, port: &str) -> Option<Vec<Target>> {
+        let service = self.seen(host).filter(|_| !host.starts_with('*'))?;
+        let port = service.port_names.port(port)?;
+        let addresses = self.virtual_addresses(service);
+        if addresses.is_empty() {
+            return self.endpoint_targets(service, host, port);
+        }
+        // As of its addresses.
+        (service.load_balancing.mode != LoadBalancingMode::Passthrough)
+            .then(|| vec![Target { name: host.to_owned(), port, weight: WHOLE, addresses }])
+    }
+
+    /// The ready endpoints of a headless service of the cluster, with the ports that they themselves listen on.
+    fn endpoint_targets(&self, service: &Service, host: &str, port: u16) -> Option<Vec<Target>> {
+        // Of others, endpoints have no names.
+        host.strip_suffix(self.domain)?.strip_suffix(".svc.")?;
+        let ready = self.snapshot.some_ready_endpoints(service.key(), ENDPOINTS);
+        let here = ready.into_iter().filter(|workload| self.is_here(workload));
+        let target = |workload: &Arc<Workload>| {
+            Some(Target {
+                name: format!("{}.{host}", self.label(workload)?),
+                port: workload.target_port(service, port)?,
+                weight: u16::try_from(workload.capacity).unwrap_or(u16::MAX),
+                addresses: workload.addresses.to_vec(),
+            })
+        };
+        Some(here.filter_map(target).collect::<Vec<_>>()).filter(|all| !all.is_empty())
+    }
+
+    /// What [`Self::endpoint`] knows an endpoint as.
+    fn label(&self, workload: &Workload) -> Option<String> {
+        let by_name = format!("{}//Pod/{}/{}", self.from.cluster_id, workload.namespace, workload.name);
+        if is_ordinal(workload) && *workload.uid == *by_name {
+            return Some(workload.name.to_string());
+        }
+        workload.addresses.first().map(|ip| with_dashes(*ip))
+    }
+
     fn is_here(&self, workload: &Workload) -> bool {
         *workload.network == *self.from.network
     }
@@ -157,6 +245,13 @@ fn is_ordinal(workload: &Workload) -> bool {
 fn dashed(label: &str) -> Option<IpAddr> {
     let v4 = label.replace('-', ".").parse().ok();
     v4.or_else(|| label.replace('-', ":").parse().ok())
+}
+
+/// The label of an address, as [`dashed`] reads it: labels do not begin or end with a dash.
+fn with_dashes(ip: IpAddr) -> String {
+    let text = ip.to_string().replace(['.', ':'], "-");
+    let zero = |at_end: bool| if at_end { "0" } else { "" };
+    format!("{}{text}{}", zero(text.starts_with('-')), zero(text.ends_with('-')))
 }
 
 fn each_once(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {

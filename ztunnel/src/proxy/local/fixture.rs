@@ -2,8 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use mesh_model::port_names::{EXTENSION, PAYLOAD_TYPE};
 use mesh_model::{Snapshot, SpiffeId};
-use mesh_proto::workload as wire;
+use mesh_proto::{extension, workload as wire};
+use prost::Message as _;
 
 use super::LocalPod;
 
@@ -49,6 +51,15 @@ pub fn service(name: &str, vip: &str, ports: &[(u32, u32)]) -> wire::Service {
         ports: wire_ports(ports),
         ..Default::default()
     }
+}
+
+/// Names a service's ports, as culvertd does.
+pub fn with_port_names(mut service: wire::Service, names: &[(&str, u32)]) -> wire::Service {
+    let port = |(name, port): &(&str, u32)| extension::PortName { service_port: *port, name: (*name).into() };
+    let message = extension::PortNames { ports: names.iter().map(port).collect() };
+    let config = prost_types::Any { type_url: PAYLOAD_TYPE.into(), value: message.encode_to_vec() };
+    service.extensions.push(wire::Extension { name: EXTENSION.into(), config: Some(config) });
+    service
 }
 
 pub fn network_address(ip: &str) -> wire::NetworkAddress {

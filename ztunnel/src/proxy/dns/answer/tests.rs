@@ -1,21 +1,29 @@
 use hickory_proto::op::ResponseCode;
+use hickory_proto::rr::rdata::A;
 use mesh_proto::workload as wire;
 use proptest::prelude::*;
 
 use super::*;
-use crate::proxy::local::fixture::{id, in_service, ip, local, mesh, network_address, pod, service};
+use crate::proxy::local::fixture::{id, in_service, ip, local, mesh, network_address, pod, service, with_port_names};
 
-/// `reviews` has an IPv4 address, `many` is headless with 100 endpoints, `api.example.com` is of the outside.
+/// `reviews` has an IPv4 address, `many` and `few` are headless with 100 and 10 endpoints, `api.example.com` is of the outside.
 fn shop() -> Snapshot {
-    let many = wire::Service { addresses: Vec::new(), ..service("many", "10.96.0.9", &[]) };
-    let pods: Vec<_> =
-        (1..=100).map(|i| in_service(pod(&format!("many-{i}"), &[&format!("10.0.1.{i}")]), "many", &[])).collect();
+    let ports = &[(80, 8080)][..];
+    let names = &[("http", 80)][..];
+    let many = wire::Service { addresses: Vec::new(), ..service("many", "10.96.0.9", ports) };
+    let few = wire::Service { addresses: Vec::new(), ..service("few", "10.96.0.9", ports) };
+    let endpoints = |name: &str, count, net: u8| -> Vec<_> {
+        let endpoint = |i| in_service(pod(&format!("{name}-{i}"), &[&format!("10.0.{net}.{i}")]), name, &[]);
+        (1..=count).map(endpoint).collect()
+    };
+    let pods = [endpoints("many", 100, 1), endpoints("few", 10, 2)].concat();
     let outside = wire::Service {
         hostname: "api.example.com".into(),
         addresses: vec![network_address("240.0.0.1"), network_address("2001:db8:f::1")],
         ..service("api", "240.0.0.1", &[])
     };
-    mesh(&pods, &[service("reviews", "10.96.0.1", &[]), many, outside])
+    let reviews = with_port_names(service("reviews", "10.96.0.1", ports), names);
+    mesh(&pods, &[reviews, with_port_names(many, names), with_port_names(few, names), outside])
 }
 
 fn decide_at(snapshot: Option<&Snapshot>, query: &[u8], transport: Transport) -> Decision {
@@ -144,6 +152,49 @@ fn an_answer_is_as_long_as_the_client_takes() {
     assert!(cut.metadata.truncation && length <= 512, "{length}");
     let (whole, ..) = answered_over(&many(), Transport::Tcp);
     assert_eq!((whole.metadata.truncation, whole.answers.len()), (false, 100));
+}
+
+#[test]
+fn a_named_port_is_told_with_the_addresses_of_its_target() {
+    let (answer, _, outcome) = answered(&query("_HTTP._tcp.Reviews.shop.svc.cluster.local.", RecordType::SRV));
+    assert_eq!((outcome, answer.metadata.response_code), (Outcome::Answered, ResponseCode::NoError));
+    let target = Name::from_ascii("reviews.shop.svc.cluster.local.").unwrap();
+    let [record] = answer.answers.as_slice() else { panic!("{answer:?}") };
+    assert_eq!(record.name, answer.queries[0].name);
+    assert_eq!((record.ttl, &record.data), (TTL, &RData::SRV(SRV::new(0, 100, 80, target.clone()))));
+    assert_eq!(answer.additionals, [Record::from_rdata(target, TTL, RData::A(A([10, 96, 0, 1].into())))]);
+    // With a search domain too much.
+    let (answer, ..) = answered(&query("_http._tcp.reviews.shop.shop.svc.cluster.local.", RecordType::SRV));
+    let meant = Name::from_ascii("_http._tcp.reviews.shop.svc.cluster.local.").unwrap();
+    assert_eq!(answer.answers[0].data, RData::CNAME(CNAME(meant.clone())));
+    assert_eq!((&answer.answers[1].name, answer.answers[1].record_type()), (&meant, RecordType::SRV));
+    for name in ["_grpc._tcp.reviews.shop.svc.cluster.local.", "_http._udp.reviews.shop.svc.cluster.local."] {
+        assert!(forwarded(&query(name, RecordType::SRV)), "{name}");
+    }
+    assert!(forwarded(&query("_http._tcp.reviews.shop.svc.cluster.local.", RecordType::TXT)));
+}
+
+#[test]
+fn additional_addresses_are_left_out_before_an_answer_is_cut() {
+    let srv = || query("_http._tcp.many.shop.svc.cluster.local.", RecordType::SRV);
+    let counts = |answer: &Message| (answer.metadata.truncation, answer.answers.len(), answer.additionals.len());
+    let (whole, length, _) = answered_over(&srv(), Transport::Tcp);
+    assert_eq!(counts(&whole), (false, 100, 100));
+    let (cut, short, _) = answered(&srv());
+    assert!(cut.metadata.truncation && cut.additionals.is_empty() && short <= 512, "{short}");
+    let (cut, short, _) = answered(&with_edns(srv(), 4096, 0));
+    assert!(cut.metadata.truncation && cut.additionals.is_empty() && cut.edns.is_some(), "{:?}", counts(&cut));
+    assert!((2000..=4096).contains(&short) && length > 4096, "{short} of {length}");
+    // Too long by its additional records alone.
+    let few = || query("_http._tcp.few.shop.svc.cluster.local.", RecordType::SRV);
+    let (whole, length, _) = answered(&with_edns(few(), 4096, 0));
+    assert_eq!(counts(&whole), (false, 10, 10));
+    let (less, shorter, _) = answered(&with_edns(few(), u16::try_from(length).unwrap() - 1, 0));
+    assert_eq!(counts(&less), (false, 10, 0));
+    assert!(shorter < length, "{shorter} of {length}");
+    // One target with its address fits anywhere.
+    let (whole, ..) = answered(&with_edns(query("_http._tcp.reviews.", RecordType::SRV), 0, 0));
+    assert_eq!((counts(&whole), whole.edns.is_some()), ((false, 1, 1), true));
 }
 
 proptest! {
