@@ -2,7 +2,8 @@
 //!
 //! Every workload that claims the service is a member, whether or not the service is known yet. The ready ones are
 //! filed under what they have in common with clients: their network, and each prefix of the service's routing
-//! preference. Choosing is then a look-up of the longest prefix that fits the client, and a random pick in it.
+//! preference. Choosing is then a look-up of the longest prefix that fits the client, and a random pick in it; for a
+//! connection that has failed there, in what is left of it, then in the next shorter one.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -13,6 +14,9 @@ use crate::resolve::Viewpoint;
 use crate::service::{LoadBalancingMode, LocalityScope, Service};
 use crate::weighted::WeightedSet;
 use crate::workload::Workload;
+
+/// Endpoints of one group that one connection tries: where several fail, the rest of a zone is no better.
+const TRIES: usize = 3;
 
 /// Members and ready endpoints of one service.
 #[derive(Debug, Clone, Default)]
@@ -111,20 +115,36 @@ impl ServiceEndpoints {
         self.members.is_empty() && self.layout.is_none()
     }
 
-    /// A random ready endpoint of those nearest to the client that serve `port`; any port with None.
+    /// A random ready endpoint of those nearest to the client that serve `port`, any port with None; none of `tried`, which
+    /// are uids. Those that are as near as several that were tried are given up, for the next nearest if the service
+    /// allows them.
     pub(crate) fn pick(
         &self,
         port: Option<u16>,
         from: &Viewpoint<'_>,
         random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
     ) -> Option<&Arc<Workload>> {
         let layout = self.layout.as_ref()?;
         let groups = self.groups(layout, port)?;
         let mut key = String::new();
-        layout.prefixes().find_map(|prefix| {
+        // Each group holds the one before, which is nearer.
+        let (mut nearer, mut tried_nearer): (Option<&WeightedSet>, usize) = (None, 0);
+        for prefix in layout.prefixes() {
             group_key(&mut key, from, prefix);
-            groups.get(key.as_str())?.pick(random)
-        })
+            let Some(group) = groups.get(key.as_str()) else { continue };
+            let tried_in_all = tried.iter().filter(|uid| group.contains(uid)).count();
+            if tried_in_all - tried_nearer < TRIES {
+                let is_left = |one: &Workload| {
+                    !tried.contains(&one.uid) && !nearer.is_some_and(|nearer| nearer.contains(&one.uid))
+                };
+                if let Some(picked) = group.pick_if(random, is_left) {
+                    return Some(picked);
+                }
+            }
+            (nearer, tried_nearer) = (Some(group), tried_in_all);
+        }
+        None
     }
 
     /// Every endpoint that is ready for `port` in any network, by uid within a network; any port with None.

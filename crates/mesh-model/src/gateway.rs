@@ -108,7 +108,7 @@ pub enum UnresolvedGateway {
 }
 
 impl Snapshot {
-    /// Chooses an instance of the gateway that `address` names.
+    /// Chooses an instance of the gateway that `address` names, none of `tried`, as [`Snapshot::select`] does.
     ///
     /// A gateway that is a service keeps to the service's own load balancing; its HBONE port is looked up among the
     /// service's ports, and taken as it is when the service does not list it.
@@ -121,19 +121,20 @@ impl Snapshot {
         from: &Viewpoint<'_>,
         reach: &Reach,
         random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
     ) -> Result<GatewayInstance, UnresolvedGateway> {
         let service = match &address.destination {
             GatewayDestination::Service(key) => Some(self.service_by_name(key).ok_or(UnresolvedGateway::Unknown)?),
             GatewayDestination::Address(at) => self.service_by_vip(&at.network, at.ip),
         };
         if let Some(service) = service {
-            return self.gateway_of_service(service, address.hbone_port, from, reach, random);
+            return self.gateway_of_service(service, address.hbone_port, from, reach, random, tried);
         }
         let GatewayDestination::Address(at) = &address.destination else {
             return Err(UnresolvedGateway::Unknown);
         };
         let workload = self.workload_by_ip(&at.network, at.ip).ok_or(UnresolvedGateway::Unknown)?;
-        if !workload.healthy {
+        if !workload.healthy || tried.contains(&workload.uid) {
             return Err(UnresolvedGateway::NoReadyInstance);
         }
         // The very address that was configured where it can be reached, else another one of the same workload.
@@ -154,8 +155,9 @@ impl Snapshot {
         from: &Viewpoint<'_>,
         reach: &Reach,
         random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
     ) -> Result<GatewayInstance, UnresolvedGateway> {
-        let workload = self.select_any(service, from, random).ok_or(UnresolvedGateway::NoReadyInstance)?;
+        let workload = self.select_any(service, from, random, tried).ok_or(UnresolvedGateway::NoReadyInstance)?;
         let ip = workload.address_for(reach).ok_or(UnresolvedGateway::NoCommonFamily)?;
         let target = workload.target_port(service, port).unwrap_or(port);
         Ok(GatewayInstance {

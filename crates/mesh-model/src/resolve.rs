@@ -113,28 +113,33 @@ impl Snapshot {
 
     /// Chooses a ready endpoint in the client's network that serves `service_port`: at random in proportion to
     /// capacity, within what the service's load balancing prefers. None: there is none.
+    ///
+    /// `tried` are the uids of endpoints that the connection has failed to reach: another one is chosen, as near if there
+    /// are such and not too many of them have failed, else the next nearest that the load balancing allows.
     pub fn select(
         &self,
         service: &Service,
         service_port: u16,
         from: &Viewpoint<'_>,
         random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
     ) -> Option<Endpoint<'_>> {
         // An endpoint may list more ports than the service has.
         service.port(service_port)?;
-        let workload = self.endpoints_of(service.key())?.pick(Some(service_port), from, random)?;
+        let workload = self.endpoints_of(service.key())?.pick(Some(service_port), from, random, tried)?;
         let target_port = workload.target_port(service, service_port)?;
         Some(Endpoint { workload, target_port })
     }
 
-    /// Chooses a ready endpoint in the client's network whatever its ports are.
+    /// As [`Self::select`], whatever the endpoint's ports are.
     pub fn select_any(
         &self,
         service: &Service,
         from: &Viewpoint<'_>,
         random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
     ) -> Option<&Arc<Workload>> {
-        self.endpoints_of(service.key())?.pick(None, from, random)
+        self.endpoints_of(service.key())?.pick(None, from, random, tried)
     }
 
     /// Endpoints of the service of that key that are ready for anything, in any network; at most `limit`, of each network
@@ -153,3 +158,6 @@ impl Snapshot {
         self.endpoints_of(service).map_or_else(Vec::new, |endpoints| endpoints.ready(service_port))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,9 @@ pub(crate) struct WeightedSet {
     root: Tree,
 }
 
+/// Picks that may be in vain before every member is looked at.
+const DRAWS: usize = 8;
+
 type Tree = Option<Arc<Node>>;
 
 #[derive(Debug, Clone)]
@@ -77,6 +80,30 @@ impl WeightedSet {
             }
         }
         None
+    }
+
+    /// As [`Self::pick`], of those members alone that `may` lets be. Takes O(log n) while they are not few; else it looks at
+    /// every member.
+    pub(crate) fn pick_if(
+        &self,
+        random: &mut fastrand::Rng,
+        may: impl Fn(&Workload) -> bool,
+    ) -> Option<&Arc<Workload>> {
+        for _ in 0..DRAWS {
+            let picked = self.pick(random)?;
+            if may(picked) {
+                return Some(picked);
+            }
+        }
+        // Each takes the place of the one before with the probability that is its share of all so far.
+        let (mut chosen, mut total) = (None, 0);
+        for workload in self.iter().filter(|workload| workload.capacity > 0 && may(workload)) {
+            total += u64::from(workload.capacity);
+            if random.u64(0..total) < u64::from(workload.capacity) {
+                chosen = Some(workload);
+            }
+        }
+        chosen
     }
 
     /// Whether nothing is in it.

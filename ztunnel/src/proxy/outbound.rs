@@ -110,8 +110,8 @@ fn decide(worker: &Worker, pod: &Pod, asked: Asked) -> Result<Way, (Box<Reached>
     }
 }
 
-/// Another way to the same service, by none of these next hops.
-fn alternative(worker: &Worker, pod: &Pod, asked: Asked, tried: &[SocketAddr]) -> Option<Way> {
+/// Another way to the same service, to none of these workloads.
+fn alternative(worker: &Worker, pod: &Pod, asked: Asked, tried: &[Arc<str>]) -> Option<Way> {
     let shared = &worker.shared;
     let snapshot = shared.state.snapshot();
     let local = shared.local(pod);

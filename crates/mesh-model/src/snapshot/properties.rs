@@ -295,7 +295,7 @@ fn check_choice(snapshot: &Snapshot, naive: &Naive, key: &str) -> Result<(), Tes
             let mut left = naive.candidates(key, port, &from);
             let candidates = left.clone();
             for _ in 0..200 {
-                let chosen = snapshot.select(service, port, &from, &mut random);
+                let chosen = snapshot.select(service, port, &from, &mut random, &[]);
                 prop_assert_eq!(chosen.is_none(), candidates.is_empty());
                 let Some(chosen) = chosen else { break };
                 prop_assert!(candidates.contains(&*chosen.workload.uid));
@@ -350,7 +350,7 @@ proptest! {
                 for from in viewpoints() {
                     let choose = |snapshot: &Snapshot| {
                         let mut random = fastrand::Rng::with_seed(seed);
-                        snapshot.select(service, port, &from, &mut random).map(|to| to.workload.uid.to_string())
+                        snapshot.select(service, port, &from, &mut random, &[]).map(|to| to.workload.uid.to_string())
                     };
                     prop_assert_eq!(choose(&snapshot), choose(&rebuilt));
                 }

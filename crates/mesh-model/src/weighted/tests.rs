@@ -41,6 +41,28 @@ fn each_is_picked_in_proportion() {
 }
 
 #[test]
+fn of_those_that_may_be_each_is_picked_in_proportion() {
+    // With so many others that those that may be are met by chance often, sometimes, hardly ever.
+    for others in [0, 4, 1000] {
+        let mut set = WeightedSet::default();
+        for (number, capacity) in (0..).zip([1, 0, 3]) {
+            set.insert(member(number, capacity));
+        }
+        (10..10 + others).for_each(|number| set.insert(member(number, 2)));
+        let (mut random, mut counts) = (fastrand::Rng::with_seed(5), BTreeMap::new());
+        let few: Vec<_> = (0..3).map(|number| member(number, 1).uid.clone()).collect();
+        for _ in 0..2000 {
+            let picked = set.pick_if(&mut random, |workload| few.contains(&workload.uid)).unwrap();
+            *counts.entry(picked.capacity).or_insert(0_u32) += 1;
+        }
+        let heavy = counts.get(&3).copied().unwrap_or(0);
+        assert!((1420..=1580).contains(&heavy) && counts.get(&1) == Some(&(2000 - heavy)), "{others}: {counts:?}");
+        assert!(set.pick_if(&mut random, |_| false).is_none());
+        assert!(set.pick_if(&mut random, |workload| workload.capacity == 0).is_none());
+    }
+}
+
+#[test]
 fn nothing_in_it_gives_nothing() {
     let mut set = WeightedSet::default();
     let mut random = fastrand::Rng::with_seed(1);

@@ -1,7 +1,6 @@
 //! Reaching the far side of an outbound connection: an endpoint that fails before any byte of the application was sent is
 //! no reason to fail, as long as there is another one, or its tunnel was only lost.
 
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,9 +27,6 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Time after which no attempt is begun any more, counted from the first.
 const RETRY_WITHIN: Duration = Duration::from_secs(10);
-
-/// Endpoints of a service that one connection tries.
-const ENDPOINTS: usize = 3;
 
 /// How long an endpoint may take while there is another one.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -65,19 +61,20 @@ pub async fn reach(
     let (mut tried, mut repeats) = (Vec::new(), 0);
     let result = loop {
         let may_retry = || begun.elapsed() < RETRY_WITHIN;
-        let other = |tried: &mut Vec<SocketAddr>, now: SocketAddr| {
-            if !tried.contains(&now) {
-                tried.push(now);
+        let other = |tried: &mut Vec<Arc<str>>, now: &Way| {
+            // Without a workload it goes where it was addressed: there is no other.
+            let uid = now.to.dst.workload.as_ref().map(|workload| &workload.uid)?;
+            if !tried.contains(uid) {
+                tried.push(Arc::clone(uid));
             }
-            let other = (tried.len() < ENDPOINTS && may_retry()).then(|| alternative(worker, pod, asked, tried));
-            other.flatten()
+            may_retry().then(|| alternative(worker, pod, asked, tried))?
         };
         let now = way.hop.address();
         let patient = {
             let mut attempt = pin!(attempt(worker, pod, &way.hop));
             match timeout(PATIENCE, &mut attempt).await {
                 Ok(result) => Ok(result),
-                Err(_) => match other(&mut tried, now) {
+                Err(_) => match other(&mut tried, &way) {
                     Some(next) => Err(next),
                     None => Ok(attempt.await),
                 },
@@ -97,7 +94,7 @@ pub async fn reach(
         };
         let retry = error.retry();
         if retry != Retry::Never
-            && let Some(next) = other(&mut tried, now)
+            && let Some(next) = other(&mut tried, &way)
         {
             tracing::debug!(%error, from = %now, to = %next.hop.address(), "the next endpoint is tried");
             (way, repeats) = (next, 0);

@@ -8,7 +8,8 @@ use crate::proxy::worker::Permits;
 /// The second endpoint's last byte.
 const OTHER: u8 = 3;
 
-/// A service of several endpoints; the pods of `server` and `other` are served where that is said.
+/// A service of several endpoints, of which `server` is in the client's zone and `other` is not; their pods are served where
+/// that is said.
 struct Several {
     mesh: Mesh,
     near: Proxy,
@@ -20,13 +21,21 @@ struct Several {
 impl Several {
     /// `other` is the endpoint that can be reached; `change` says what is wrong with `server`.
     async fn new(change: impl Fn(&mut wire::Workload)) -> Self {
+        Self::balanced(change, None).await
+    }
+
+    async fn balanced(change: impl Fn(&mut wire::Workload), how: Option<wire::LoadBalancing>) -> Self {
         let mesh = Mesh::new();
         let app = free_port(&mesh).await;
         let ports = [(u32::from(PORT), u32::from(app))];
-        let mut server = fixture::in_service(mesh.workload("server", SERVER), "api", &ports);
-        let other = fixture::in_service(mesh.workload("other", OTHER), "api", &ports);
-        let client = mesh.workload("client", CLIENT);
-        let service = mesh.service("api", VIP, &ports);
+        let workload = |zone: &str, name: &str, at| wire::Workload {
+            locality: Some(wire::Locality { zone: zone.into(), ..Default::default() }),
+            ..mesh.workload(name, at)
+        };
+        let mut server = fixture::in_service(workload("near", "server", SERVER), "api", &ports);
+        let other = fixture::in_service(workload("far", "other", OTHER), "api", &ports);
+        let client = workload("near", "client", CLIENT);
+        let service = wire::Service { load_balancing: how, ..mesh.service("api", VIP, &ports) };
         let (near, far) = (mesh.proxy(), mesh.proxy());
         far.learn(&[client.clone(), server.clone(), other.clone()], std::slice::from_ref(&service));
         change(&mut server);
@@ -87,6 +96,29 @@ async fn an_endpoint_whose_application_is_not_there_is_passed_over() {
 #[tokio::test]
 async fn an_endpoint_without_the_mesh_that_refuses_is_passed_over() {
     Several::new(|server| server.tunnel_protocol = 0).await.always_reaches_the_other().await;
+}
+
+fn zone(mode: wire::load_balancing::Mode) -> Option<wire::LoadBalancing> {
+    let routing_preference = vec![wire::load_balancing::Scope::Zone.into()];
+    Some(wire::LoadBalancing { routing_preference, mode: mode.into(), ..Default::default() })
+}
+
+#[tokio::test]
+async fn a_zone_that_fails_is_followed_by_the_next_one() {
+    let several = Several::balanced(|_| {}, zone(wire::load_balancing::Mode::Failover)).await;
+    several.always_reaches_the_other().await;
+}
+
+#[tokio::test]
+async fn who_wants_its_own_zone_alone_gets_no_other() {
+    let several = Several::balanced(|_| {}, zone(wire::load_balancing::Mode::Strict)).await;
+    let listener = TcpListener::bind(several.mesh.addr(OTHER, several.app)).await.unwrap();
+    let mut refused = soon(TcpStream::connect(several.mesh.addr(VIP, PORT))).await.unwrap();
+    let error = soon(refused.read(&mut [0; 16])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    until(|| several.near.metric("istio_tcp_connections_failed_total", &[]) == 1).await;
+    assert_eq!(several.far.metric("istio_tcp_connections_opened_total", &[]), 0);
+    assert!(tokio::time::timeout(Duration::ZERO, listener.accept()).await.is_err(), "nobody asked the other zone");
 }
 
 #[tokio::test]
