@@ -28,6 +28,7 @@ use super::handover::Handover;
 use super::live::CloseReason;
 use super::metrics::Metrics;
 use super::pods::{Pods, StillAlive};
+use super::profiling;
 use super::sockets::NodeCap;
 use super::state::State;
 use super::tunnels::Tunnels;
@@ -221,6 +222,7 @@ impl Pages {
             let dump = Arc::clone(&dump);
             async move { Reply::json(&dump.json()) }
         });
+        profiling::mount(&mut pages);
         tokio::spawn(admin.local_only().serve(admin::finish(pages), until()));
         let mut health = Router::new();
         self.readiness.mount(&mut health);

@@ -23,6 +23,7 @@ pub mod outbound;
 pub mod plaintext;
 pub mod plan;
 pub mod pods;
+mod profiling;
 pub mod record;
 pub mod sockets;
 pub mod sources;
