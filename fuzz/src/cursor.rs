@@ -34,6 +34,11 @@ impl<'a> Cursor<'a> {
         taken
     }
 
+    /// Everything that is left.
+    pub fn rest(self) -> &'a [u8] {
+        self.0
+    }
+
     /// As [`Cursor::bytes`], as text.
     pub fn text(&mut self) -> String {
         String::from_utf8_lossy(self.bytes()).into_owned()

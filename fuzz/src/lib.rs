@@ -8,14 +8,17 @@
 
 pub mod authority;
 pub mod certificate_request;
+pub mod cni;
 mod cursor;
 pub mod discovery;
+pub mod dns;
 pub mod hbone_client;
 pub mod hbone_server;
 pub mod http;
 pub mod node;
 pub mod objects;
 pub mod peer_certificate;
+pub mod port_names;
 pub mod seqpacket;
 pub mod token;
 pub mod xds_client;
@@ -40,13 +43,16 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "authority", run: authority::run },
     Target { name: "certificate_request", run: certificate_request::run },
+    Target { name: "cni", run: cni::run },
     Target { name: "discovery", run: discovery::run },
+    Target { name: "dns", run: dns::run },
     Target { name: "hbone_client", run: hbone_client::run },
     Target { name: "hbone_server", run: hbone_server::run },
     Target { name: "http", run: http::run },
     Target { name: "node", run: node::run },
     Target { name: "objects", run: objects::run },
     Target { name: "peer_certificate", run: peer_certificate::run },
+    Target { name: "port_names", run: port_names::run },
     Target { name: "seqpacket", run: seqpacket::run },
     Target { name: "token", run: token::run },
     Target { name: "xds_client", run: xds_client::run },
