@@ -282,6 +282,56 @@ fn several_waypoints_share_by_weight() {
 }
 
 #[test]
+fn what_failed_is_followed_by_another_one_or_nothing() {
+    let weighted = |service, weight| wire::WeightedWaypoint { destination: Some(waypoint(service)), weight };
+    let shared = wire::Service {
+        weighted_waypoints: vec![weighted("a", 1), weighted("b", 3), weighted("gone", 1)],
+        ..service("shared", "10.96.0.1", &[(80, 8080)])
+    };
+    let bound = wire::Service { waypoint: Some(waypoint("b")), ..service("bound", "10.96.0.4", &[(80, 8080)]) };
+    let ports = &[(80, 8080)][..];
+    let named = |name, ip, service| in_service(pod(name, &[ip]), service, ports);
+    let old = |name, ip| wire::Workload { tunnel_protocol: 0, ..named(name, ip, "web") };
+    let pods = [
+        named("a1", "10.0.0.10", "a"),
+        named("b1", "10.0.0.11", "b"),
+        old("w1", "10.0.0.21"),
+        old("w2", "10.0.0.22"),
+        wire::Workload { waypoint: Some(waypoint("b")), ..pod("behind", &["10.0.0.30"]) },
+    ];
+    let services = [shared, service("a", "10.96.0.2", &[]), service("b", "10.96.0.3", &[]), bound];
+    let snapshot = mesh(&pods, &[&services[..], &[service("web", "10.96.0.5", ports)]].concat());
+    let other = |dst: &str, tried: &[&str]| {
+        let (identity, addresses) = (id("shop", "client"), [ip(CLIENT)]);
+        let source = local("client", &identity, &addresses);
+        let tried: Vec<Arc<str>> = tried.iter().map(|name| format!("Kubernetes//Pod/shop/{name}").into()).collect();
+        let mut random = fastrand::Rng::with_seed(3);
+        let plan = plan_other(&snapshot, &source, OriginalDst(at(dst)), &is_local, &mut random, &tried);
+        plan.map_or_else(|| String::from("none"), |plan| line(Ok(plan)))
+    };
+    let cases: &[(&str, &[&str], &str)] = &[
+        ("10.96.0.5:80", &["w1"], "Plain 10.0.0.22:8080 w2 web"),
+        ("10.96.0.5:80", &["w2"], "Plain 10.0.0.21:8080 w1 web"),
+        ("10.96.0.5:80", &["w2", "w1"], "none"),
+        ("10.96.0.5:81", &[], "none"),
+        // Of several waypoints another one, of one another instance.
+        ("10.96.0.1:80", &["a1"], "ServiceWaypoint 10.0.0.11:15008 10.96.0.1:80 [shop/b1] b1 shared"),
+        ("10.96.0.1:80", &["b1"], "ServiceWaypoint 10.0.0.10:15008 10.96.0.1:80 [shop/a1] a1 shared"),
+        ("10.96.0.1:80", &["b1", "a1"], "none"),
+        ("10.96.0.4:80", &["b1"], "none"),
+        ("10.0.0.30:80", &["b1"], "none"),
+        ("10.0.0.30:80", &["a1"], "WorkloadWaypoint 10.0.0.11:15008 10.0.0.30:80 [shop/b1] b1 -"),
+        // There is one of each.
+        ("10.0.0.21:80", &["w1"], "none"),
+        ("10.0.0.21:80", &["w2"], "none"),
+        ("192.0.2.1:80", &["w1"], "none"),
+    ];
+    for (dst, tried, expected) in cases {
+        assert_eq!(other(dst, tried), *expected, "{dst} {tried:?}");
+    }
+}
+
+#[test]
 fn passthrough_goes_where_it_was_addressed() {
     let passthrough =
         wire::LoadBalancing { mode: wire::load_balancing::Mode::Passthrough.into(), ..Default::default() };
