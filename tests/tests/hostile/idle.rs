@@ -46,14 +46,14 @@ fn alive(streams: &mut [TcpStream]) -> usize {
 /// the same pod go on.
 #[test]
 fn ten_thousand_silent_tunnels_and_half_handshakes_hold_nobody_up() {
-    let scene = Scene::start();
-    let target = scene.target.at(15008);
+    let scene = Scene::dual();
+    let (v4, v6) = (scene.target.at(15008), scene.target.at_v6(15008).unwrap());
     let before = scene.resident();
     let newcomer = scene.cluster.pod("newcomer").node(1).service_account("newcomer").enrolled(false).start().unwrap();
     let good = crate::forge::names(&[crate::forge::uri(&newcomer.identity())]).signed(&scene.cluster);
     // The first bytes of a ClientHello: a handshake is begun, and never goes on.
-    for (name, first) in
-        [("silent", &[][..]), ("one byte", &[0x16][..]), ("half a hello", &[0x16, 3, 1, 2, 0, 1, 0][..])]
+    for (name, first, target) in
+        [("silent", &[][..], v4), ("one byte", &[0x16][..], v6), ("half a hello", &[0x16, 3, 1, 2, 0, 1, 0][..], v4)]
     {
         let mut silent = open(scene.peer.network(), target, MANY, first);
         let begun = Instant::now();
@@ -76,9 +76,11 @@ fn ten_thousand_silent_tunnels_and_half_handshakes_hold_nobody_up() {
 /// files at most: what is more is reset, and other pods have theirs.
 #[test]
 fn ten_thousand_silent_connections_in_plain_are_carried() {
-    let scene = Scene::start();
+    let scene = Scene::dual();
     let before = scene.resident();
-    let mut silent = open(scene.peer.network(), scene.target.at(ECHO), MANY, &[]);
+    // The pod has one share for both of its addresses.
+    let halves = scene.target_at(ECHO).into_iter().map(|to| open(scene.peer.network(), to, MANY / 2, &[]));
+    let mut silent: Vec<TcpStream> = halves.flatten().collect();
     // Some of those over the share may be reset before they are looked at.
     assert!(silent.len() > MANY / 4, "{} connected", silent.len());
     // Taking them is work, which is over once each is carried or was reset.

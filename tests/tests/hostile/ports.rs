@@ -1,7 +1,7 @@
 //! Garbage on every port of the mesh, and who may reach which.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use tests::netns::NetNs;
@@ -58,19 +58,21 @@ fn tell(from: &NetNs, to: SocketAddr, what: &[u8], end: bool) -> Outcome {
 
 #[test]
 fn garbage_on_a_pods_ports_is_closed_without_a_word() {
-    let scene = Scene::start();
+    let scene = Scene::dual();
     let stranger = scene.cluster.host("stranger").unwrap();
     for (name, bytes) in garbage() {
         for port in [15001, 15006, 15008, 15053, 15000, 15020, 15021, 15080] {
             for (who, from) in [("a pod", scene.peer.network()), ("a stranger", &*stranger.network)] {
-                match say(from, scene.target.at(port), &bytes) {
-                    Outcome::Refused => {}
-                    // TLS alerts, at most: nothing of HTTP.
-                    Outcome::Closed(answer) => {
-                        assert!(!answer.windows(4).any(|w| w == b"HTTP"), "{name} to {port} from {who}: {answer:?}");
-                        assert!(answer.len() < 64, "{name} to {port} from {who}: {answer:?}");
+                for to in scene.target_at(port) {
+                    match say(from, to, &bytes) {
+                        Outcome::Refused => {}
+                        // TLS alerts, at most: nothing of HTTP.
+                        Outcome::Closed(answer) => {
+                            assert!(!answer.windows(4).any(|w| w == b"HTTP"), "{name} to {to} from {who}: {answer:?}");
+                            assert!(answer.len() < 64, "{name} to {to} from {who}: {answer:?}");
+                        }
+                        Outcome::Open => panic!("{name} to {to} from {who} hangs"),
                     }
-                    Outcome::Open => panic!("{name} to {port} from {who} hangs"),
                 }
             }
         }
@@ -82,20 +84,23 @@ fn garbage_on_a_pods_ports_is_closed_without_a_word() {
 /// The same ports as an application of an enrolled pod reaches them: through its own proxy.
 #[test]
 fn an_enrolled_application_reaches_no_port_of_the_mesh() {
-    let scene = Scene::start();
+    let scene = Scene::dual();
     let node = scene.cluster.node(2).unwrap();
     let proxy = node.mesh().unwrap().proxy().record.ip();
-    let targets = [15001, 15006, 15008].map(|port| scene.target.at(port));
-    let own = [15001, 15006, 15008].map(|port| scene.friend.at(port));
-    let loopback = [15001, 15006, 15008, 15000, 15020].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-    let admin = [SocketAddr::from((proxy, 15000)), SocketAddr::from((node.address, 15000))];
+    let at = |ips: &[IpAddr], ports: &[u16]| -> Vec<SocketAddr> {
+        ips.iter().flat_map(|ip| ports.iter().map(|port| (*ip, *port).into())).collect()
+    };
+    let targets = at(&scene.target.ips(), &[15001, 15006, 15008]);
+    let own = at(&scene.friend.ips(), &[15001, 15006, 15008]);
+    let loopback = at(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], &[15001, 15006, 15008, 15000, 15020]);
+    let admin = at(&[proxy, node.address.into(), node.address_v6.unwrap().into()], &[15000]);
     for to in targets.iter().chain(&own).chain(&loopback).chain(&admin) {
+        let is_own = to.port() == 15008 && (own.contains(to) || loopback.contains(to));
         let to = to.to_string();
         let args = ["connect", "--timeout", "4000", "--send", "GET / HTTP/1.0\r\n\r\n", "--read", "4", "--to", &to];
         let output = scene.friend.run(args).unwrap();
         // The pod's own 15008 is there for it as for everybody: it wants a certificate, and says so with an alert.
-        let alert =
-            [own[2], loopback[2]].map(|own| own.to_string()).contains(&to) && output.stdout.contains("\\u0015\\u0003");
+        let alert = is_own && output.stdout.contains("\\u0015\\u0003");
         assert!(alert || !output.status.success(), "{to}: {output:?}");
         assert!(!output.stdout.contains("HTTP"), "{to}: {output:?}");
     }
@@ -129,6 +134,14 @@ fn the_proxys_own_pages_outlive_garbage_and_show_admin_to_nobody() {
     let rebound = tell(dump, ([127, 0, 0, 1], 15000).into(), request, false);
     let Outcome::Closed(answer) = rebound else { panic!("{rebound:?}") };
     assert!(answer.starts_with(b"HTTP/1.1 403"), "{}", String::from_utf8_lossy(&answer));
+    // Profiles are not taken in the jail: the answer says how, and no signal disturbs the proxy.
+    for path in ["/debug/pprof/profile?seconds=3600", "/debug/pprof/heap"] {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let told = tell(dump, ([127, 0, 0, 1], 15000).into(), request.as_bytes(), false);
+        let Outcome::Closed(answer) = told else { panic!("{path}: {told:?}") };
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.starts_with("HTTP/1.1 501") && answer.contains("From the node"), "{path}: {answer}");
+    }
     assert!(node.metrics().is_ok() && node.config_dump().is_ok());
     // An application's port is only its own: what is said there is the application's business.
     assert!(

@@ -11,15 +11,19 @@ const TOO_LONG: usize = 20 << 10;
 
 #[test]
 fn what_is_no_connect_to_the_pod_is_refused_and_the_tunnel_stays() {
-    let scene = Scene::start();
+    let scene = Scene::dual();
     let certificate = scene.certificate();
     let (target, to) = (scene.target.at(15008), scene.target.at(ECHO));
     let good = authority(&to.to_string());
     let victims = authority(&scene.victim.at(ECHO).to_string());
+    let v6 = |pod: &tests::pod::Pod| pod.at_v6(ECHO).unwrap();
+    let (target_v6, to_v6) = (scene.target.at_v6(15008).unwrap(), v6(&scene.target));
     let request = |fields: &[&[u8]]| frame(HEADERS, END_HEADERS, 1, &fields.concat());
     // `:method: GET`, `:scheme: http` and `:path: /` of the static table.
     let (get, http, path) = (&[0x82][..], &[0x86][..], &[0x84][..]);
     let many: Vec<u8> = (0..200).flat_map(|i| field(&format!("x-{i}"), "y")).collect();
+    let refused = &[Answer::Status(400), Answer::Reset][..];
+    let mapped = |pod: &tests::pod::Pod| format!("[::ffff:{}]:{ECHO}", pod.ip());
     let cases: &[(&str, Vec<u8>, &[Answer])] = &[
         ("no :authority", request(&[METHOD_CONNECT]), &[Answer::Status(400), Answer::Reset]),
         ("an empty :authority", request(&[METHOD_CONNECT, &authority("")]), &[Answer::Status(400), Answer::Reset]),
@@ -36,6 +40,13 @@ fn what_is_no_connect_to_the_pod_is_refused_and_the_tunnel_stays() {
         ("two authorities", request(&[METHOD_CONNECT, &good, &victims]), &[Answer::Reset, Answer::Closed]),
         ("another pod", request(&[METHOD_CONNECT, &victims]), &[Answer::Status(400)]),
         ("loopback", request(&[METHOD_CONNECT, &authority("127.0.0.1:15000")]), &[Answer::Status(400)]),
+        ("another pod in IPv6", request(&[METHOD_CONNECT, &authority(&v6(&scene.victim).to_string())]), refused),
+        ("loopback in IPv6", request(&[METHOD_CONNECT, &authority("[::1]:15000")]), refused),
+        ("mapped loopback", request(&[METHOD_CONNECT, &authority("[::ffff:127.0.0.1]:15000")]), refused),
+        ("a mapped other pod", request(&[METHOD_CONNECT, &authority(&mapped(&scene.victim))]), refused),
+        ("any address", request(&[METHOD_CONNECT, &authority("[::]:7000")]), refused),
+        ("an interface", request(&[METHOD_CONNECT, &authority("[fe80::1%eth0]:7000")]), refused),
+        ("no brackets", request(&[METHOD_CONNECT, &authority(&format!("{}:{ECHO}", to_v6.ip()))]), refused),
         (
             "a name",
             request(&[METHOD_CONNECT, &authority("target.default.svc.cluster.local:80")]),
@@ -51,7 +62,9 @@ fn what_is_no_connect_to_the_pod_is_refused_and_the_tunnel_stays() {
         ("a padding too long", frame(HEADERS, END_HEADERS | 8, 1, &[200, 0, 0]), &[Answer::Closed]),
     ];
     inside(scene.peer.network(), async || {
-        for (name, bytes, allowed) in cases {
+        // Both of the pod's addresses in turn: what is said of one is no different at the other.
+        let doors = [(target, to), (target_v6, to_v6)];
+        for ((name, bytes, allowed), (target, to)) in cases.iter().zip(doors.into_iter().cycle()) {
             let mut peer = Peer::http2(target, &certificate).await.unwrap();
             peer.send(bytes).await;
             let stream = u32::from_be_bytes(*bytes[5..].first_chunk().unwrap()).max(1);

@@ -1,16 +1,18 @@
 //! Who is there: a pod that is attacked, a pod beside it whose traffic must go on, and somebody outside of the mesh with a
 //! good certificate.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use tests::cluster::Cluster;
+use tests::families::Families;
 use tests::metrics;
 use tests::pod::{Pod, Running};
 use tests::wait;
 
-use crate::common::echo;
+use crate::common::echo_any;
 use crate::forge::{Forged, names, uri};
 
 /// Longest wait for anything.
@@ -48,22 +50,38 @@ struct Gauges {
 }
 
 impl Scene {
-    /// Starts it all, with the victim's traffic.
+    /// Starts it all, in IPv4, with the victim's traffic.
     pub fn start() -> Self {
-        let cluster = Cluster::builder().start().unwrap();
-        let target = echo(&cluster, "target", 2).enrolled(true).start().unwrap();
-        let victim = echo(&cluster, "victim", 2).enrolled(true).start().unwrap();
+        Self::of(Families::V4)
+    }
+
+    /// As [`Scene::start`], and what is attacked has IPv6 as well.
+    pub fn dual() -> Self {
+        Self::of(Families::Dual)
+    }
+
+    fn of(families: Families) -> Self {
+        let cluster = Cluster::builder().families(families).start().unwrap();
+        let target = echo_any(&cluster, "target", 2).enrolled(true).start().unwrap();
+        let victim = echo_any(&cluster, "victim", 2).enrolled(true).start().unwrap();
         let friend = cluster.pod("friend").node(1).service_account("friend").enrolled(true).start().unwrap();
         let peer = cluster.pod("peer").node(1).service_account("peer").enrolled(false).start().unwrap();
         // What is measured from here on has been used once.
         for pod in [&target, &victim] {
-            crate::common::until_connected(&friend, &pod.at(ECHO).to_string());
-            crate::common::until_connected(&peer, &pod.at(ECHO).to_string());
+            for ip in pod.ips() {
+                crate::common::until_connected(&friend, &SocketAddr::new(ip, ECHO).to_string());
+                crate::common::until_connected(&peer, &SocketAddr::new(ip, ECHO).to_string());
+            }
         }
         let before = Gauges::read(&cluster);
         let held = friend.spawn(["hold", "--to", &victim.at(ECHO).to_string(), "--connections", HELD]).unwrap();
         held.wait_for("\"event\":\"open\"", BOUND).unwrap();
         Self { cluster, target, victim, friend, peer, held, before }
+    }
+
+    /// A port of the target, in every family that it has.
+    pub fn target_at(&self, port: u16) -> Vec<SocketAddr> {
+        self.target.ips().into_iter().map(|ip| (ip, port).into()).collect()
     }
 
     /// A good certificate for the peer's own identity.
@@ -137,7 +155,8 @@ fn proxy(cluster: &Cluster) -> u32 {
     cluster.node(2).unwrap().proxy().unwrap().pid().expect("the proxy runs")
 }
 
-fn resident(pid: u32) -> usize {
+/// Resident memory of a process, in KiB.
+pub fn resident(pid: u32) -> usize {
     status(pid, "VmRSS:")
 }
 
