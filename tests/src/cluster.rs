@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::Value;
 
 pub(crate) use builder::router;
-pub use builder::{Builder, Mesh, bin_dir};
+pub use builder::{Builder, Mesh, PROXY_UID, bin_dir};
 pub(crate) use shared::{Shared, join};
 
 use crate::announce::Agent;
