@@ -216,7 +216,7 @@ fn found_service(snapshot: &Snapshot, name: &str) -> Vec<String> {
     let line = |target: Target| {
         let addresses = target.addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" ");
         // Each target is a name that is known, with the very same addresses.
-        let own = found_sorted(snapshot, &target.name);
+        let own = addresses_of(snapshot, &target.name);
         assert_eq!(own.as_ref(), Some(&target.addresses), "{}", target.name);
         format!("{} {}:{} {addresses}", target.weight, target.name, target.port)
     };
@@ -225,7 +225,7 @@ fn found_service(snapshot: &Snapshot, name: &str) -> Vec<String> {
     found.alias_of.into_iter().chain(lines).collect()
 }
 
-fn found_sorted(snapshot: &Snapshot, name: &str) -> Option<Vec<IpAddr>> {
+fn addresses_of(snapshot: &Snapshot, name: &str) -> Option<Vec<IpAddr>> {
     let (identity, addresses) = (id("shop", "client"), [ip("10.0.0.1")]);
     let found = resolve(snapshot, &local("client", &identity, &addresses), "cluster.local", name);
     found.map(|found| found.addresses)
