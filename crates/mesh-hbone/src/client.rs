@@ -11,6 +11,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::budget::{Budget, Budgeted};
 use crate::connection::Keepalive;
 use crate::flood::Guarded;
 use crate::headers::HeaderError;
@@ -158,10 +159,11 @@ where
         .max_send_buffer_size(options.send_buffer)
         .initial_max_send_streams(options.client_streams)
         .enable_push(false);
-    let (requests, mut connection) =
-        timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(Guarded::client(io)))
-            .await
-            .map_err(|_| ConnectionError::HandshakeTimeout)??;
+    let budget = Budget::new(options.poll_budget);
+    let handshake = builder.handshake::<_, Bytes>(Guarded::client(Budgeted::new(io, budget.clone())));
+    let (requests, mut connection) = timeout(options.handshake_timeout, budget.of_each_poll(handshake))
+        .await
+        .map_err(|_| ConnectionError::HandshakeTimeout)??;
     let shared = Arc::new(Shared {
         streams: AtomicUsize::new(0),
         bulk: AtomicUsize::new(0),
@@ -172,7 +174,7 @@ where
     let closing = Closing(Arc::clone(&shared));
     let driver = async move {
         let closing = closing;
-        poll_fn(|cx| {
+        let moving = poll_fn(|cx| {
             if let Poll::Ready(result) = std::pin::Pin::new(&mut connection).poll(cx) {
                 return Poll::Ready(match result.map_err(ConnectionError::from) {
                     // Peers hang up without more ado when they are done.
@@ -181,8 +183,8 @@ where
                 });
             }
             keepalive.poll(cx).map(|()| Err(ConnectionError::KeepaliveTimeout))
-        })
-        .await
+        });
+        budget.of_each_poll(moving).await
     };
     Ok((Tunnel { requests, shared }, driver))
 }

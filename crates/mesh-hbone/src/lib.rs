@@ -9,6 +9,7 @@
 //! so everything here runs inside a tokio runtime (current-thread or not) with time enabled.
 
 pub mod authority;
+mod budget;
 pub mod client;
 mod connection;
 pub mod copy;

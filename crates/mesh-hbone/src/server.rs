@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::budget::{Budget, Budgeted};
 use crate::connection::Keepalive;
 use crate::flood::Guarded;
 use crate::headers::HeaderError;
@@ -18,6 +19,8 @@ use crate::{Authority, ConnectionError, Headers, Options};
 
 /// Streams that a peer may have reset and that we have not looked at yet, before the connection is closed.
 const MAX_PENDING_RESETS: usize = 50;
+/// Requests that are handed out in one go; then others on the thread have their turn.
+const REQUESTS_IN_A_ROW: usize = 16;
 /// Streams that we may have reset for the peer's faults before the connection is closed.
 const MAX_FAULTS: usize = 256;
 
@@ -87,7 +90,24 @@ impl Drop for Request {
 ///
 /// # Errors
 /// How the connection ended, if not in order. A connection that is lost while no stream is open has ended in order.
-pub async fn serve<IO, D, H, F>(io: IO, options: &Options, drain: D, handler: H) -> Result<(), ConnectionError>
+pub fn serve<IO, D, H, F>(
+    io: IO,
+    options: &Options,
+    drain: D,
+    handler: H,
+) -> impl Future<Output = Result<(), ConnectionError>>
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    D: Future<Output = ()> + Send,
+    H: Fn(Request) -> F + Send,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let budget = Budget::new(options.poll_budget);
+    let io = Budgeted::new(io, budget.clone());
+    budget.of_each_poll(serve_budgeted(io, options, drain, handler))
+}
+
+async fn serve_budgeted<IO, D, H, F>(io: IO, options: &Options, drain: D, handler: H) -> Result<(), ConnectionError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     D: Future<Output = ()> + Send,
@@ -112,7 +132,13 @@ where
     let mut draining = false;
     // A stream that its peer has reset no longer counts for HTTP/2, but its handler may still run.
     let running = Running { now: Arc::new(AtomicUsize::new(0)), limit: 2 * options.server_streams as usize };
+    let mut requests = 0_usize;
     loop {
+        if requests == REQUESTS_IN_A_ROW {
+            requests = 0;
+            tokio::task::yield_now().await;
+        }
+        requests += 1;
         let next = poll_fn(|cx| {
             if !draining && drain.as_mut().poll(cx).is_ready() {
                 draining = true;

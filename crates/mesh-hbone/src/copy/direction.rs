@@ -10,8 +10,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use super::{CopyError, Plain, Side, buffer};
 use crate::stream::{ReadHalf, StreamError, WriteHalf};
 
-/// Bytes that one direction moves in one go. Then it lets others run, however much there is.
-const TURN: usize = 1 << 20;
+/// Bytes that one direction moves in one go: one full read. Then it lets others run, however much there is.
+const TURN: usize = buffer::SIZE;
 
 /// Asks to be polled again after the others.
 fn give_way<T>(cx: &Context<'_>) -> Poll<T> {
@@ -203,10 +203,15 @@ impl FromStream {
     fn poll_write<P: Plain>(&self, cx: &mut Context<'_>, plain: &P) -> Poll<io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); SLICES];
         let chunks = self.queue.iter().map(AsRef::as_ref).chain([self.tail.as_ref()]).filter(|c: &&[u8]| !c.is_empty());
-        let mut n = 0;
+        let (mut n, mut room) = (0, TURN);
         for (slice, chunk) in slices.iter_mut().zip(chunks) {
-            *slice = IoSlice::new(chunk);
+            let part = chunk.get(..room).unwrap_or(chunk);
+            *slice = IoSlice::new(part);
             n += 1;
+            room -= part.len();
+            if room == 0 {
+                break;
+            }
         }
         plain.poll_write(cx, &slices[..n])
     }

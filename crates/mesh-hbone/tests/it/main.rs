@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod bounds;
 #[cfg(test)]
+mod budget;
+#[cfg(test)]
 mod copy;
 #[cfg(test)]
 mod pool;
