@@ -19,6 +19,8 @@ use super::numbered::{REQUEST, STREAM};
 
 /// A connect that takes longer counts as a failure.
 pub const SLOW: Duration = Duration::from_secs(1);
+/// A machine that stood still for longer than this does not make up for it: a burst would be another load.
+const STALL: Duration = Duration::from_millis(250);
 /// Failures that are described one by one; all are counted.
 const DESCRIBED: usize = 200;
 
@@ -53,8 +55,12 @@ pub struct Options {
 pub struct Report {
     /// True if nothing failed.
     pub ok: bool,
+    /// How long new connections were made, in seconds.
+    pub seconds: f64,
     /// Connections tried, those of streams not among them.
     pub attempts: u64,
+    /// Those that were due while the machine stood still, and were not tried.
+    pub missed: u64,
     /// Those that were answered rightly.
     pub succeeded: u64,
     /// The others, as `<step>-<kind>`: step `connect` or `answer`; kinds as [`net::kind`], `slow` and `wrong`.
@@ -124,27 +130,49 @@ pub async fn run(options: Options) -> io::Result<bool> {
     let mut term = signal(SignalKind::terminate())?;
     let end = tokio::time::sleep(Duration::from_secs(options.seconds));
     tokio::pin!(end);
-    let mut pace = tokio::time::interval(Duration::from_secs(1) / options.rate.max(1));
-    // A machine that was busy for a moment does not make up for it with a burst.
-    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let begun = Instant::now();
+    let mut pace = Pace { next: begun, period: Duration::from_secs(1) / options.rate.max(1) };
     net::emit(&serde_json::json!({"event": "started"}));
     let base = now() << 20;
     for number in 0_u64.. {
         tokio::select! {
             _ = term.recv() => break,
             () = &mut end => break,
-            _ = pace.tick() => {}
+            () = tokio::time::sleep_until(pace.next.into()) => {}
         }
+        let missed = pace.step(Instant::now());
+        with(&report, |report| report.missed += missed);
         let target = targets[usize::try_from(number).unwrap_or(0) % targets.len()];
         let (report, bound) = (Arc::clone(&report), Duration::from_millis(options.timeout));
         tasks.spawn(async move { request(base | (number & 0xf_ffff), target, bound, &report).await });
     }
+    with(&report, |report| report.seconds = begun.elapsed().as_secs_f64());
     stop.send_replace(true);
     while tasks.join_next().await.is_some() {}
     let mut report = report.lock().unwrap_or_else(PoisonError::into_inner).clone();
     report.ok = report.failures.is_empty() && report.broken_streams.is_empty() && report.gaps == 0;
     net::emit(&report);
     Ok(report.ok)
+}
+
+/// When connections are due: at a fixed rate from the beginning, so that a timer that is late delays none of those after.
+struct Pace {
+    next: Instant,
+    period: Duration,
+}
+
+impl Pace {
+    /// The next one, after one that was due has been begun `now`; how many are passed over because of a [`STALL`].
+    fn step(&mut self, now: Instant) -> u64 {
+        self.next += self.period;
+        let late = now.saturating_duration_since(self.next);
+        if late <= STALL {
+            return 0;
+        }
+        let passed = u32::try_from(late.as_nanos() / self.period.as_nanos().max(1)).unwrap_or(u32::MAX);
+        self.next += self.period * passed;
+        passed.into()
+    }
 }
 
 /// A step that failed.
@@ -289,4 +317,23 @@ fn with<T>(report: &Shared, work: impl FnOnce(&mut Report) -> T) -> T {
 
 fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_holds_when_timers_are_late_and_a_stall_is_no_burst() {
+        let begun = Instant::now();
+        let period = Duration::from_millis(5);
+        let mut pace = Pace { next: begun, period };
+        for number in 1..=200 {
+            let late = Duration::from_micros(1100 * (number % 7));
+            assert_eq!(pace.step(pace.next + late), 0);
+        }
+        assert_eq!(pace.next, begun + period * 200, "two hundred in a second, however late each was");
+        assert_eq!(pace.step(begun + Duration::from_secs(3)), 399, "two seconds were lost");
+        assert_eq!(pace.next, begun + Duration::from_secs(3));
+    }
 }
