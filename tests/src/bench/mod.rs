@@ -15,10 +15,15 @@
 //! - `settings`: `runs`, `seconds`, `mesh` (`culvert`, `peer` or `off`), `peer` (the command, or null).
 //! - `measurements`: a list, each with `name`, `title`, `failures` (texts; empty if all went well) and `figures` (empty
 //!   if it failed), each with
-//!   - `name`, `unit` (`bytes/s`, `1/s`, `us`, `s`, `cpu-s/GB`, `cpu-s/10000`, `1/op`, `bytes`), `better` (`higher` or
+//!   - `name`, `unit` (`bytes/s`, `1/s`, `us`, `s`, `cpu-s/GB`, `cpu-s/10000`, `1/op`, `bytes`,
+//!     `share`), `better` (`higher` or
 //!     `lower`);
 //!   - `plain` and `mesh`: null, or `median`, `min`, `max` and `runs` (every value, in the order taken);
 //!   - `ratio`: `mesh.median / plain.median`, or null.
+//!
+//! The figures of two pods are called `<beside>.<what>`: beside nothing (`alone`), another pod's `bytes` or its
+//! `connections`; what is `requests` and `p99` of the quiet pod, `share` of the requests that it makes alone, and `flood`,
+//! what the other pod got at the same time.
 //!
 //! A minute's figures are `slice-1` to `slice-6`, the rate of each ten seconds; it is taken once, whatever `runs` says, with
 //! the kernel's own settings.
@@ -41,6 +46,7 @@ mod runner;
 mod stats;
 mod synthetic;
 mod table;
+mod two_pods;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -161,7 +167,7 @@ fn measure(cli: &Cli) -> Result<Report, BenchError> {
     }
     raise_limits()?;
     let stop = stop_on_signal()?;
-    let setup = rig::Setup { mesh: mesh.clone(), bins };
+    let setup = rig::Setup { mesh: mesh.clone(), bins, workers: None };
     let (runs, seconds) = (cli.runs(), cli.seconds());
     let runner = runner::Runner { setup: &setup, runs, seconds, stop: &stop, progress };
     let measurements = runner.all(&cli.measurements());

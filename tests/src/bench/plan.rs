@@ -21,6 +21,9 @@ pub enum Kind {
     Load(Load),
     /// New connections for a minute: this load, in slices.
     Minute(Load),
+    /// HTTP requests of one pod over one kept connection: alone, and while another pod floods. In a fresh cluster whose
+    /// proxies have one worker thread, so that both pods share it.
+    TwoPods,
     /// Memory of the mesh with this many open connections, in a fresh cluster.
     OpenConnections(usize),
     /// Memory of the mesh with this many workloads in discovery, in a fresh cluster.
@@ -38,20 +41,14 @@ pub enum Load {
     Connections(usize),
     /// An HTTP request of 1 KiB on a new connection each, by this many clients; the client closes first.
     Short(usize),
-    /// HTTP requests over one kept connection, while another pair of pods does something else.
-    Quiet(Flood),
 }
 
-/// What another pair of pods does meanwhile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flood {
-    /// Nothing.
-    None,
-    /// Sends as much as it can over this many connections.
-    Bytes(usize),
-    /// Makes new connections, this many at a time.
-    Connections(usize),
-}
+/// What [`Kind::TwoPods`] measures of the quiet pod.
+pub const QUIET: Load = Load::Keepalive(1);
+
+/// What the other pod does meanwhile, by the name of its figures. Nothing comes first: the others are compared with it.
+pub const FLOODS: [(&str, Option<Load>); 3] =
+    [("alone", None), ("bytes", Some(Load::Bulk(8))), ("connections", Some(Load::Connections(64)))];
 
 /// All measurements, in the order in which they are taken.
 pub const ALL: &[Measurement] = &[
@@ -61,13 +58,12 @@ pub const ALL: &[Measurement] = &[
     load("keepalive-64", "HTTP requests, 64 kept connections", Load::Keepalive(64)),
     load("connections-16", "new connections, one byte and close, 16 clients", Load::Connections(16)),
     load("short-32", "HTTP requests, a new connection each, 32 clients", Load::Short(32)),
-    load("quiet-alone", "HTTP requests, 1 kept connection, nobody else", Load::Quiet(Flood::None)),
-    load("quiet-bytes", "HTTP requests, 1 kept connection, beside 8 bulk streams", Load::Quiet(Flood::Bytes(8))),
-    load(
-        "quiet-connections",
-        "HTTP requests, 1 kept connection, beside 64 clients that make new connections",
-        Load::Quiet(Flood::Connections(64)),
-    ),
+    Measurement {
+        name: "two-pods",
+        title: "HTTP requests of a pod, 1 kept connection: alone; beside another pod's 8 bulk streams; beside another \
+                pod's 64 clients that make new connections. One worker thread in each proxy",
+        kind: Kind::TwoPods,
+    },
     minute(
         "minute-connections",
         "a minute of new connections, one byte and close, 16 clients; the server closes first",
@@ -144,10 +140,16 @@ impl Load {
     pub fn figures(self) -> &'static [FigureOf] {
         match self {
             Self::Bulk(_) => BULK,
-            Self::Keepalive(_) | Self::Quiet(_) => REQUESTS,
+            Self::Keepalive(_) => REQUESTS,
             Self::Connections(_) | Self::Short(_) => CONNECTIONS,
         }
     }
+}
+
+/// A rate beside a flood, as a share of what it is alone.
+pub fn share(alone: Option<&Sample>, beside: &Sample) -> Option<f64> {
+    let alone = alone?;
+    Some(beside.operations / beside.seconds / (alone.operations / alone.seconds)).filter(|share| share.is_finite())
 }
 
 const BULK: &[FigureOf] = &[

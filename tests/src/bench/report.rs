@@ -116,6 +116,9 @@ pub enum Unit {
     /// A number of things for each operation.
     #[serde(rename = "1/op")]
     PerOperation,
+    /// A share of another figure.
+    #[serde(rename = "share")]
+    Share,
     /// Bytes.
     #[serde(rename = "bytes")]
     Bytes,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Failure;
 use super::mesh_usage::Parts;
-use super::plan::{Flood, Load, Sample};
+use super::plan::{Load, QUIET, Sample};
 use crate::app::load::Report as LoadReport;
 use crate::cluster::{Cluster, Mesh};
 use crate::netns::NetNs;
@@ -43,6 +43,8 @@ pub struct Setup {
     pub mesh: Mesh,
     /// Folder of the programs.
     pub bins: PathBuf,
+    /// Worker threads of each proxy; none: as many as it takes by itself. A peer is not told.
+    pub workers: Option<usize>,
 }
 
 impl Setup {
@@ -51,7 +53,11 @@ impl Setup {
     /// # Errors
     /// It does not start.
     pub fn cluster(&self) -> Result<Cluster, Error> {
-        Cluster::builder().nodes(2).mesh(self.mesh.clone()).bin_dir(&self.bins).start()
+        let mut cluster = Cluster::builder().nodes(2).mesh(self.mesh.clone()).bin_dir(&self.bins);
+        if let Some(workers) = self.workers {
+            cluster = cluster.proxy_args(&["--workers", &workers.to_string()]);
+        }
+        cluster.start()
     }
 }
 
@@ -128,49 +134,39 @@ impl Side {
     /// # Errors
     /// An operation failed, or what is called the mesh did not carry it.
     pub fn run(&self, load: Load, seconds: f64) -> Result<Sample, Failure> {
+        self.load(&self.client, load, seconds)
+    }
+
+    /// [`QUIET`] for that long, while the flooder does the other load; what the two gave.
+    ///
+    /// # Errors
+    /// As for [`Side::run`], of either load.
+    pub fn beside(&self, flood: Load, seconds: f64) -> Result<(Sample, Sample), Failure> {
+        std::thread::scope(|scope| {
+            let flood = scope.spawn(|| self.load(&self.flooder, flood, seconds + 2.0 * FLOOD_LEAD));
+            std::thread::sleep(Duration::from_secs_f64(FLOOD_LEAD));
+            let quiet = self.run(QUIET, seconds);
+            // A flood that did not come to be would make the figure a lie.
+            let flood = flood.join().map_err(|_| Failure::Load("the flood panicked".to_owned()))?;
+            Ok((quiet?, flood.map_err(|f| f.of("the flood"))?))
+        })
+    }
+
+    fn load(&self, client: &Pod, load: Load, seconds: f64) -> Result<Sample, Failure> {
         let server = match load {
             Load::Bulk(_) => &self.transfer,
-            Load::Keepalive(_) | Load::Short(_) | Load::Quiet(_) => &self.http,
+            Load::Keepalive(_) | Load::Short(_) => &self.http,
             Load::Connections(_) => &self.answer,
         };
-        let args = arguments(load, server.ip(), seconds);
-        let output = match load {
-            Load::Quiet(flood) => self.beside(flood, seconds, args)?,
-            Load::Bulk(_) | Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) => {
-                self.client.run_for(Duration::from_secs_f64(seconds) + GRACE, args)?
-            }
-        };
+        let output = client.run_for(Duration::from_secs_f64(seconds) + GRACE, arguments(load, server.ip(), seconds))?;
         let sample = match load {
             Load::Bulk(_) => bulk(&output)?,
-            Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) | Load::Quiet(_) => operations(&output)?,
+            Load::Keepalive(_) | Load::Connections(_) | Load::Short(_) => operations(&output)?,
         };
-        if self.meshed && !tunnelled(self.client.network(), server.ip())? {
+        if self.meshed && !tunnelled(client.network(), server.ip())? {
             return Err(Failure::PastTheMesh(server.name()));
         }
         Ok(sample)
-    }
-
-    /// The client's command, while the flooder floods.
-    fn beside(&self, flood: Flood, seconds: f64, args: Vec<String>) -> Result<Output, Failure> {
-        let longer = seconds + 2.0 * FLOOD_LEAD;
-        let bound = Duration::from_secs_f64(longer) + GRACE;
-        let flood = match flood {
-            Flood::None => None,
-            Flood::Bytes(streams) => Some(arguments(Load::Bulk(streams), self.transfer.ip(), longer)),
-            Flood::Connections(clients) => Some(arguments(Load::Connections(clients), self.answer.ip(), longer)),
-        };
-        std::thread::scope(|scope| {
-            let flood = flood.map(|args| scope.spawn(move || self.flooder.run_for(bound, args)));
-            std::thread::sleep(Duration::from_secs_f64(FLOOD_LEAD));
-            let output = self.client.run_for(bound, args);
-            // A flood that did not come to be would make the figure a lie.
-            match flood.map(std::thread::ScopedJoinHandle::join) {
-                Some(Ok(Ok(flood))) if !flood.status.success() => Err(Failure::Load(said(&flood))),
-                Some(Ok(Err(error))) => Err(error.into()),
-                Some(Err(_)) => Err(Failure::Load("the flood panicked".to_owned())),
-                Some(Ok(Ok(_))) | None => Ok(output?),
-            }
-        })
     }
 }
 
@@ -246,7 +242,6 @@ fn arguments(load: Load, server: IpAddr, seconds: f64) -> Vec<String> {
             words(&["transfer", "--to", &to, "--streams", &streams, "--send", "1", "--seconds", &time, "--no-checksum"])
         }
         Load::Keepalive(clients) => with("keepalive", clients, &[to]),
-        Load::Quiet(_) => with("keepalive", 1, &[to]),
         Load::Short(clients) => {
             with("short", clients, &HTTP_PORTS.map(|p| format!("{server}:{p}")).collect::<Vec<_>>())
         }

@@ -8,7 +8,7 @@ use super::plan::{FigureOf, Kind, Load, Measurement, Sample};
 use super::report::{Figure, Measured, Unit};
 use super::rig::{Rig, Setup, Side};
 use super::stats::{Better, Summary};
-use super::{Failure, memory, table};
+use super::{Failure, memory, table, two_pods};
 use crate::cluster::Mesh;
 
 /// Slices of a minute, and the seconds of each.
@@ -16,7 +16,7 @@ const SLICES: usize = 6;
 const SLICE: f64 = 10.0;
 
 /// Seconds of the load before the first run: tunnels, certificates and caches are there by then.
-const WARM_UP: f64 = 0.3;
+pub const WARM_UP: f64 = 0.3;
 
 /// How to measure.
 #[derive(Debug)]
@@ -45,6 +45,10 @@ impl Runner<'_> {
             let done = match measurement.kind {
                 Kind::Load(load) => self.load(load, &mut rig),
                 Kind::Minute(load) => self.minute(load, &mut rig),
+                Kind::TwoPods => {
+                    rig = None;
+                    two_pods::measure(self)
+                }
                 Kind::OpenConnections(count) => {
                     rig = None;
                     self.memory(|| memory::open_connections(self.setup, count))
@@ -68,11 +72,13 @@ impl Runner<'_> {
         measured.collect()
     }
 
-    fn say(&self, text: &str) {
+    /// Tells the user.
+    pub fn say(&self, text: &str) {
         (self.progress)(text);
     }
 
-    fn stopped(&self) -> bool {
+    /// Whether the user wants it to end.
+    pub fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 

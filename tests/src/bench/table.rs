@@ -17,6 +17,7 @@ pub fn show(unit: Unit, value: f64) -> String {
         Unit::Seconds => format!("{value:.2} s"),
         Unit::CpuPerGb => format!("{value:.3} s/GB"),
         Unit::CpuPer10k => format!("{value:.3} s/10k"),
+        Unit::Share => format!("{value:.3}"),
         Unit::PerOperation => format!("{value:.2}/op"),
     }
 }
