@@ -9,14 +9,16 @@
 
 mod counter;
 mod pod;
+mod steering;
 mod tuple;
 
 pub use counter::Counter;
 pub use pod::{FLAG_DENY_OLDER, FLAG_DISARMED, FLAG_DNS, POD_ADDRESSES, PodEntry};
-pub use tuple::{FourTuple, ROUTE_PREFIX_BITS, RouteKey, words};
+pub use steering::{Arrival, LOOPBACK, Protocol, Steering, steer};
+pub use tuple::{FourTuple, ROUTE_PREFIX_BITS, RouteKey, is_loopback, is_mapped, mapped, words};
 
 /// Version of everything that is pinned: maps, their layout, names. Part of the path in bpffs.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Firewall mark of sockets whose connection is captured on its way out of a pod. All 32 bits are compared.
 pub const MARK_OUTBOUND: u32 = 0x601;
@@ -50,8 +52,11 @@ pub const SOCKET_INBOUND_HBONE: u32 = 2;
 pub const SOCKET_DNS_UDP: u32 = 3;
 /// Key of the TCP listener for DNS in [`MAP_SOCKETS`].
 pub const SOCKET_DNS_TCP: u32 = 4;
-/// Entries of [`MAP_SOCKETS`]; some are spare. A listener serves both families where it is a dual-stack socket.
-pub const SOCKETS_CAPACITY: usize = 8;
+/// Added to a key of [`MAP_SOCKETS`]: the listener for IPv6 alone, beside one that serves only IPv4. There is none where the
+/// listener is a dual-stack socket, as all are that agents open now.
+pub const SOCKET_V6: u32 = 8;
+/// Entries of [`MAP_SOCKETS`]; some are spare.
+pub const SOCKETS_CAPACITY: usize = 16;
 
 /// Program on `cgroup/connect4`: marks new connections of enrolled pods.
 pub const PROGRAM_CONNECT4: &str = "connect4";
@@ -76,7 +81,7 @@ pub const MAP_EXEMPT: &str = "EXEMPT";
 pub const MAP_PROBES: &str = "PROBES";
 /// Per-CPU array of the node: `u64` per [`Counter`].
 pub const MAP_COUNTERS: &str = "COUNTERS";
-/// Socket map of one pod: the proxy's listeners.
+/// Socket map of one pod: the proxy's listeners. User space reads their cookies (`u64`) and writes descriptors.
 pub const MAP_SOCKETS: &str = "SOCKETS";
 /// Array of one pod with one [`PodEntry`].
 pub const MAP_POD: &str = "POD";

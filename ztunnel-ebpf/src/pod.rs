@@ -2,7 +2,7 @@
 
 use core::net::IpAddr;
 
-use crate::words;
+use crate::tuple::is_mapped;
 
 /// Addresses of one pod, of each family.
 pub const POD_ADDRESSES: usize = 4;
@@ -24,22 +24,22 @@ pub struct PodEntry {
     pub v6: [[u32; 4]; POD_ADDRESSES],
     /// [`FLAG_DNS`], [`FLAG_DENY_OLDER`].
     pub flags: u32,
-    /// Reserved; 0.
-    pub reserved: u32,
+    /// Index in the pod's namespace of the interface that holds these addresses. 0: every interface counts as that one.
+    pub interface: u32,
 }
 
 impl PodEntry {
     /// Bytes of one entry in a map.
     pub const SIZE: usize = size_of::<Self>();
 
-    /// An entry for these addresses. `None` if there are none, or more than [`POD_ADDRESSES`] of one family, or one is
-    /// unspecified.
+    /// An entry for these addresses of an interface. `None` if there are none, or more than [`POD_ADDRESSES`] of one
+    /// family, or one is unspecified.
     #[must_use]
-    pub fn new(addresses: &[IpAddr], flags: u32) -> Option<Self> {
-        let mut entry = Self { flags, ..Self::default() };
+    pub fn new(addresses: &[IpAddr], interface: u32, flags: u32) -> Option<Self> {
+        let mut entry = Self { flags, interface, ..Self::default() };
         let (mut v4, mut v6) = (entry.v4.iter_mut(), entry.v6.iter_mut());
         for address in addresses {
-            let octets = words(*address);
+            let octets = crate::words(*address);
             if address.is_unspecified() {
                 return None;
             }
@@ -68,6 +68,13 @@ impl PodEntry {
             && (same(a, address) || same(b, address) || same(c, address) || same(d, address))
     }
 
+    /// Whether an address, IPv4 as mapped, is the pod's own.
+    #[inline(always)]
+    #[must_use]
+    pub fn owns(&self, address: &[u32; 4]) -> bool {
+        if is_mapped(address) { self.owns_v4(address[3]) } else { self.owns_v6(*address) }
+    }
+
     /// Whether a flag is set.
     #[inline(always)]
     #[must_use]
@@ -79,7 +86,7 @@ impl PodEntry {
     #[must_use]
     pub fn to_bytes(&self) -> [u8; Self::SIZE] {
         let mut bytes = [0; Self::SIZE];
-        let words = self.v4.into_iter().chain(self.v6.into_iter().flatten()).chain([self.flags, self.reserved]);
+        let words = self.v4.into_iter().chain(self.v6.into_iter().flatten()).chain([self.flags, self.interface]);
         for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *chunk = word.to_ne_bytes();
         }
@@ -95,7 +102,7 @@ impl PodEntry {
             v4: core::array::from_fn(|_| next()),
             v6: core::array::from_fn(|_| core::array::from_fn(|_| next())),
             flags: next(),
-            reserved: next(),
+            interface: next(),
         }
     }
 }
@@ -109,6 +116,7 @@ fn same(own: &[u32; 4], address: [u32; 4]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::words;
     use core::net::{Ipv4Addr, Ipv6Addr};
 
     const A: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 244, 1, 5));
@@ -124,7 +132,7 @@ mod tests {
 
     #[test]
     fn bytes_round_trip_in_network_order() {
-        let entry = PodEntry::new(&[A, A6, B, B6], FLAG_DNS).unwrap();
+        let entry = PodEntry::new(&[A, A6, B, B6], 7, FLAG_DNS).unwrap();
         let bytes = entry.to_bytes();
         assert_eq!(bytes[..8], [10, 244, 1, 5, 10, 244, 1, 6]);
         assert_eq!(bytes[16..20], [0xfd, 0, 0, 0]);
@@ -134,19 +142,20 @@ mod tests {
 
     #[test]
     fn owns_its_addresses_and_never_the_unused_slot() {
-        let entry = PodEntry::new(&[A, A6], 0).unwrap();
+        let entry = PodEntry::new(&[A, A6], 0, 0).unwrap();
         assert!(entry.owns_v4(words(A)[3]) && entry.owns_v6(words(A6)));
         assert!(!entry.owns_v4(words(B)[3]) && !entry.owns_v6(words(B6)));
+        assert!(entry.owns(&words(A)) && entry.owns(&words(A6)) && !entry.owns(&words(B)) && !entry.owns(&words(B6)));
         assert!(!entry.owns_v4(0) && !entry.owns_v6([0; 4]));
     }
 
     #[test]
     fn entry_needs_one_to_four_addresses_of_a_family() {
-        assert_eq!(PodEntry::new(&[], 0), None);
-        assert_eq!(PodEntry::new(&[A; POD_ADDRESSES + 1], 0), None);
-        assert_eq!(PodEntry::new(&[A6; POD_ADDRESSES + 1], 0), None);
-        assert_eq!(PodEntry::new(&[IpAddr::V6(Ipv6Addr::UNSPECIFIED)], 0), None);
+        assert_eq!(PodEntry::new(&[], 0, 0), None);
+        assert_eq!(PodEntry::new(&[A; POD_ADDRESSES + 1], 0, 0), None);
+        assert_eq!(PodEntry::new(&[A6; POD_ADDRESSES + 1], 0, 0), None);
+        assert_eq!(PodEntry::new(&[IpAddr::V6(Ipv6Addr::UNSPECIFIED)], 0, 0), None);
         let both = [A, A, A, A, A6, A6, A6, A6];
-        assert!(PodEntry::new(&both, 0).is_some());
+        assert!(PodEntry::new(&both, 0, 0).is_some());
     }
 }

@@ -16,6 +16,33 @@ pub fn words(address: IpAddr) -> [u32; 4] {
     words
 }
 
+const MAPPED: u32 = 0xffff_u32.to_be();
+
+/// An IPv4 address, in network order, as four words.
+#[inline(always)]
+#[must_use]
+pub const fn mapped(address: u32) -> [u32; 4] {
+    [0, 0, MAPPED, address]
+}
+
+/// Whether four words are an IPv4-mapped address.
+#[inline(always)]
+#[must_use]
+pub const fn is_mapped(address: &[u32; 4]) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
+}
+
+/// Whether an address is one of loopback, of either family.
+#[inline(always)]
+#[must_use]
+pub const fn is_loopback(address: &[u32; 4]) -> bool {
+    if is_mapped(address) {
+        address[3].to_ne_bytes()[0] == 127
+    } else {
+        address[0] | address[1] | address[2] == 0 && address[3] == 1_u32.to_be()
+    }
+}
+
 /// Bits of a [`RouteKey`] before the address: they belong to every prefix.
 pub const ROUTE_PREFIX_BITS: u32 = 64;
 
@@ -88,6 +115,17 @@ mod tests {
         assert_eq!(words(v4), [0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes([10, 1, 2, 3])]);
         let v6 = IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 5));
         assert_eq!(words(v6), [0xfd00_0000_u32.to_be(), 0, 0, 5_u32.to_be()]);
+    }
+
+    #[test]
+    fn loopback_is_known_in_both_families() {
+        for text in ["127.0.0.1", "127.255.0.3", "::1"] {
+            assert!(is_loopback(&words(text.parse().unwrap())), "{text}");
+        }
+        for text in ["126.0.0.1", "10.0.0.127", "::", "::2", "fd00::1", "0.0.0.1"] {
+            assert!(!is_loopback(&words(text.parse().unwrap())), "{text}");
+        }
+        assert_eq!(mapped(words(IpAddr::V4(Ipv4Addr::LOCALHOST))[3]), words(IpAddr::V4(Ipv4Addr::LOCALHOST)));
     }
 
     #[test]

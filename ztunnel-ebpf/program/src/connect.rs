@@ -9,9 +9,9 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use core::ptr::addr_of;
-use ztunnel_ebpf::{Counter, MARK_OUTBOUND, PodEntry, RouteKey};
+use ztunnel_ebpf::{Counter, MARK_OUTBOUND, PodEntry, RouteKey, is_loopback, is_mapped, mapped};
 
-use crate::maps::{EXEMPT, PODS, ROUTES, count, is_mapped, mapped};
+use crate::maps::{EXEMPT, PODS, ROUTES, count};
 
 /// The connection goes on.
 const ALLOW: i32 = 1;
@@ -96,12 +96,9 @@ fn decide(ctx: &SockAddrContext, destination: [u32; 4]) -> i32 {
 /// Loopback and the pod's own addresses. An unspecified address stands for loopback.
 #[inline(always)]
 fn stays_inside(pod: &PodEntry, destination: &[u32; 4]) -> bool {
-    let last = destination[3];
-    if is_mapped(destination) {
-        return last == 0 || last.to_ne_bytes()[0] == 127 || pod.owns_v4(last);
-    }
     let head = destination[0] | destination[1] | destination[2];
-    (head == 0 && (last == 0 || last == 1_u32.to_be())) || pod.owns_v6(*destination)
+    let unspecified = destination[3] == 0 && (head == 0 || is_mapped(destination));
+    unspecified || is_loopback(destination) || pod.owns(destination)
 }
 
 /// What has no route, or leaves by another interface than the pod's own, is none of the mesh's business.

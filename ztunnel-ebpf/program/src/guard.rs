@@ -11,9 +11,9 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use core::mem::MaybeUninit;
 use core::ptr::addr_of;
-use ztunnel_ebpf::{Counter, FLAG_DENY_OLDER, FLAG_DISARMED, FourTuple};
+use ztunnel_ebpf::{Counter, FLAG_DENY_OLDER, FLAG_DISARMED, FourTuple, mapped};
 
-use crate::maps::{EXEMPT, OLDER, POD, PROBES, count, mapped};
+use crate::maps::{EXEMPT, OLDER, POD, PROBES, count};
 
 /// The packet goes on to whatever else looks at it.
 const PASS: i32 = TC_ACT_UNSPEC;

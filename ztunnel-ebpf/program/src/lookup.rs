@@ -4,57 +4,53 @@ use aya_ebpf::{bindings::sk_action, macros::sk_lookup, programs::SkLookupContext
 use aya_log_ebpf::debug;
 use core::ptr::addr_of;
 use ztunnel_ebpf::{
-    Counter, FLAG_DNS, FourTuple, PORT_DNS, PORT_INBOUND_HBONE, PORT_INBOUND_PLAINTEXT, PORT_OUTBOUND, PORT_RESOLVER,
-    PodEntry, SOCKET_DNS_TCP, SOCKET_DNS_UDP, SOCKET_INBOUND_HBONE, SOCKET_INBOUND_PLAINTEXT, SOCKET_OUTBOUND,
+    Arrival, Counter, FourTuple, PORT_INBOUND_HBONE, Protocol, SOCKET_DNS_TCP, SOCKET_DNS_UDP, SOCKET_INBOUND_HBONE,
+    SOCKET_INBOUND_PLAINTEXT, SOCKET_OUTBOUND, SOCKET_V6, Steering, is_mapped, mapped, steer,
 };
 
-use crate::maps::{POD, PROBES, SOCKETS, count, is_mapped, mapped};
+use crate::maps::{POD, PROBES, SOCKETS, count};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_UDP: u32 = 17;
-/// Index of `lo` in every namespace.
-const LOOPBACK: u32 = 1;
-
-/// What happens to a packet that has no socket of its own yet.
-enum Verdict {
-    /// The kernel looks for a listener as usual.
-    LeaveAlone,
-    /// To the listener under this key of the socket map, or nowhere.
-    Steer(u32, Counter),
-    /// To the listener for DNS, or to the outbound one where there is none for DNS.
-    SteerDns,
-    Drop,
-}
-
-/// A packet that has no socket of its own yet.
-struct Packet {
-    protocol: u32,
-    device: u32,
-    /// Destination and source, IPv4 as mapped.
-    tuple: FourTuple,
-}
 
 #[sk_lookup]
 pub fn lookup(ctx: SkLookupContext) -> u32 {
-    let (key, counter) = match decide(&ctx) {
-        Verdict::LeaveAlone => return sk_action::SK_PASS,
-        Verdict::Drop => {
+    let Some(arrival) = read(&ctx) else {
+        return sk_action::SK_PASS;
+    };
+    let steering = POD.get(0).map_or(Steering::Drop, |pod| steer(pod, &arrival));
+    match steering {
+        Steering::LeaveAlone => sk_action::SK_PASS,
+        Steering::Drop => {
             count(Counter::Dropped);
             debug!(&ctx, "dropped: addressed to a listener of the proxy");
-            return sk_action::SK_DROP;
+            sk_action::SK_DROP
         }
-        Verdict::SteerDns => {
-            if SOCKETS.redirect_sk_lookup(&ctx, SOCKET_DNS_TCP, 0).is_ok() {
-                count(Counter::DnsSteered);
-                return sk_action::SK_PASS;
-            }
-            (SOCKET_OUTBOUND, Counter::OutboundSteered)
+        Steering::Outbound => give(&ctx, &arrival, SOCKET_OUTBOUND, Counter::OutboundSteered),
+        Steering::Dns if arrival.protocol == Protocol::Udp => give(&ctx, &arrival, SOCKET_DNS_UDP, Counter::DnsSteered),
+        Steering::Dns if assign(&ctx, &arrival, SOCKET_DNS_TCP).is_ok() => {
+            count(Counter::DnsSteered);
+            sk_action::SK_PASS
         }
-        Verdict::Steer(key, counter) => (key, counter),
-    };
-    match SOCKETS.redirect_sk_lookup(&ctx, key, 0) {
+        Steering::Dns => give(&ctx, &arrival, SOCKET_OUTBOUND, Counter::OutboundSteered),
+        Steering::Inbound if PROBES.get_ptr(arrival.tuple).is_some() => {
+            count(Counter::ProbesPassed);
+            sk_action::SK_PASS
+        }
+        // Steered rather than left alone: without the proxy's listener an application's own on that port must not get it.
+        Steering::Inbound if arrival.tuple.destination_port == PORT_INBOUND_HBONE => {
+            give(&ctx, &arrival, SOCKET_INBOUND_HBONE, Counter::InboundSteered)
+        }
+        Steering::Inbound => give(&ctx, &arrival, SOCKET_INBOUND_PLAINTEXT, Counter::InboundSteered),
+    }
+}
+
+/// To the listener under this key of the socket map, or to nobody.
+#[inline(always)]
+fn give(ctx: &SkLookupContext, arrival: &Arrival, key: u32, counter: Counter) -> u32 {
+    match assign(ctx, arrival, key) {
         Ok(()) => {
             count(counter);
             sk_action::SK_PASS
@@ -62,80 +58,27 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
         Err(code) => {
             // Passing it on could reach the application's own listener.
             count(Counter::Dropped);
-            debug!(&ctx, "dropped: no listener {}, error {}", key, code);
+            debug!(ctx, "dropped: no listener {}, error {}", key, code);
             sk_action::SK_DROP
         }
     }
 }
 
+/// A listener serves both families, or there is one for IPv6 alone beside it.
 #[inline(always)]
-fn decide(ctx: &SkLookupContext) -> Verdict {
-    let Some(packet) = read(ctx) else {
-        return Verdict::LeaveAlone;
-    };
-    let port = packet.tuple.destination_port;
-    let resolver = port == PORT_RESOLVER;
-    if packet.protocol != IPPROTO_TCP && !(packet.protocol == IPPROTO_UDP && resolver) {
-        return Verdict::LeaveAlone;
+fn assign(ctx: &SkLookupContext, arrival: &Arrival, key: u32) -> Result<(), i64> {
+    if !is_mapped(&arrival.tuple.destination) && SOCKETS.give(ctx, key + SOCKET_V6).is_ok() {
+        return Ok(());
     }
-    let Some(pod) = POD.get(0) else {
-        return Verdict::Drop;
-    };
-    let (local, remote) = (&packet.tuple.destination, &packet.tuple.source);
-    // Looped traffic to the pod's own address carries the index of that address's device, not of lo.
-    let inside = packet.device == LOOPBACK || owns(pod, remote);
-    let elsewhere = !owns(pod, local) && !is_loopback(local);
-    if packet.protocol == IPPROTO_UDP {
-        return if inside && elsewhere && pod.has(FLAG_DNS) {
-            Verdict::Steer(SOCKET_DNS_UDP, Counter::DnsSteered)
-        } else {
-            Verdict::LeaveAlone
-        };
-    }
-    if inside {
-        return if elsewhere && resolver && pod.has(FLAG_DNS) {
-            Verdict::SteerDns
-        } else if elsewhere {
-            Verdict::Steer(SOCKET_OUTBOUND, Counter::OutboundSteered)
-        } else if matches!(port, PORT_OUTBOUND | PORT_INBOUND_PLAINTEXT | PORT_DNS) {
-            // The transparent listeners are found by address too; what was not steered must not reach them.
-            Verdict::Drop
-        } else {
-            Verdict::LeaveAlone
-        };
-    }
-    if PROBES.get_ptr(packet.tuple).is_some() {
-        count(Counter::ProbesPassed);
-        return Verdict::LeaveAlone;
-    }
-    if port == PORT_INBOUND_HBONE {
-        // Steered rather than left alone: without the proxy's listener an application's own on that port must not get
-        // it.
-        return Verdict::Steer(SOCKET_INBOUND_HBONE, Counter::InboundSteered);
-    }
-    Verdict::Steer(SOCKET_INBOUND_PLAINTEXT, Counter::InboundSteered)
+    SOCKETS.give(ctx, key)
 }
 
-#[inline(always)]
-fn owns(pod: &PodEntry, address: &[u32; 4]) -> bool {
-    if is_mapped(address) { pod.owns_v4(address[3]) } else { pod.owns_v6(*address) }
-}
-
-#[inline(always)]
-fn is_loopback(address: &[u32; 4]) -> bool {
-    if is_mapped(address) {
-        address[3].to_ne_bytes()[0] == 127
-    } else {
-        address[0] | address[1] | address[2] == 0 && address[3] == 1_u32.to_be()
-    }
-}
-
-/// `None`: neither IPv4 nor IPv6.
+/// `None`: neither TCP nor UDP, of neither IPv4 nor IPv6.
 ///
 /// All fields are read whatever the family (those of the other are 0), and volatile: else LLVM joins loads and the verifier
 /// refuses them.
 #[inline(always)]
-fn read(ctx: &SkLookupContext) -> Option<Packet> {
+fn read(ctx: &SkLookupContext) -> Option<Arrival> {
     let lookup = ctx.lookup;
     // SAFETY: the kernel passes a valid context; each field is read once, by its own width.
     unsafe {
@@ -158,6 +101,11 @@ fn read(ctx: &SkLookupContext) -> Option<Packet> {
             addr_of!((*lookup).remote_ip6[2]).read_volatile(),
             addr_of!((*lookup).remote_ip6[3]).read_volatile(),
         ];
+        let protocol = match protocol {
+            IPPROTO_TCP => Protocol::Tcp,
+            IPPROTO_UDP => Protocol::Udp,
+            _ => return None,
+        };
         let (destination, source) = match family {
             AF_INET => (mapped(local_v4), mapped(remote_v4)),
             AF_INET6 => (local_v6, remote_v6),
@@ -165,6 +113,6 @@ fn read(ctx: &SkLookupContext) -> Option<Packet> {
         };
         let tuple =
             FourTuple { source, destination, source_port: u16::from_be(remote_port), destination_port: port as u16 };
-        Some(Packet { protocol, device, tuple })
+        Some(Arrival { protocol, device, tuple })
     }
 }

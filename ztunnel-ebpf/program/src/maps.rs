@@ -3,10 +3,16 @@
 use core::ptr::{null, null_mut};
 
 use aya_ebpf::{
-    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockMap},
-    helpers::generated::bpf_sk_storage_get,
+    EbpfContext as _,
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC,
+        bpf_map_type::{BPF_MAP_TYPE_SK_STORAGE, BPF_MAP_TYPE_SOCKMAP},
+        bpf_sock,
+    },
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_sk_storage_get},
     macros::btf_map,
+    programs::SkLookupContext,
 };
 use ztunnel_ebpf::{
     Counter, FourTuple, OLDER_CAPACITY, PODS_CAPACITY, PROBES_CAPACITY, PodEntry, ROUTES_CAPACITY, RouteKey,
@@ -35,7 +41,7 @@ pub static COUNTERS: PerCpuArray<u64, { Counter::ALL.len() }> = PerCpuArray::new
 
 /// Pod: the proxy's listeners.
 #[btf_map]
-pub static SOCKETS: SockMap<SOCKETS_CAPACITY> = SockMap::new();
+pub static SOCKETS: Listeners = Listeners::new();
 
 /// Pod: its addresses.
 #[btf_map]
@@ -78,6 +84,50 @@ impl InheritedStorage {
     }
 }
 
+/// A socket map whose values are cookies to user space. The library's own kind has values of four bytes, which only
+/// programs can read.
+#[repr(C)]
+pub struct Listeners {
+    r#type: *const [i32; BPF_MAP_TYPE_SOCKMAP as usize],
+    key: *const u32,
+    value: *const u64,
+    max_entries: *const [i32; SOCKETS_CAPACITY],
+    map_flags: *const [i32; 0],
+}
+
+// SAFETY: as above.
+unsafe impl Sync for Listeners {}
+
+impl Listeners {
+    const fn new() -> Self {
+        Self { r#type: null(), key: null(), value: null(), max_entries: null(), map_flags: null() }
+    }
+
+    /// Gives the packet to the listener under this key.
+    ///
+    /// # Errors
+    /// A negative number of the kernel's: there is no listener, or it is of another family or protocol.
+    #[inline(always)]
+    pub fn give(&self, ctx: &SkLookupContext, key: u32) -> Result<(), i64> {
+        let map = core::ptr::from_ref(self).cast_mut().cast();
+        // SAFETY: the map is one of this object, and the key outlives the call.
+        let socket = unsafe { bpf_map_lookup_elem(map, core::ptr::from_ref(&key).cast()) };
+        if socket.is_null() {
+            return Err(-ENOENT);
+        }
+        // SAFETY: the socket was taken from the map, and is given back once.
+        let done = unsafe {
+            let done = bpf_sk_assign(ctx.as_ptr().cast(), socket, 0);
+            bpf_sk_release(socket);
+            done
+        };
+        if done == 0 { Ok(()) } else { Err(done) }
+    }
+}
+
+/// There is no such entry.
+const ENOENT: i64 = 2;
+
 /// Adds one to a counter of this CPU.
 #[inline(always)]
 pub fn count(counter: Counter) {
@@ -86,17 +136,3 @@ pub fn count(counter: Counter) {
         unsafe { *value += 1 };
     }
 }
-
-/// Whether four words are an IPv4-mapped address.
-#[inline(always)]
-pub fn is_mapped(address: &[u32; 4]) -> bool {
-    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
-}
-
-/// An IPv4 address as four words.
-#[inline(always)]
-pub const fn mapped(address: u32) -> [u32; 4] {
-    [0, 0, MAPPED, address]
-}
-
-const MAPPED: u32 = 0xffff_u32.to_be();

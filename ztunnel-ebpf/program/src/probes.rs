@@ -3,9 +3,9 @@
 use aya_ebpf::{bindings::BPF_SOCK_OPS_STATE_CB_FLAG, macros::sock_ops, programs::SockOpsContext};
 use aya_log_ebpf::debug;
 use core::ptr::addr_of;
-use ztunnel_ebpf::FourTuple;
+use ztunnel_ebpf::{FourTuple, mapped};
 
-use crate::maps::{PROBES, mapped};
+use crate::maps::PROBES;
 
 /// `BPF_SOCK_OPS_TCP_CONNECT_CB`: a connection is about to be opened.
 const CONNECT: u32 = 3;

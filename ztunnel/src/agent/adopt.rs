@@ -12,6 +12,7 @@ use super::state::{Saved, State, StateError};
 
 /// A pod that is captured but cannot be served, or that was withdrawn and is not wholly released. It is tried again.
 /// Its capture stays until somebody withdraws it.
+#[derive(Debug)]
 pub struct Stranded {
     /// What its file says.
     pub saved: Saved,
@@ -26,9 +27,11 @@ pub struct Stranded {
 }
 
 impl Stranded {
-    /// One that cannot be served for this reason.
-    fn new(saved: Saved, reason: String) -> Self {
-        Self { saved, reason, listeners: None, leaving: false, netns: None }
+    /// One that is not served, or not any more where its file says so.
+    pub fn new(saved: Saved) -> Self {
+        let leaving = saved.leaving;
+        let reason = String::from("it was withdrawn and is not released yet");
+        Self { saved, reason, listeners: None, leaving, netns: None }
     }
 
     /// Takes listeners that a proxy returned, if they are of this pod and it has none. One that leaves needs
@@ -75,6 +78,14 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
         let uid = saved.pod.uid.clone();
         folders.insert(folder_name(&uid));
         cookies.insert(saved.netns_cookie);
+        if saved.leaving {
+            tracing::info!(
+                pod = uid,
+                "withdrawn while an earlier agent ran, and not wholly released; that is finished"
+            );
+            stranded.insert(uid, Stranded::new(saved));
+            continue;
+        }
         match one(host, &saved, None) {
             Adoption::Adopted(pod) => {
                 tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "adopted");
@@ -86,7 +97,7 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
             }
             Adoption::Failed(reason) => {
                 tracing::error!(pod = uid, reason, "cannot adopt; its capture stays as it is");
-                stranded.insert(uid, Stranded::new(saved, reason));
+                stranded.insert(uid, Stranded { reason, ..Stranded::new(saved) });
             }
         }
     }

@@ -14,11 +14,15 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::announce::accept;
 use super::maker::{Kind, Maker};
-use super::manager::{Manager, ManagerError, Notice};
+use super::manager::{Joining, Manager, ManagerError, Notice};
 use super::sockets::ListenerSet;
 
-/// The version of the protocol that this agent speaks; it speaks no older one yet.
-pub const VERSION: u32 = 1;
+/// The version of the protocol that this agent speaks.
+pub const VERSION: u32 = 2;
+/// The oldest that it speaks.
+const OLDEST: u32 = 1;
+/// From this version on a proxy answers DNS. One that speaks an older one may leave queries unanswered.
+const DNS_SINCE: u32 = 2;
 /// Largest message of a proxy.
 const MAX_MESSAGE: usize = 4096;
 /// Proxies at a time: the current one, its successor, and room for one that is not noticed to be gone.
@@ -85,10 +89,11 @@ async fn connection(socket: &Socket, proxy_uid: u32, manager: &Manager, maker: &
     if peer.uid != proxy_uid && peer.uid != 0 {
         return Err(HandoverError::NotAllowed(peer.uid));
     }
-    let kept = tokio::time::timeout(PATIENCE, greet(socket)).await.map_err(|_| HandoverError::Slow("say hello"))??;
+    let greeted = tokio::time::timeout(PATIENCE, greet(socket)).await;
+    let (version, kept) = greeted.map_err(|_| HandoverError::Slow("say hello"))??;
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    tracing::info!(proxy = id, pid = peer.pid, kept = kept.len(), "a proxy connected");
-    let mut notices = manager.join(id, kept).await?;
+    tracing::info!(proxy = id, pid = peer.pid, version, kept = kept.len(), "a proxy connected");
+    let mut notices = manager.join(id, Joining { kept, dns: version >= DNS_SINCE }).await?;
     let mut unacked = Unacked { proxy: id, messages: VecDeque::new(), refused: HashSet::new() };
     let result = exchange(socket, manager, maker, &mut notices, &mut unacked).await;
     // The manager may wait for an acknowledgement that will not come.
@@ -97,13 +102,13 @@ async fn connection(socket: &Socket, proxy_uid: u32, manager: &Manager, maker: &
     result
 }
 
-/// Exchanges the first messages: what the proxy kept from an earlier agent.
-async fn greet(socket: &Socket) -> Result<HashMap<String, ListenerSet>, HandoverError> {
+/// Exchanges the first messages: the version that both speak, and what the proxy kept from an earlier agent.
+async fn greet(socket: &Socket) -> Result<(u32, HashMap<String, ListenerSet>), HandoverError> {
     send(socket, agent_message::Kind::Hello(node::Hello { version: VERSION, kept_pods: 0 }), &[]).await?;
     let proxy_message::Kind::Hello(hello) = receive(socket).await?.0 else {
         return Err(HandoverError::Protocol("the first message is not Hello"));
     };
-    if hello.version < VERSION {
+    if hello.version < OLDEST {
         return Err(HandoverError::Protocol("the proxy speaks only versions that this agent does not"));
     }
     if hello.kept_pods > MAX_KEPT {
@@ -124,7 +129,7 @@ async fn greet(socket: &Socket) -> Result<HashMap<String, ListenerSet>, Handover
             tracing::warn!(pod = pod.pod_uid, "the proxy returned something else than the pod's listeners");
         }
     }
-    Ok(kept)
+    Ok((hello.version.min(VERSION), kept))
 }
 
 /// What a proxy has not answered yet.

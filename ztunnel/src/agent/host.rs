@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use ztunnel_ebpf::{FLAG_DENY_OLDER, FLAG_DNS};
@@ -46,6 +47,7 @@ pub struct Host {
     cgroup_root: PathBuf,
     choices: Choices,
     foreign: Mutex<Option<ForeignPrograms>>,
+    dns_served: AtomicBool,
 }
 
 /// Programs of others on the connect hooks at the cgroup root.
@@ -63,7 +65,10 @@ impl Host {
     /// When the namespace cannot be opened.
     pub fn new(capture: NodeCapture, cgroup_root: PathBuf, choices: Choices) -> io::Result<Self> {
         let home = File::open("/proc/thread-self/ns/net")?;
-        Ok(Self { capture, drift: Counts::default(), home, cgroup_root, choices, foreign: Mutex::default() })
+        // A proxy that an earlier agent had is still there, or comes back: until one connects, what is in force stays.
+        let served = capture.entries().unwrap_or_default().iter().any(|entry| entry.has(FLAG_DNS));
+        let (drift, foreign) = Default::default();
+        Ok(Self { capture, drift, home, cgroup_root, choices, foreign, dns_served: AtomicBool::new(served) })
     }
 
     /// The agent's own network namespace.
@@ -72,16 +77,29 @@ impl Host {
         &self.home
     }
 
-    /// Whether the pods' DNS queries go to the proxy.
+    /// Whether the pods' DNS queries are to go to the proxy, as soon as there is one that answers them: pods have listeners
+    /// for them.
     #[must_use]
     pub fn dns(&self) -> bool {
         self.choices.dns == Switch::On
     }
 
+    /// Whether the pods' DNS queries go to the proxy now.
+    #[must_use]
+    pub fn captures_dns(&self) -> bool {
+        self.dns() && self.dns_served.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of whether the proxies answer DNS. Returns whether [`Self::captures_dns`] changed by it: then every pod is
+    /// to be told.
+    pub fn set_dns_served(&self, served: bool) -> bool {
+        self.dns_served.swap(served, Ordering::Relaxed) != served && self.dns()
+    }
+
     /// What the programs are told of every pod.
     #[must_use]
     pub fn flags(&self) -> u32 {
-        let dns = if self.dns() { FLAG_DNS } else { 0 };
+        let dns = if self.captures_dns() { FLAG_DNS } else { 0 };
         dns | match self.choices.older {
             OlderConnections::Allow => 0,
             OlderConnections::Deny => FLAG_DENY_OLDER,

@@ -15,7 +15,7 @@ use rounds::Schedule;
 use super::adopt::{self, Stranded};
 use super::host::Host;
 use super::netns::{Netns, inode_at};
-use super::pod::{self, EnrolError, Pod, PodInfo, Sandbox};
+use super::pod::{self, EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
@@ -66,15 +66,32 @@ pub struct Listed {
     pub info: PodInfo,
     /// Empty: enrolled, as checked in the kernel.
     pub reason: String,
+    /// Enrolled, but held less firmly than others: why. Empty: nothing to say.
+    pub weaker: String,
     /// The runtime's id of the sandbox; empty if it gave none.
     pub sandbox: String,
+}
+
+/// A proxy that connects.
+#[derive(Debug)]
+pub struct Joining {
+    /// Listeners that it kept from an earlier agent.
+    pub kept: HashMap<String, ListenerSet>,
+    /// Whether it answers DNS.
+    pub dns: bool,
+}
+
+/// A proxy that is connected.
+struct Connected {
+    notices: mpsc::Sender<Notice>,
+    dns: bool,
 }
 
 enum Command {
     Enrol { info: PodInfo, netns: OwnedFd, sandbox: Sandbox, done: oneshot::Sender<Result<(), ManagerError>> },
     Withdraw { uid: String, sandbox: String, done: oneshot::Sender<Result<(), ManagerError>> },
     List { done: oneshot::Sender<Vec<Listed>> },
-    Join { id: u64, kept: HashMap<String, ListenerSet>, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
+    Join { id: u64, joining: Joining, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
     Leave { id: u64 },
     Answered { proxy: u64, uid: String, error: String },
 }
@@ -129,16 +146,12 @@ impl Manager {
         self.ask(|done| Command::List { done }).await
     }
 
-    /// A proxy connected, with the listeners that it kept: what it has to be told from now on.
+    /// A proxy connected: what it has to be told from now on.
     ///
     /// # Errors
     /// When the agent stops.
-    pub async fn join(
-        &self,
-        id: u64,
-        kept: HashMap<String, ListenerSet>,
-    ) -> Result<mpsc::Receiver<Notice>, ManagerError> {
-        self.ask(|notices| Command::Join { id, kept, notices }).await
+    pub async fn join(&self, id: u64, joining: Joining) -> Result<mpsc::Receiver<Notice>, ManagerError> {
+        self.ask(|notices| Command::Join { id, joining, notices }).await
     }
 
     /// A proxy is gone.
@@ -167,6 +180,12 @@ impl Manager {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// How many pods are enrolled and held less firmly than others.
+    #[must_use]
+    pub fn count_weaker(&self) -> usize {
+        self.pods().iter().filter(|pod| pod.weaker().is_some()).count()
+    }
+
     /// How many pods are enrolled.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -185,7 +204,7 @@ struct Task {
     state: State,
     pods: Shared,
     stranded: BTreeMap<String, Stranded>,
-    proxies: HashMap<u64, mpsc::Sender<Notice>>,
+    proxies: HashMap<u64, Connected>,
     refusals: Refusals,
     schedule: Schedule,
     /// Whether no pod is captured that the agent does not know.
@@ -211,12 +230,13 @@ impl Task {
                     Some(Command::List { done }) => {
                         let _ = done.send(self.list().await);
                     }
-                    Some(Command::Join { id, kept, notices }) => {
-                        let _ = notices.send(self.join(id, kept).await);
+                    Some(Command::Join { id, joining, notices }) => {
+                        let _ = notices.send(self.join(id, joining).await);
                     }
                     Some(Command::Leave { id }) => {
                         self.proxies.remove(&id);
                         self.refusals.forget_proxy(id);
+                        self.follow_proxies().await;
                     }
                     Some(Command::Answered { proxy, uid, error }) => {
                         self.refusals.note(proxy, uid, error, tokio::time::Instant::now());
@@ -253,11 +273,13 @@ impl Task {
             self.withdraw(&uid).await?;
         }
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
-        let enrolled = blocking(move || Pod::enrol(&host, &state, info, netns, sandbox)).await;
+        let enrolled = blocking(move || Ok(Pod::enrol(&host, &state, info, netns, sandbox))).await?;
         let pod = match enrolled {
             Ok(pod) => Arc::new(pod),
-            Err(error) => {
+            Err(failed) => {
+                let NotEnrolled { error, left } = *failed;
                 tracing::error!(pod = uid, %error, "not enrolled");
+                self.stranded.extend(left.map(|left| (uid, left)));
                 return Err(error.into());
             }
         };
@@ -286,10 +308,10 @@ impl Task {
     }
 
     /// A stranded pod was announced again: the same one is adopted, in the namespace that was given; one that is
-    /// another by now is withdrawn.
+    /// another by now is withdrawn, and what was withdrawn is wholly released before it is enrolled anew.
     async fn retry_stranded(&mut self, uid: &str, info: &PodInfo, netns: &Netns) -> Result<(), ManagerError> {
-        let Some(Stranded { saved, listeners, .. }) = self.stranded.get(uid) else { return Ok(()) };
-        if saved.netns_cookie != netns.cookie() || saved.pod != *info {
+        let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(uid) else { return Ok(()) };
+        if *leaving || saved.netns_cookie != netns.cookie() || saved.pod != *info {
             return self.withdraw(uid).await;
         }
         let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
@@ -337,6 +359,7 @@ impl Task {
     /// When something fails it is stranded, its file stays, and it is tried again.
     async fn withdraw_stranded(&mut self, uid: &str, mut stranded: Stranded) -> Result<(), ManagerError> {
         stranded.leaving = true;
+        stranded.saved.leaving = true;
         let left = self.leave(uid, &mut stranded).await;
         if let Err(error) = left {
             stranded.reason = format!("withdrawn, but not wholly released: {error}");
@@ -348,9 +371,13 @@ impl Task {
     }
 
     async fn leave(&mut self, uid: &str, stranded: &mut Stranded) -> Result<(), EnrolError> {
-        let (host, saved) = (Arc::clone(&self.host), stranded.saved.clone());
+        let (host, saved, state) = (Arc::clone(&self.host), stranded.saved.clone(), self.state.clone());
         let known = stranded.netns.as_ref().and_then(|netns| netns.try_clone().ok());
         let netns = blocking(move || {
+            // First of all: an agent that is started meanwhile must finish it, and not take the pod over.
+            if let Err(error) = state.save(&saved) {
+                tracing::warn!(pod = saved.pod.uid, %error, "cannot write down that a pod is withdrawn");
+            }
             // Held, so that it stays to be restored when the proxy closes its sockets.
             let find = || Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
             let netns = known.or_else(find);
@@ -375,7 +402,7 @@ impl Task {
     /// Waits until every proxy has closed the pod's sockets; one that does not in time is cut off.
     async fn tell_removed(&mut self, uid: &str) {
         let mut acks = Vec::new();
-        for (id, notices) in &self.proxies {
+        for (id, Connected { notices, .. }) in &self.proxies {
             let (acked, ack) = oneshot::channel();
             if notices.try_send(Notice::Removed(uid.to_owned(), acked)).is_ok() {
                 acks.push((*id, ack));
@@ -401,7 +428,8 @@ impl Task {
             pods.into_iter()
                 .map(|pod| {
                     let reason = pod.verify(&host).err().map(|error| error.to_string()).unwrap_or_default();
-                    Listed { info: pod.info.clone(), reason, sandbox: pod.sandbox().id }
+                    let weaker = pod.weaker().unwrap_or_default().to_owned();
+                    Listed { info: pod.info.clone(), reason, weaker, sandbox: pod.sandbox().id }
                 })
                 .collect::<Vec<_>>()
         });
@@ -414,12 +442,13 @@ impl Task {
         listed.extend(self.stranded.values().map(|Stranded { saved, reason, .. }| Listed {
             info: saved.pod.clone(),
             reason: reason.clone(),
+            weaker: String::new(),
             sandbox: saved.sandbox.clone(),
         }));
         listed
     }
 
-    async fn join(&mut self, id: u64, kept: HashMap<String, ListenerSet>) -> mpsc::Receiver<Notice> {
+    async fn join(&mut self, id: u64, Joining { kept, dns }: Joining) -> mpsc::Receiver<Notice> {
         for (uid, listeners) in kept {
             if let Some(pod) = self.get(&uid) {
                 if pod.take_listeners(listeners) {
@@ -447,13 +476,44 @@ impl Task {
             }
         }
         let _ = notices.try_send(Notice::SnapshotSent);
-        self.proxies.insert(id, notices);
+        self.proxies.insert(id, Connected { notices, dns });
+        self.follow_proxies().await;
         receiver
+    }
+
+    /// Captures the pods' queries while a proxy is connected that answers them, and not while all that are do not. While
+    /// none is, what was stays: the next one is about to come.
+    async fn follow_proxies(&self) {
+        if self.proxies.is_empty() {
+            return;
+        }
+        let served = self.proxies.values().any(|proxy| proxy.dns);
+        if !self.host.set_dns_served(served) {
+            return;
+        }
+        if served {
+            tracing::info!("a proxy that answers DNS is connected: the pods' queries go to it");
+        } else {
+            tracing::warn!("no proxy is connected that answers DNS: the pods' queries go to their resolvers");
+        }
+        let (host, pods) = (Arc::clone(&self.host), self.all());
+        let told = blocking(move || {
+            for pod in pods {
+                if let Err(error) = pod.follow(&host) {
+                    // Looked after with everything else that is missing.
+                    tracing::warn!(pod = pod.info.uid, %error, "cannot tell the kernel where its queries go");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = told.await {
+            tracing::warn!(%error, "cannot tell the kernel where queries go");
+        }
     }
 
     fn announce(&self, pod: &Arc<Pod>) {
         let Some(listeners) = pod.listeners() else { return };
-        for notices in self.proxies.values() {
+        for Connected { notices, .. } in self.proxies.values() {
             // A full or closed channel: the connection is about to end, and the next one gets a snapshot.
             let _ = notices.try_send(Notice::Added(pod.info.clone(), Arc::clone(&listeners)));
         }
@@ -478,7 +538,12 @@ impl Task {
 
 impl From<Listed> for node::PodState {
     fn from(listed: Listed) -> Self {
-        Self { pod: Some(listed.info.to_wire()), not_enrolled_reason: listed.reason, container_id: listed.sandbox }
+        Self {
+            pod: Some(listed.info.to_wire()),
+            not_enrolled_reason: listed.reason,
+            container_id: listed.sandbox,
+            weaker_reason: listed.weaker,
+        }
     }
 }
 

@@ -39,6 +39,10 @@ impl Collector for Kernel {
         let help = "Pods that are enrolled on this node";
         let metric = encoder.encode_descriptor("culvert_enrolled_pods", help, None, MetricType::Gauge)?;
         ConstGauge::new(pods).encode(metric)?;
+        let pods = i64::try_from(self.manager.count_weaker()).unwrap_or(i64::MAX);
+        let help = "Enrolled pods whose guard stands in the pod itself, where a process that may open packet sockets gets past";
+        let metric = encoder.encode_descriptor("culvert_weaker_pods", help, None, MetricType::Gauge)?;
+        ConstGauge::new(pods).encode(metric)?;
         let help = "Times that something of an enrolled pod was found missing in the kernel and mended";
         let mut metric = encoder.encode_descriptor("culvert_agent_drift", help, None, MetricType::Counter)?;
         for what in Drift::ALL {

@@ -6,10 +6,10 @@ mod keep;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND, PodEntry};
+use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND};
 
 use super::adopt::Stranded;
-use super::capture::{CaptureError, PodCapture, Route};
+use super::capture::{CaptureError, PodCapture};
 use super::host::{ForeignPrograms, Host};
 use super::netlink::Changes;
 use super::netns::{Netns, NetnsError, inode_at};
@@ -17,6 +17,8 @@ use super::pod_network::{self, Before, Needs, PodNetworkError};
 use super::sock_diag::{self, SockDiagError};
 use super::sockets::{ListenerSet, SocketError};
 use super::state::{Saved, State, StateError};
+
+use keep::Told;
 
 pub use info::{InvalidPod, PodInfo, Sandbox};
 
@@ -61,6 +63,23 @@ pub enum EnrolError {
     NoDnsListeners,
 }
 
+/// A pod that could not be enrolled.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotEnrolled {
+    /// Why.
+    #[source]
+    pub error: EnrolError,
+    /// What could not be taken back.
+    pub left: Option<Stranded>,
+}
+
+impl<E: Into<EnrolError>> From<E> for Box<NotEnrolled> {
+    fn from(error: E) -> Self {
+        Self::new(NotEnrolled { error: error.into(), left: None })
+    }
+}
+
 /// An enrolled pod. Dropping it changes nothing in the kernel but that the agent's duplicates of the sockets are
 /// closed.
 #[derive(Debug)]
@@ -69,13 +88,11 @@ pub struct Pod {
     pub info: PodInfo,
     netns: Netns,
     changes: Changes,
-    entry: PodEntry,
     before: Before,
     capture: PodCapture,
     sandbox: Mutex<Sandbox>,
     listeners: Mutex<Option<Arc<ListenerSet>>>,
-    /// The destinations that the programs were told last.
-    told: Mutex<Vec<Route>>,
+    told: Mutex<Told>,
 }
 
 impl Pod {
@@ -92,35 +109,36 @@ impl Pod {
         info: PodInfo,
         netns: Netns,
         sandbox: Sandbox,
-    ) -> Result<Self, EnrolError> {
+    ) -> Result<Self, Box<NotEnrolled>> {
         host.look_for_foreign_programs()?;
         host.refuse_foreign_programs()?;
-        let entry = info.entry(host.flags()).ok_or(InvalidPod::Addresses)?;
         // First of all, since it changes nothing: an address that is not the pod's.
         pod_network::find_interface(&netns, info.primary()?, host.home())?;
         let changes = netns.changes()?;
         let before = pod_network::before(&netns, &needs(host, &info))?;
+        let saved = Saved::new(&info, &netns, &sandbox, before);
         let steps = || -> Result<_, EnrolError> {
-            state.save(&Saved::new(&info, &netns, &sandbox, before))?;
+            state.save(&saved)?;
             pod_network::prepare(&netns, &needs(host, &info))?;
             let listeners = ListenerSet::open(&netns, host.dns())?;
-            let (capture, told) = keep::attach(host, &info, &netns, entry, &listeners)?;
+            let (capture, told) = keep::attach(host, &info, &netns, &listeners)?;
             Ok((listeners, capture, told))
         };
         let (listeners, capture, told) = match steps() {
             Ok(done) => done,
             Err(error) => {
-                undo(host, state, &info.uid, &netns, before);
-                return Err(error);
+                let left = undo(host, state, saved, &netns);
+                return Err(Box::new(NotEnrolled { error, left }));
             }
         };
         let listeners = Mutex::new(Some(Arc::new(listeners)));
         let (sandbox, told) = (Mutex::new(sandbox), Mutex::new(told));
-        let pod = Self { info, netns, changes, entry, before, capture, sandbox, listeners, told };
+        let pod = Self { info, netns, changes, before, capture, sandbox, listeners, told };
         if let Err(error) = pod.verify(host) {
-            undo(host, state, &pod.info.uid, &pod.netns, before);
-            return Err(error);
+            let left = undo(host, state, saved, &pod.netns);
+            return Err(Box::new(NotEnrolled { error, left }));
         }
+        pod.warn_if_weaker();
         Ok(pod)
     }
 
@@ -138,7 +156,6 @@ impl Pod {
         returned: Option<Arc<ListenerSet>>,
     ) -> Result<Self, EnrolError> {
         let info = saved.pod.clone();
-        let entry = info.entry(host.flags()).ok_or(InvalidPod::Addresses)?;
         let changes = netns.changes()?;
         pod_network::mend(&netns, &needs(host, &info))?;
         let listeners = match returned {
@@ -150,14 +167,16 @@ impl Pod {
                 Err(error) => return Err(error.into()),
             },
         };
-        let (capture, told) = keep::adopt(host, &info, &netns, entry, listeners.as_deref())?;
+        let (capture, told) = keep::adopt(host, &info, &netns, listeners.as_deref())?;
         let mut sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
         // A path that this agent cannot see, or that is another's by now, says nothing about the pod's end.
         if inode_at(&sandbox.path) != Some(netns.inode()) {
             sandbox.path = PathBuf::new();
         }
         let (sandbox, listeners, told) = (Mutex::new(sandbox), Mutex::new(listeners), Mutex::new(told));
-        Ok(Self { info, netns, changes, entry, before: saved.before, capture, sandbox, listeners, told })
+        let pod = Self { info, netns, changes, before: saved.before, capture, sandbox, listeners, told };
+        pod.warn_if_weaker();
+        Ok(pod)
     }
 
     /// Takes note of where it was announced to be now. What is not given stays as it was.
@@ -185,13 +204,9 @@ impl Pod {
     /// What is left to do when it is withdrawn. It has no listeners after this: who leaves has them.
     #[must_use]
     pub fn leave(&self) -> Stranded {
-        Stranded {
-            saved: Saved::new(&self.info, &self.netns, &self.sandbox(), self.before),
-            reason: String::from("it was withdrawn and is not released yet"),
-            listeners: self.lock().take(),
-            leaving: true,
-            netns: self.netns.try_clone().ok(),
-        }
+        let saved = Saved::new(&self.info, &self.netns, &self.sandbox(), self.before);
+        let (listeners, netns) = (self.lock().take(), self.netns.try_clone().ok());
+        Stranded { listeners, leaving: true, netns, ..Stranded::new(saved) }
     }
 
     /// Its namespace.
@@ -285,20 +300,23 @@ fn end_captured(netns: &Netns) -> Result<(), EnrolError> {
 }
 
 fn needs<'a>(host: &Host, info: &'a PodInfo) -> Needs<'a> {
-    Needs { addresses: &info.addresses, dns: host.dns() }
+    Needs { addresses: &info.addresses, dns: host.captures_dns() }
 }
 
-/// Takes back a failed enrolment. What cannot be taken back is only logged: the first error is the one that matters.
-fn undo(host: &Host, state: &State, uid: &str, netns: &Netns, before: Before) {
-    let steps = [
-        ("map of pods", host.capture.release(netns.cookie()).map_err(EnrolError::from)),
-        ("programs", host.capture.unpin_pod(uid).map_err(EnrolError::from)),
-        ("rules", restore(netns, before)),
-        ("state", state.remove(uid).map_err(EnrolError::from)),
-    ];
-    for (what, done) in steps {
-        if let Err(error) = done {
-            tracing::warn!(pod = uid, %error, "cannot take back a failed enrolment: {what}");
-        }
+/// Takes back a failed enrolment. What cannot be taken back is only logged, since the first error is the one that matters,
+/// and returned: it is to be tried again. The pod's file goes last, and says from the beginning what is to become of it.
+fn undo(host: &Host, state: &State, saved: Saved, netns: &Netns) -> Option<Stranded> {
+    let saved = saved.leaving();
+    let uid = saved.pod.uid.as_str();
+    if let Err(error) = state.save(&saved) {
+        tracing::warn!(pod = uid, %error, "cannot write down that a failed enrolment is taken back");
     }
+    let undone = release(host, &saved, Some(netns))
+        .and_then(|()| restore(netns, saved.before))
+        .and_then(|()| Ok(state.remove(uid)?));
+    let error = undone.err()?;
+    tracing::warn!(pod = uid, %error, "cannot take back a failed enrolment yet");
+    let reason = format!("not enrolled, and not wholly taken back: {error}");
+    let netns = netns.try_clone().ok();
+    Some(Stranded { reason, leaving: true, netns, ..Stranded::new(saved) })
 }

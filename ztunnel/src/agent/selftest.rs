@@ -61,7 +61,7 @@ pub fn run(node: &NodeCapture) -> Result<(), SelfTestError> {
     pod_network::prepare(&netns, &Needs { addresses: &[address], dns: false })?;
     let listeners = ListenerSet::open(&netns, false)?;
     let uid = format!("self-test-{}", std::process::id());
-    let entry = PodEntry::new(&[address], 0).unwrap_or_default();
+    let entry = PodEntry::new(&[address], 0, 0).unwrap_or_default();
     let everywhere = Route { address: Ipv4Addr::UNSPECIFIED.into(), prefix: 0, captured: true };
     let told = node.set_routes(netns.cookie(), &[everywhere]);
     // Nothing leaves a namespace without a device: it needs no guard.

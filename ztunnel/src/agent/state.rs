@@ -30,6 +30,9 @@ pub struct Saved {
     pub netns_inode: u64,
     /// What to restore.
     pub before: Before,
+    /// Whether it was withdrawn: what is left of it goes.
+    #[serde(default)]
+    pub leaving: bool,
 }
 
 impl Saved {
@@ -44,7 +47,15 @@ impl Saved {
             netns_cookie: netns.cookie(),
             netns_inode: netns.inode(),
             before,
+            leaving: false,
         }
+    }
+
+    /// The same of a pod that is withdrawn.
+    #[must_use]
+    pub fn leaving(mut self) -> Self {
+        self.leaving = true;
+        self
     }
 }
 

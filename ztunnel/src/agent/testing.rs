@@ -100,6 +100,19 @@ pub fn pair() -> (TestPod, TestPod) {
     (TestPod { netns: a, address: A }, TestPod { netns: b, address: B })
 }
 
+/// Addresses of a second network: of pod A, and of its neighbour there.
+pub const C: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 5);
+pub const D: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 6);
+pub const C6: Ipv6Addr = Ipv6Addr::new(0xfd07, 0, 0, 0, 0, 0, 0, 5);
+pub const D6: Ipv6Addr = Ipv6Addr::new(0xfd07, 0, 0, 0, 0, 0, 0, 6);
+
+/// Joins two pods once more: `net1` of the first with [`C`], `peer1` of the other with [`D`].
+pub fn second_link(a: &TestPod, b: &TestPod) {
+    join(&a.netns, &b.netns, "net1", "peer1");
+    give(&a.netns, "net1", C, C6);
+    give(&b.netns, "peer1", D, D6);
+}
+
 /// A node and a pod, [`A`], whose interface has its other end, `host0`, in the node's namespace, with the addresses [`B`].
 /// All of the pod's routes lead there.
 pub fn node_and_pod() -> (TestPod, TestPod) {
@@ -139,7 +152,7 @@ fn join(a: &Netns, b: &Netns, name_a: &str, name_b: &str) {
 }
 
 /// Gives an interface its addresses and sets it up.
-fn give(netns: &Netns, name: &str, v4: Ipv4Addr, v6: Ipv6Addr) {
+pub fn give(netns: &Netns, name: &str, v4: Ipv4Addr, v6: Ipv6Addr) {
     configure(netns, async |handle| {
         let index = index_of(&handle, name).await;
         handle.address().add(index, v4.into(), 24).execute().await.unwrap();

@@ -5,6 +5,7 @@ mod adoption;
 mod drifting;
 mod families;
 mod leftovers;
+mod networks;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -59,7 +60,11 @@ impl Agent {
     }
 
     fn proxy(&self, kept: Vec<(&str, Vec<OwnedFd>)>) -> Proxy {
-        Proxy::connect(&self.run.join("proxy/agent.sock"), kept)
+        self.proxy_of_version(handover::VERSION, kept)
+    }
+
+    fn proxy_of_version(&self, version: u32, kept: Vec<(&str, Vec<OwnedFd>)>) -> Proxy {
+        Proxy::connect(&self.run.join("proxy/agent.sock"), version, kept)
     }
 }
 
@@ -103,8 +108,11 @@ impl Announcer {
 
     /// UID and reason of every pod.
     fn list(&self) -> Vec<(String, String)> {
-        let response = self.ask(pod_request::Kind::List(node::ListPods {}), &[]);
-        response.pods.into_iter().map(|state| (state.pod.unwrap().uid, state.not_enrolled_reason)).collect()
+        self.states().into_iter().map(|state| (state.pod.unwrap().uid, state.not_enrolled_reason)).collect()
+    }
+
+    fn states(&self) -> Vec<node::PodState> {
+        self.ask(pod_request::Kind::List(node::ListPods {}), &[]).pods
     }
 }
 
@@ -127,9 +135,9 @@ struct Proxy(BlockingSocket);
 
 impl Proxy {
     /// Connects, says hello, and returns the listeners that it kept.
-    fn connect(path: &Path, kept: Vec<(&str, Vec<OwnedFd>)>) -> Self {
+    fn connect(path: &Path, version: u32, kept: Vec<(&str, Vec<OwnedFd>)>) -> Self {
         let proxy = Self(BlockingSocket::connect(path, PATIENCE).unwrap());
-        let hello = node::Hello { version: 1, kept_pods: u32::try_from(kept.len()).unwrap() };
+        let hello = node::Hello { version, kept_pods: u32::try_from(kept.len()).unwrap() };
         proxy.say(proxy_message::Kind::Hello(hello), &[]);
         for (uid, sockets) in kept {
             let kinds = ListenerKinds::ALL.map(Into::into).into_iter().take(sockets.len()).collect();
@@ -137,7 +145,7 @@ impl Proxy {
             proxy.say(proxy_message::Kind::PodKept(node::PodKept { pod_uid: uid.into(), listeners: kinds }), &sockets);
         }
         let agent_message::Kind::Hello(hello) = proxy.hear().0 else { panic!("the agent says hello first") };
-        assert_eq!(hello.version, 1);
+        assert_eq!(hello.version, handover::VERSION);
         proxy
     }
 

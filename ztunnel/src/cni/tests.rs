@@ -259,7 +259,12 @@ fn delete_never_fails() {
 fn check_says_what_is_wrong() {
     let check = |reason: &str, sandbox: &str| {
         let pod = node::Pod { uid: String::from("8c1e"), ..node::Pod::default() };
-        let state = node::PodState { pod: Some(pod), not_enrolled_reason: reason.into(), container_id: sandbox.into() };
+        let state = node::PodState {
+            pod: Some(pod),
+            not_enrolled_reason: reason.into(),
+            container_id: sandbox.into(),
+            ..node::PodState::default()
+        };
         let answer = node::PodResponse { pods: vec![state], ..decided(node::Decision::Enrolled) };
         with_agent("CHECK", vec![answer]).0.map_err(|error| error.code())
     };

@@ -25,8 +25,10 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use super::pods::{Pods, Port, Removal, StillAlive};
 use super::sockets::{Notice, SocketKind, Want};
 
-/// The version of the messages that this proxy speaks.
-const VERSION: u32 = 1;
+/// The version of the messages that this proxy speaks. From 2 on it says that the proxy answers DNS.
+const VERSION: u32 = 2;
+/// The oldest version that it speaks.
+const OLDEST: u32 = 1;
 
 /// Time for the agent to answer the first message.
 const HELLO: Duration = Duration::from_secs(5);
@@ -165,7 +167,7 @@ impl Handover {
         }
         let (message, _) = timeout(HELLO, socket.recv(MAX_MESSAGE)).await.map_err(|_| HandoverError::NoHello)??;
         match node::AgentMessage::decode(message)?.kind {
-            Some(agent_message::Kind::Hello(hello)) if hello.version >= 1 => Ok(()),
+            Some(agent_message::Kind::Hello(hello)) if hello.version >= OLDEST => Ok(()),
             Some(agent_message::Kind::Hello(hello)) => Err(HandoverError::Version(hello.version)),
             Some(_) | None => Err(HandoverError::NoHello),
         }

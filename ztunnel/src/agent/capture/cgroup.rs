@@ -15,11 +15,13 @@ use ztunnel_ebpf as abi;
 use super::error::{CaptureError, at, program_error};
 use super::former::{self, detach};
 use super::loader::{open_cgroup, pin};
-use super::{NodeCapture, layout, sys};
+use super::{NodeCapture, layout, pins, sys};
 
 /// The connect hooks: program and attach type.
 const HOOKS: [(&str, u32); 2] =
     [(abi::PROGRAM_CONNECT4, sys::ATTACH_CONNECT4), (abi::PROGRAM_CONNECT6, sys::ATTACH_CONNECT6)];
+/// Maps that the connect hooks use.
+const MAPS: [&str; 4] = [abi::MAP_PODS, abi::MAP_ROUTES, abi::MAP_EXEMPT, abi::MAP_COUNTERS];
 
 /// A program of somebody else on a connect hook: it may rewrite addresses before or after.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +38,23 @@ impl fmt::Display for ForeignProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} on {} (id {})", self.name, self.attach, self.id)
     }
+}
+
+/// Pins the maps again that the node's attached programs use and that are not pinned (any more), before anything is loaded by
+/// those pins. The connect hooks are followed.
+///
+/// # Errors
+/// When the kernel or bpffs refuses.
+pub fn mend_pins(node: &Path, names: &[&'static str]) -> Result<(), CaptureError> {
+    for program in [abi::PROGRAM_PROBES, abi::PROGRAM_CONNECT6, abi::PROGRAM_CONNECT4] {
+        let path = node.join(program);
+        match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+            Ok(link) => pins::mend(node, names, link.program_id).map(drop)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(at(&path)(error)),
+        }
+    }
+    Ok(())
 }
 
 /// Attaches and pins the connect hooks, or checks those that are pinned.
@@ -92,19 +111,25 @@ fn id(cgroup: &File, path: &Path) -> Result<u64, CaptureError> {
 }
 
 impl NodeCapture {
-    /// Attaches connect hooks that were detached or unpinned behind the agent's back. Returns whether any was.
+    /// Attaches connect hooks that were detached or unpinned behind the agent's back, and pins the node's maps that are not
+    /// pinned any more. Returns whether any was missing.
     ///
     /// # Errors
     /// When the kernel refuses, or a hook is attached elsewhere.
     pub fn mend_node(&self) -> Result<bool, CaptureError> {
         let node = self.node_folder();
+        let mut mended = false;
+        for (name, id) in self.maps.iter() {
+            mended |= pins::pin(&node, name, *id)?;
+        }
         let mut missing = false;
         for (program, _) in HOOKS {
             let path = node.join(program);
             match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
-                Ok(found) if found.target != 0 => {}
+                Ok(found) if found.target != 0 && self.uses_maps(found.program_id, &MAPS)? => {}
                 Ok(_) => {
-                    // Detached: it does nothing any more.
+                    // Detached, it does nothing any more; with other maps it does not do what it is told.
+                    detach(&path)?;
                     fs::remove_file(&path).map_err(at(&path))?;
                     missing = true;
                 }
@@ -115,7 +140,16 @@ impl NodeCapture {
         if missing {
             connect_hooks(&mut self.loader.node()?, &node, &self.cgroup_root)?;
         }
-        Ok(missing)
+        Ok(mended || missing)
+    }
+
+    /// Whether a program uses those of the node's maps that have these names.
+    fn uses_maps(&self, program: u32, names: &[&str]) -> Result<bool, CaptureError> {
+        match pins::verify(program, self.maps.iter().filter(|(name, _)| names.contains(name))) {
+            Ok(()) => Ok(true),
+            Err(CaptureError::NotInForce(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sees to it that the connections of this cgroup, and of no other, are left alone; of none, if there is none. To be
@@ -129,9 +163,14 @@ impl NodeCapture {
         let wanted =
             cgroup.map(|cgroup| open_cgroup(cgroup).and_then(|file| Ok((id(&file, cgroup)?, file)))).transpose()?;
         match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
-            Ok(found) if wanted.as_ref().is_some_and(|(id, _)| found.target == *id) => return Ok(()),
+            Ok(found)
+                if wanted.as_ref().is_some_and(|(id, _)| found.target == *id)
+                    && self.uses_maps(found.program_id, &[abi::MAP_PROBES])? =>
+            {
+                return Ok(());
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // Attached elsewhere, or to a cgroup that is gone.
+            // Attached elsewhere, or to a cgroup that is gone, or with another map.
             Ok(_) | Err(_) => {
                 detach(&path)?;
                 fs::remove_file(&path).map_err(at(&path))?;

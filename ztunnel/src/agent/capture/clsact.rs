@@ -59,12 +59,25 @@ pub fn attach(
     Ok(())
 }
 
-/// Whether the pinned program is a filter of a device of the calling thread's namespace.
+/// The id of the pinned program, if it is a filter of a device of the calling thread's namespace.
 ///
 /// # Errors
 /// `NotFound` when nothing is pinned; when the kernel refuses.
-pub fn is_attached(folder: &Path, index: u32, side: TcAttachType) -> Result<bool, CaptureError> {
-    Ok(!filters(folder, index, side)?.is_empty())
+pub fn attached(folder: &Path, index: u32, side: TcAttachType) -> Result<Option<u32>, CaptureError> {
+    let filters = filters(folder, index, side)?;
+    if filters.is_empty() { Ok(None) } else { program(folder) }
+}
+
+/// The id of the pinned program; `None` if none is pinned.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn program(folder: &Path) -> Result<Option<u32>, CaptureError> {
+    let path = folder.join(PROGRAM);
+    if !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(ProgramInfo::from_pin(&path).map_err(program_error(abi::PROGRAM_GUARD))?.id()))
 }
 
 /// Takes the filter away, if its device is in the calling thread's namespace; elsewhere it is made to let everything pass.
@@ -104,10 +117,7 @@ pub fn remove(folder: &Path) -> Result<(), CaptureError> {
 /// Handles of the pinned program's filters at a device.
 fn filters(folder: &Path, index: u32, side: TcAttachType) -> Result<Vec<TcHandle>, CaptureError> {
     let path = folder.join(PROGRAM);
-    if !path.exists() {
-        return Err(at(&path)(io::ErrorKind::NotFound.into()));
-    }
-    let program = ProgramInfo::from_pin(&path).map_err(program_error(abi::PROGRAM_GUARD))?.id();
+    let program = program(folder)?.ok_or_else(|| at(&path)(io::ErrorKind::NotFound.into()))?;
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(index).unwrap_or_default();
     // Ingress and egress of clsact.

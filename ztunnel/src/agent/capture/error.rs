@@ -35,6 +35,24 @@ pub enum CaptureError {
         #[source]
         source: Box<MapError>,
     },
+    /// A pod's socket map could not be read or written.
+    #[error("cannot {what} the pod's socket map: {source}")]
+    Sockets {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A program could not be asked for its maps.
+    #[error("cannot ask for the maps of the eBPF program {program}: {source}")]
+    Maps {
+        /// Its id.
+        program: u32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// A link is not what it should be.
     #[error("eBPF link: {}", with_causes(.0))]
     Link(#[source] LinkError),
@@ -80,6 +98,8 @@ impl CaptureError {
             | Self::Program { .. }
             | Self::Missing(_)
             | Self::Map { .. }
+            | Self::Sockets { .. }
+            | Self::Maps { .. }
             | Self::Link(_)
             | Self::Namespace { .. }
             | Self::Pin { .. } => false,

@@ -3,23 +3,28 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::maps::{MapData, SkStorage};
 use ztunnel_ebpf as abi;
 
 use super::error::{CaptureError, at, map_error};
 use super::loader::open_map;
-use super::{Pods, Raw, folders, layout, remove_pod, sys};
+use super::{Pods, Raw, entries, folders, layout, pins, remove_pod, sys};
 
-/// Bytes of a pod's entry in layout 1.
-const POD_ENTRY_V1: usize = 24;
+/// The layout whose pods this version takes over.
+const ADOPTED: u32 = abi::LAYOUT_VERSION - 1;
+/// Maps of the node that are the same in both: the proxy's sockets, also those in its stock and those in use, and the
+/// kubelet's connections.
+const NODE_MAPS: [&str; 2] = [abi::MAP_EXEMPT, abi::MAP_PROBES];
+/// Maps of a pod that are: its connections from before its enrolment. What it opened since is not older.
+const POD_MAPS: [&str; 1] = [abi::MAP_OLDER];
 
 /// Another layout: as long as its connect hooks run, they must know the proxy's sockets too.
 pub struct Former {
     version: u32,
     exempt: Option<SkStorage<MapData, u32>>,
-    pods: Option<Pods<POD_ENTRY_V1>>,
+    pods: Option<Pods>,
 }
 
 impl Former {
@@ -45,6 +50,56 @@ impl Former {
         let Some(pods) = &mut self.pods else { return Ok(()) };
         remove_pod(pods, cookie)
     }
+
+    /// What its programs know of all pods.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn entries(&self) -> Result<Vec<abi::PodEntry>, CaptureError> {
+        self.pods.as_ref().map_or(Ok(Vec::new()), entries)
+    }
+}
+
+/// Lets the node's maps of the layout before go on in this one, where it has none yet.
+///
+/// # Errors
+/// When the kernel or bpffs refuses.
+pub fn inherit_node(bpffs: &Path, node: &Path) -> Result<(), CaptureError> {
+    inherit(&layout(bpffs, ADOPTED).join("node"), node, &NODE_MAPS).map(drop)
+}
+
+/// Lets the maps of a pod go on. Returns whether the layout before had it.
+///
+/// # Errors
+/// When the kernel or bpffs refuses.
+pub fn inherit_pod(bpffs: &Path, folder: &Path) -> Result<bool, CaptureError> {
+    let Some(name) = folder.file_name() else { return Ok(false) };
+    inherit(&layout(bpffs, ADOPTED).join("pods").join(name), folder, &POD_MAPS)
+}
+
+/// Whether all of these maps are the same in both folders afterwards.
+fn inherit(from: &Path, to: &Path, names: &[&'static str]) -> Result<bool, CaptureError> {
+    let mut all = true;
+    for name in names {
+        let former = match pins::ids(from, &[name]) {
+            Ok(ids) => ids.get(name).copied(),
+            Err(error) if error.is_absence() => None,
+            Err(error) => return Err(error),
+        };
+        match (former, pins::ids(to, &[name])) {
+            (Some(id), Err(error)) if error.is_absence() => drop(pins::pin(to, name, id)?),
+            (Some(id), Ok(present)) if present.get(name) == Some(&id) => {}
+            (_, Err(error)) if !error.is_absence() => return Err(error),
+            (None | Some(_), _) => all = false,
+        }
+    }
+    Ok(all)
+}
+
+/// Where other layouts have a pod.
+pub fn pod_folders(bpffs: &Path, name: &str) -> Result<Vec<PathBuf>, CaptureError> {
+    let others = versions(bpffs)?.into_iter().filter(|version| *version != abi::LAYOUT_VERSION);
+    Ok(others.map(|version| layout(bpffs, version).join("pods").join(name)).collect())
 }
 
 /// Other layouts that are pinned.
@@ -56,8 +111,8 @@ pub fn find(bpffs: &Path) -> Result<Vec<Former>, CaptureError> {
     Ok(versions
         .map(|version| {
             let node = layout(bpffs, version).join("node");
-            // Maps that are not there, or are of another shape, are none of this agent's; their programs are detached
-            // with the rest.
+            // Maps that are not there, or are of another shape (layout 1 had smaller entries), are none of this agent's;
+            // their programs are detached with the rest.
             Former { version, exempt: open_map(&node, abi::MAP_EXEMPT).ok(), pods: open_map(&node, abi::MAP_PODS).ok() }
         })
         .collect())

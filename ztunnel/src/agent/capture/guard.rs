@@ -13,12 +13,17 @@ use ztunnel_ebpf as abi;
 
 use super::error::{CaptureError, at, program_error};
 use super::loader::pin;
+use super::pins::{self, Ids};
 use super::{clsact, former, sys};
 use crate::agent::netns::Netns;
 
 const NAME: &str = abi::PROGRAM_GUARD;
 /// The pinned link of the guard.
 const LINK: &str = "guard";
+/// Maps of the pod that the guard uses.
+pub const MAPS: [&str; 2] = [abi::MAP_POD, abi::MAP_OLDER];
+/// Maps of the node that it uses.
+const NODE_MAPS: [&str; 3] = [abi::MAP_EXEMPT, abi::MAP_PROBES, abi::MAP_COUNTERS];
 
 /// Where the guard of a pod stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,26 +149,40 @@ fn is_unknown(error: &ProgramError) -> bool {
     }
 }
 
-/// Asks the kernel whether the guard stands where it should.
+/// Asks the kernel whether the guard stands where it should and uses the maps that are pinned.
 ///
 /// # Errors
 /// When it does not.
-pub fn verify(folder: &Path, guard: Guard, netns: &Netns) -> Result<(), CaptureError> {
+pub fn verify(folder: &Path, guard: Guard, netns: &Netns, node_maps: &Ids) -> Result<(), CaptureError> {
     let path = folder.join(LINK);
     let elsewhere = |place: String| {
         let path = folder.display();
         Err(CaptureError::NotInForce(format!("the guard of {path} is attached to {place}, not to {guard:?}")))
     };
-    match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
-        Ok(link) if link.attach_type == guard.attach_type() && link.target == u64::from(guard.index()) => Ok(()),
-        Ok(link) => elsewhere(format!("the device with index {}", link.target)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if guard.run(netns, || clsact::is_attached(folder, guard.index(), guard.side()))?? {
-                Ok(())
-            } else {
-                elsewhere(String::from("another device or none"))
-            }
+    let program = match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+        Ok(link) if link.attach_type == guard.attach_type() && link.target == u64::from(guard.index()) => {
+            Some(link.program_id)
         }
+        Ok(link) => return elsewhere(format!("the device with index {}", link.target)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            guard.run(netns, || clsact::attached(folder, guard.index(), guard.side()))??
+        }
+        Err(error) => return Err(at(&path)(error)),
+    };
+    let Some(program) = program else { return elsewhere(String::from("another device or none")) };
+    pins::verify(program, &pins::ids(folder, &MAPS)?)?;
+    pins::verify(program, node_maps.iter().filter(|(name, _)| NODE_MAPS.contains(name)))
+}
+
+/// The id of the guard's program, wherever it stands; `None` if none is pinned.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn program(folder: &Path) -> Result<Option<u32>, CaptureError> {
+    let path = folder.join(LINK);
+    match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+        Ok(link) => Ok(Some(link.program_id)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => clsact::program(folder),
         Err(error) => Err(at(&path)(error)),
     }
 }

@@ -16,7 +16,7 @@ use super::{lock, sys};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CULVERT_EBPF_OBJECT"));
 
 /// Maps of the node that pods' instances of the programs share.
-const NODE_MAPS: [&str; 6] =
+pub const NODE_MAPS: [&str; 6] =
     [abi::MAP_PODS, abi::MAP_ROUTES, abi::MAP_EXEMPT, abi::MAP_PROBES, abi::MAP_COUNTERS, abi::MAP_LOGS];
 
 /// Maps of one pod.

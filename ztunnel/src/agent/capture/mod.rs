@@ -11,9 +11,11 @@ mod former;
 mod guard;
 mod loader;
 mod logs;
+mod pins;
 mod pod;
 pub mod probe;
 mod routes;
+mod sockets;
 mod sys;
 
 #[cfg(test)]
@@ -23,7 +25,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, SkStorage};
 use ztunnel_ebpf as abi;
@@ -41,7 +43,7 @@ pub use routes::Route;
 pub use sys::netns_cookie;
 
 /// The map of enrolled pods as user space sees it.
-type Pods<const SIZE: usize> = HashMap<MapData, u64, [u8; SIZE]>;
+type Pods = HashMap<MapData, u64, [u8; abi::PodEntry::SIZE]>;
 
 /// Capture on this node: the connect hooks and the map of enrolled pods. Dropping it changes nothing in the kernel.
 pub struct NodeCapture {
@@ -49,7 +51,9 @@ pub struct NodeCapture {
     root: PathBuf,
     cgroup_root: PathBuf,
     loader: Loader,
-    pods: Mutex<Pods<{ abi::PodEntry::SIZE }>>,
+    /// The node's maps.
+    maps: Arc<pins::Ids>,
+    pods: Mutex<Pods>,
     exempt: Mutex<SkStorage<MapData, u32>>,
     routes: Mutex<Routes>,
     former: Mutex<Vec<Former>>,
@@ -71,6 +75,8 @@ impl NodeCapture {
         for folder in [&node, &root.join("pods")] {
             fs::create_dir_all(folder).map_err(at(folder))?;
         }
+        former::inherit_node(bpffs, &node)?;
+        cgroup::mend_pins(&node, &loader::NODE_MAPS)?;
         let loader = Loader::new(&node, log);
         let mut object = loader.node()?;
         cgroup::connect_hooks(&mut object, &node, cgroup_root)?;
@@ -79,12 +85,15 @@ impl NodeCapture {
             exempt: Mutex::new(take(&mut object, abi::MAP_EXEMPT)?),
             routes: Mutex::new(Routes::new(take(&mut object, abi::MAP_ROUTES)?)?),
             counters: take(&mut object, abi::MAP_COUNTERS)?,
+            maps: Arc::new(pins::ids(&node, &loader::NODE_MAPS)?),
             former: Mutex::new(former::find(bpffs)?),
             bpffs: bpffs.to_owned(),
             cgroup_root: cgroup_root.to_owned(),
             root,
             loader,
         };
+        // Hooks that an earlier agent left may use other maps than those that are pinned.
+        capture.mend_node()?;
         capture.follow_kubelet(kubelet)?;
         Ok(capture)
     }
@@ -140,6 +149,18 @@ impl NodeCapture {
     /// When the kernel refuses.
     pub fn cookies(&self) -> Result<Vec<u64>, CaptureError> {
         lock(&self.pods).keys().collect::<Result<_, _>>().map_err(map_error(abi::MAP_PODS))
+    }
+
+    /// What the programs know of all enrolled pods, in this layout and in those of others.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn entries(&self) -> Result<Vec<abi::PodEntry>, CaptureError> {
+        let mut all = entries(&lock(&self.pods))?;
+        for former in lock(&self.former).iter() {
+            all.extend(former.entries()?);
+        }
+        Ok(all)
     }
 
     /// Tells the connect hooks which destinations of a namespace are captured; what is told replaces what was told
@@ -243,15 +264,19 @@ fn folders(folder: &Path) -> Result<Vec<String>, CaptureError> {
 }
 
 /// Removes a pod from the map of enrolled pods. Nothing to do is no error.
-fn remove_pod<const SIZE: usize>(pods: &mut Pods<SIZE>, cookie: u64) -> Result<(), CaptureError>
-where
-    [u8; SIZE]: aya::Pod,
-{
+fn remove_pod(pods: &mut Pods, cookie: u64) -> Result<(), CaptureError> {
     match pods.remove(&cookie) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(map_error(abi::MAP_PODS)(error)),
     }
+}
+
+/// All entries of a map of enrolled pods.
+fn entries(pods: &Pods) -> Result<Vec<abi::PodEntry>, CaptureError> {
+    let all: Result<Vec<_>, _> = pods.iter().collect();
+    let all = all.map_err(map_error(abi::MAP_PODS))?;
+    Ok(all.iter().map(|(_, bytes)| abi::PodEntry::from_bytes(bytes)).collect())
 }
 
 /// A poisoned lock is taken all the same: the maps live in the kernel and no update is half done.

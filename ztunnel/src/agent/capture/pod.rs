@@ -6,9 +6,10 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData, MapError, SkStorage, SockMap};
+use aya::maps::{Array, HashMap, MapData, MapError, SkStorage};
 use aya::programs::SkLookup;
 use aya::programs::links::FdLink;
 use ztunnel_ebpf as abi;
@@ -16,7 +17,9 @@ use ztunnel_ebpf as abi;
 use super::error::{CaptureError, at, map_error, program_error};
 use super::guard::{self, Guard};
 use super::loader::{open_map, pin};
-use super::{NodeCapture, Raw, former, sys};
+use super::pins::{self, Ids};
+use super::sockets::{SocketMap, keyed};
+use super::{NodeCapture, Raw, folder_name, former, sys};
 use crate::agent::netns::Netns;
 use crate::agent::sock_diag;
 
@@ -25,6 +28,10 @@ const LATECOMERS: u32 = 64;
 
 /// The pinned link of the lookup program.
 const LINK: &str = "link";
+/// Maps of the pod that the lookup program uses.
+const MAPS: [&str; 2] = [abi::MAP_POD, abi::MAP_SOCKETS];
+/// Maps of the node that it uses.
+const NODE_MAPS: [&str; 2] = [abi::MAP_PROBES, abi::MAP_COUNTERS];
 
 /// The map of one pod's addresses.
 type PodMap = Array<MapData, [u8; abi::PodEntry::SIZE]>;
@@ -63,6 +70,8 @@ pub struct Attachment<'a> {
 #[derive(Debug)]
 pub struct PodCapture {
     folder: PathBuf,
+    node: PathBuf,
+    node_maps: Arc<Ids>,
 }
 
 impl NodeCapture {
@@ -76,7 +85,7 @@ impl NodeCapture {
     /// # Errors
     /// When the kernel refuses; a pod of which nothing was in force before has nothing in force then.
     pub fn attach_pod(&self, attachment: Attachment<'_>) -> Result<PodCapture, CaptureError> {
-        let capture = PodCapture { folder: self.pod_folder(attachment.uid) };
+        let capture = PodCapture::named(self, &folder_name(attachment.uid));
         let new = match fs::create_dir(&capture.folder) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
@@ -98,20 +107,21 @@ impl NodeCapture {
     fn attach(&self, capture: &PodCapture, attachment: Attachment<'_>) -> Result<(), CaptureError> {
         let Attachment { netns, entry, listeners, guard, .. } = attachment;
         let folder = capture.folder.as_path();
-        let first = self.enrolled(netns.cookie())?.is_none() || !folder.join(abi::MAP_OLDER).exists();
+        capture.mend_pins()?;
+        let inherited = former::inherit_pod(&self.bpffs, folder)?;
+        let first = !inherited && (self.enrolled(netns.cookie())?.is_none() || !folder.join(abi::MAP_OLDER).exists());
         let room = if first { connections(netns)?.len() } else { 0 };
         let room = u32::try_from(room).unwrap_or(u32::MAX).saturating_add(LATECOMERS);
         let room = room.min(u32::try_from(abi::OLDER_CAPACITY).unwrap_or(u32::MAX));
-        let guard = guard.filter(|guard| guard::verify(folder, *guard, netns).is_err());
+        let guard = guard.filter(|guard| capture.verify_guard(netns, Some(*guard)).is_err());
         if guard.is_some() {
             // Before the pod's entry is written: taking a guard away may write there too.
             guard::remove(folder)?;
         }
         let mut object = self.loader.pod(folder, room)?;
-        let mut pod: PodMap = open_map(folder, abi::MAP_POD)?;
-        pod.set(0, entry.to_bytes(), 0).map_err(map_error(abi::MAP_POD))?;
+        capture.tell(entry)?;
         capture.replace_listeners(listeners)?;
-        if capture.verify_lookup(netns.as_fd()).is_err() {
+        if capture.verify_lookup(netns).is_err() {
             unlink(&folder.join(LINK))?;
             attach_lookup(&mut object, netns.as_fd(), &folder.join(LINK))?;
         }
@@ -126,19 +136,22 @@ impl NodeCapture {
         Ok(())
     }
 
-    /// Detaches whatever is pinned for a pod. Nothing to do is no error.
+    /// Detaches whatever is pinned for a pod, in every layout. Nothing to do is no error.
     ///
     /// # Errors
     /// When bpffs refuses.
     pub fn unpin_pod(&self, uid: &str) -> Result<(), CaptureError> {
+        for folder in former::pod_folders(&self.bpffs, &folder_name(uid))? {
+            remove(&folder)?;
+        }
         remove(&self.pod_folder(uid))
     }
 
     /// The capture that an earlier agent pinned for a pod in this layout, if there is one.
     #[must_use]
     pub fn adopt_pod(&self, uid: &str) -> Option<PodCapture> {
-        let folder = self.pod_folder(uid);
-        folder.join(LINK).exists().then_some(PodCapture { folder })
+        let capture = PodCapture::named(self, &folder_name(uid));
+        capture.folder.join(LINK).exists().then_some(capture)
     }
 }
 
@@ -173,7 +186,11 @@ impl PodCapture {
     /// A capture by the name of its folder, whoever made it.
     #[must_use]
     pub fn named(node: &NodeCapture, folder: &str) -> Self {
-        Self { folder: node.root.join("pods").join(folder) }
+        Self {
+            folder: node.root.join("pods").join(folder),
+            node: node.node_folder(),
+            node_maps: Arc::clone(&node.maps),
+        }
     }
 
     /// Puts other listeners in the place of those that are gone, and exempts them. Those for DNS that are not given are
@@ -182,45 +199,80 @@ impl PodCapture {
     /// # Errors
     /// When the kernel refuses.
     pub fn replace_listeners(&self, listeners: Listeners<'_>) -> Result<(), CaptureError> {
-        let mut sockets: SockMap<MapData> = open_map(&self.folder, abi::MAP_SOCKETS)?;
-        let mut exempt: SkStorage<MapData, u32> = open_map(&self.node_folder()?, abi::MAP_EXEMPT)?;
-        for (key, socket) in [
-            (abi::SOCKET_OUTBOUND, Some(listeners.outbound)),
-            (abi::SOCKET_INBOUND_PLAINTEXT, Some(listeners.inbound_plaintext)),
-            (abi::SOCKET_INBOUND_HBONE, Some(listeners.inbound_hbone)),
-            (abi::SOCKET_DNS_UDP, listeners.dns_udp),
-            (abi::SOCKET_DNS_TCP, listeners.dns_tcp),
-        ] {
+        let sockets = SocketMap::open(&self.folder)?;
+        let mut exempt = self.exempt()?;
+        for (key, socket) in keyed(listeners) {
             let Some(socket) = socket else {
-                match sockets.clear_index(&key) {
-                    Ok(()) | Err(MapError::KeyNotFound) => {}
-                    // There was none.
-                    Err(MapError::SyscallError(error)) if is_absent(&error.io_error) => {}
-                    Err(error) => return Err(map_error(abi::MAP_SOCKETS)(error)),
-                }
+                sockets.clear(key)?;
                 continue;
             };
             exempt.insert(&Raw(socket), 1, 0).map_err(map_error(abi::MAP_EXEMPT))?;
-            sockets.set(key, &Raw(socket), 0).map_err(map_error(abi::MAP_SOCKETS))?;
+            sockets.set(key, socket)?;
         }
         Ok(())
     }
 
-    /// Asks the kernel whether the programs are attached to this namespace and at this edge, and know these addresses.
+    /// Asks the kernel whether the programs steer to these listeners, and leave what they accept alone.
+    ///
+    /// # Errors
+    /// What is not as it should be.
+    pub fn verify_listeners(&self, listeners: Listeners<'_>) -> Result<(), CaptureError> {
+        SocketMap::open(&self.folder)?.verify(listeners)?;
+        let exempt = self.exempt()?;
+        for (_, socket) in keyed(listeners) {
+            match socket.map(|socket| exempt.get(&Raw(socket), 0)) {
+                None | Some(Ok(1..)) => {}
+                Some(Ok(0) | Err(MapError::KeyNotFound)) => {
+                    return Err(CaptureError::NotInForce(String::from("a listener is not exempt from capture")));
+                }
+                Some(Err(error)) => return Err(map_error(abi::MAP_EXEMPT)(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the lookup program and the guard these addresses and flags.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn tell(&self, entry: abi::PodEntry) -> Result<(), CaptureError> {
+        let mut pod: PodMap = open_map(&self.folder, abi::MAP_POD)?;
+        pod.set(0, entry.to_bytes(), 0).map_err(map_error(abi::MAP_POD))
+    }
+
+    /// Asks the kernel whether the programs are attached to this namespace and at this edge, use the maps that are pinned,
+    /// and know these addresses.
     ///
     /// The calling thread must be in the network namespace of the node.
     ///
     /// # Errors
     /// What is not as it should be.
     pub fn verify(&self, netns: &Netns, entry: abi::PodEntry, guard: Option<Guard>) -> Result<(), CaptureError> {
-        self.verify_lookup(netns.as_fd())?;
+        self.verify_programs(netns, guard)?;
+        self.verify_entry(entry)
+    }
+
+    /// The same without the addresses.
+    ///
+    /// # Errors
+    /// What is not as it should be.
+    pub fn verify_programs(&self, netns: &Netns, guard: Option<Guard>) -> Result<(), CaptureError> {
+        self.verify_lookup(netns)?;
+        self.verify_guard(netns, guard)
+    }
+
+    /// Asks whether the lookup program and the guard know these addresses and flags.
+    ///
+    /// # Errors
+    /// [`CaptureError::NotInForce`] when they do not; when the map cannot be read.
+    pub fn verify_entry(&self, entry: abi::PodEntry) -> Result<(), CaptureError> {
         let pod: PodMap = open_map(&self.folder, abi::MAP_POD)?;
         let found = abi::PodEntry::from_bytes(&pod.get(&0, 0).map_err(map_error(abi::MAP_POD))?);
-        if found != entry {
-            let pin = self.folder.join(abi::MAP_POD);
-            return Err(CaptureError::NotInForce(format!("{} holds other addresses or flags", pin.display())));
+        if found == entry {
+            return Ok(());
         }
-        self.verify_guard(netns, guard)
+        let pin = self.folder.join(abi::MAP_POD);
+        Err(CaptureError::NotInForce(format!("{} holds other addresses or flags", pin.display())))
     }
 
     /// Asks the kernel whether the guard stands at this edge.
@@ -230,21 +282,44 @@ impl PodCapture {
     /// # Errors
     /// When it does not.
     pub fn verify_guard(&self, netns: &Netns, guard: Option<Guard>) -> Result<(), CaptureError> {
-        guard.map_or(Ok(()), |guard| guard::verify(&self.folder, guard, netns))
+        guard.map_or(Ok(()), |guard| guard::verify(&self.folder, guard, netns, &self.node_maps))
     }
 
-    fn verify_lookup(&self, netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
+    /// Asks the kernel whether the lookup program is attached to this namespace and uses the maps that are pinned.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn verify_lookup(&self, netns: &Netns) -> Result<(), CaptureError> {
         let pin = self.folder.join(LINK);
         let link = sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&pin))?;
-        let wanted = inode(netns).map_err(at(&pin))?;
-        if link.attach_type == sys::ATTACH_SK_LOOKUP && link.target == wanted {
-            return Ok(());
+        let wanted = inode(netns.as_fd()).map_err(at(&pin))?;
+        if link.attach_type != sys::ATTACH_SK_LOOKUP || link.target != wanted {
+            return Err(CaptureError::NotInForce(format!(
+                "{} is attached to the network namespace {}, not {wanted}",
+                pin.display(),
+                link.target
+            )));
         }
-        Err(CaptureError::NotInForce(format!(
-            "{} is attached to the network namespace {}, not {wanted}",
-            pin.display(),
-            link.target
-        )))
+        pins::verify(link.program_id, &pins::ids(&self.folder, &MAPS)?)?;
+        pins::verify(link.program_id, self.node_maps.iter().filter(|(name, _)| NODE_MAPS.contains(name)))
+    }
+
+    /// Pins the maps again that the programs of the pod use and that are not pinned (any more). Of programs that use
+    /// different ones the lookup program is followed, and the guard is seen not to be in force. Returns whether any was not.
+    ///
+    /// # Errors
+    /// When the kernel or bpffs refuses.
+    pub fn mend_pins(&self) -> Result<bool, CaptureError> {
+        let mut mended = false;
+        if let Some(program) = guard::program(&self.folder)? {
+            mended |= pins::mend(&self.folder, &guard::MAPS, program)?;
+        }
+        let pin = self.folder.join(LINK);
+        match sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())) {
+            Ok(link) => Ok(mended | pins::mend(&self.folder, &MAPS, link.program_id)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(mended),
+            Err(error) => Err(at(&pin)(error)),
+        }
     }
 
     /// Whether the namespace is gone: then nothing is captured and the pins are only litter.
@@ -265,11 +340,9 @@ impl PodCapture {
         remove(&self.folder)
     }
 
-    /// Where the node's maps of the same layout are pinned.
-    fn node_folder(&self) -> Result<PathBuf, CaptureError> {
-        let root = self.folder.parent().and_then(Path::parent);
-        let root = root.ok_or_else(|| CaptureError::NotInForce(String::from("the pod's folder is in no layout")))?;
-        Ok(root.join("node"))
+    /// The proxy's own sockets.
+    fn exempt(&self) -> Result<SkStorage<MapData, u32>, CaptureError> {
+        open_map(&self.node, abi::MAP_EXEMPT)
     }
 }
 
@@ -293,11 +366,6 @@ fn unlink(pin: &Path) -> Result<(), CaptureError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(pin)(error)),
         _ => Ok(()),
     }
-}
-
-/// What the kernel says of an index of a socket map that holds none.
-fn is_absent(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT))
 }
 
 /// The number by which the kernel names a namespace in a link.

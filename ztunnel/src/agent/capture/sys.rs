@@ -22,6 +22,9 @@ pub const ATTACH_TCX_INGRESS: u32 = 46;
 /// `bpf_attach_type` of a traffic classifier for what a device sends.
 pub const ATTACH_TCX_EGRESS: u32 = 47;
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -148,39 +151,118 @@ pub fn attached_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result
 /// # Errors
 /// As `bpf(BPF_PROG_GET_FD_BY_ID)`.
 pub fn program_name(id: u32) -> io::Result<Option<([u8; 8], String)>> {
+    let Some(program) = open_program(id)? else { return Ok(None) };
+    let mut info = ProgramInfo::default();
+    object_info(program.as_fd(), &mut info)?;
+    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(Some((info.tag, String::from_utf8_lossy(name).into_owned())))
+}
+
+/// Ids of the maps that a program uses; none if there is no such program.
+///
+/// # Errors
+/// As `bpf(BPF_PROG_GET_FD_BY_ID)` and `bpf(BPF_OBJ_GET_INFO_BY_FD)`.
+pub fn program_maps(id: u32) -> io::Result<Vec<u32>> {
+    let Some(program) = open_program(id)? else { return Ok(Vec::new()) };
+    // A program of this agent has less than ten.
+    let mut ids = [0_u32; 64];
+    let mut info = ProgramInfo { map_count: 64, maps: ids.as_mut_ptr() as u64, ..ProgramInfo::default() };
+    object_info(program.as_fd(), &mut info)?;
+    let count = usize::try_from(info.map_count).map_err(io::Error::other)?.min(ids.len());
+    Ok(ids.into_iter().take(count).collect())
+}
+
+/// The head of `struct bpf_prog_info`, up to the name.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    tag: [u8; 8],
+    jited_length: u32,
+    translated_length: u32,
+    jited: u64,
+    translated: u64,
+    load_time: u64,
+    uid: u32,
+    map_count: u32,
+    maps: u64,
+    name: [u8; 16],
+}
+
+/// `None`: there is no such program.
+fn open_program(id: u32) -> io::Result<Option<OwnedFd>> {
     #[repr(C)]
     struct ById {
         id: u32,
         next: u32,
         flags: u32,
     }
-    /// The head of `struct bpf_prog_info`, up to the name.
+    match bpf(BPF_PROG_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // SAFETY: the kernel returned a new descriptor that nobody else owns.
+        other => other.map(|fd| Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+    }
+}
+
+/// The id of a map.
+///
+/// # Errors
+/// As `bpf(BPF_OBJ_GET_INFO_BY_FD)`.
+pub fn map_id(map: BorrowedFd<'_>) -> io::Result<u32> {
+    /// The head of `struct bpf_map_info`.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
         kind: u32,
         id: u32,
-        tag: [u8; 8],
-        jited_length: u32,
-        translated_length: u32,
-        jited: u64,
-        translated: u64,
-        load_time: u64,
-        uid: u32,
-        map_count: u32,
-        maps: u64,
-        name: [u8; 16],
     }
-    let fd = match bpf(BPF_PROG_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other?,
-    };
-    // SAFETY: the kernel returned a new descriptor that nobody else owns.
-    let program = unsafe { OwnedFd::from_raw_fd(fd) };
     let mut info = Info::default();
-    object_info(program.as_fd(), &mut info)?;
-    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
-    Ok(Some((info.tag, String::from_utf8_lossy(name).into_owned())))
+    object_info(map, &mut info)?;
+    Ok(info.id)
+}
+
+/// What a map whose keys have four bytes and whose values have eight holds under a key; of a socket map that is the
+/// cookie of the socket.
+///
+/// # Errors
+/// As `bpf(BPF_MAP_LOOKUP_ELEM)`; `NotFound` where there is nothing. A map of another shape is not asked: the caller knows
+/// it.
+pub fn map_read(map: BorrowedFd<'_>, key: u32) -> io::Result<u64> {
+    let mut value = 0_u64;
+    element(BPF_MAP_LOOKUP_ELEM, map, &key, Some(&mut value))?;
+    Ok(value)
+}
+
+/// Writes to such a map; to a socket map the descriptor of a socket.
+///
+/// # Errors
+/// As `bpf(BPF_MAP_UPDATE_ELEM)`.
+pub fn map_write(map: BorrowedFd<'_>, key: u32, mut value: u64) -> io::Result<()> {
+    element(BPF_MAP_UPDATE_ELEM, map, &key, Some(&mut value))
+}
+
+/// Takes out what such a map holds under a key.
+///
+/// # Errors
+/// As `bpf(BPF_MAP_DELETE_ELEM)`.
+pub fn map_delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+    element(BPF_MAP_DELETE_ELEM, map, &key, None)
+}
+
+fn element(command: libc::c_long, map: BorrowedFd<'_>, key: &u32, value: Option<&mut u64>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let map = u32::try_from(map.as_raw_fd()).map_err(io::Error::other)?;
+    let value = value.map_or(0, |value| std::ptr::from_mut(value) as u64);
+    let mut attr = Attr { map, padding: 0, key: std::ptr::from_ref(key) as u64, value, flags: 0 };
+    bpf(command, &mut attr).map(drop)
 }
 
 /// The name of a device in the calling thread's network namespace.

@@ -3,6 +3,7 @@
 mod edge;
 mod hooks;
 mod layouts;
+mod maps;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -94,7 +95,7 @@ fn everywhere() -> [Route; 2] {
 }
 
 fn entry(flags: u32) -> PodEntry {
-    PodEntry::new(&[A.into(), A6.into()], flags).unwrap()
+    PodEntry::new(&[A.into(), A6.into()], 0, flags).unwrap()
 }
 
 fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
@@ -346,7 +347,7 @@ fn capture_outlives_the_agent_and_is_adopted() {
     assert_eq!(node.routes(a.netns.cookie()).unwrap().len(), 2);
     assert!(verify(&b.netns, entry(FLAG_DNS), guard).is_err(), "another namespace");
     assert!(verify(&a.netns, entry(0), guard).is_err(), "other flags");
-    assert!(verify(&a.netns, PodEntry::new(&[B.into()], FLAG_DNS).unwrap(), guard).is_err(), "another address");
+    assert!(verify(&a.netns, PodEntry::new(&[B.into()], 0, FLAG_DNS).unwrap(), guard).is_err(), "another address");
     assert!(verify(&a.netns, entry(FLAG_DNS), Guard::HostEnd { index: 1 }).is_err(), "another device");
     assert!(!capture.is_dead().unwrap());
     assert_eq!(node.counter(Counter::Captured).unwrap(), 1, "the maps are the old ones");
@@ -467,7 +468,7 @@ impl log::Log for Collect {
 fn purge_leaves_nothing() {
     let world = World::new();
     purge(&world.scratch.bpffs()).unwrap();
-    assert!(!world.scratch.bpffs().join("v2").exists());
+    assert!(!layout(&world.scratch.bpffs(), abi::LAYOUT_VERSION).exists());
     connect(&world.a.netns, at(Ipv4Addr::LOCALHOST, PORT)).unwrap_err();
     assert!(world.node.pinned().is_err());
 }

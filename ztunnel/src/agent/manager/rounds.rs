@@ -9,7 +9,7 @@ use super::super::adopt::{self, Adoption, Stranded};
 use super::super::drift::Drift;
 use super::super::netns::{self, inode_at};
 use super::super::pod::{EnrolError, Pod};
-use super::{Notice, Task, blocking};
+use super::{Connected, Notice, Task, blocking};
 
 /// How often pods are looked after that are gone, have no listeners, are stranded or refused by a proxy.
 pub(super) const ROUND: Duration = Duration::from_secs(2);
@@ -134,7 +134,7 @@ impl Task {
         }
         for (proxy, uid) in self.refusals.due(tokio::time::Instant::now()) {
             let told = self.get(&uid).and_then(|pod| Some((pod.info.clone(), pod.listeners()?)));
-            if let (Some(notices), Some((info, listeners))) = (self.proxies.get(&proxy), told) {
+            if let (Some(Connected { notices, .. }), Some((info, listeners))) = (self.proxies.get(&proxy), told) {
                 // A full or closed channel: the connection is about to end.
                 let _ = notices.try_send(Notice::Added(info, listeners));
             }

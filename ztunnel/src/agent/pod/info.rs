@@ -68,7 +68,7 @@ impl TryFrom<Option<node::Pod>> for PodInfo {
         };
         // As the proxy will make it; the trust domain, which only the proxy knows, is not the pod's to choose.
         SpiffeId::new("cluster.local", &info.namespace, &info.service_account)?;
-        match info.entry(0) {
+        match info.entry(0, 0) {
             Some(_) => Ok(info),
             None => Err(InvalidPod::Addresses),
         }
@@ -95,9 +95,9 @@ impl PodInfo {
         }
     }
 
-    /// What the programs are told of it; `None` if it has no address, or more than they hold.
-    pub(super) fn entry(&self, flags: u32) -> Option<PodEntry> {
-        PodEntry::new(&self.addresses, flags)
+    /// What the programs are told of it: `interface` is the index of the one that holds its addresses; `None` if it has no address, or more than they hold.
+    pub(super) fn entry(&self, interface: u32, flags: u32) -> Option<PodEntry> {
+        PodEntry::new(&self.addresses, interface, flags)
     }
 
     /// The address that comes first.

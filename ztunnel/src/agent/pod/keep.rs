@@ -1,6 +1,6 @@
 //! A pod's capture: put in force, asked of the kernel, and mended where something of it is gone.
 
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 
 use ztunnel_ebpf::PodEntry;
 
@@ -10,10 +10,19 @@ use super::super::host::Host;
 use super::super::netns::Netns;
 use super::super::pod_network::{self, Interface, Missing, mirror};
 use super::super::sockets::{ListenerSet, SocketError};
-use super::{EnrolError, Pod, PodInfo, needs};
+use super::{EnrolError, InvalidPod, Pod, PodInfo, needs};
 
-/// Puts a pod's capture in force, or tells the one that is in force its present addresses and listeners. Returns also the
-/// destinations that the programs were told.
+/// What the kernel was told of a pod last. What differs from it was changed behind the agent's back; what is to differ is a
+/// change of the agent's own.
+#[derive(Debug)]
+pub(super) struct Told {
+    entry: PodEntry,
+    /// The destinations.
+    routes: Vec<Route>,
+    guard: Option<Guard>,
+}
+
+/// Puts a pod's capture in force, or tells the one that is in force its present addresses and listeners.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -21,15 +30,14 @@ pub(super) fn attach(
     host: &Host,
     info: &PodInfo,
     netns: &Netns,
-    entry: PodEntry,
     listeners: &ListenerSet,
-) -> Result<(PodCapture, Vec<Route>), EnrolError> {
+) -> Result<(PodCapture, Told), EnrolError> {
     let interface = interface(host, info, netns)?;
+    let (entry, guard) = (entry(host, info, interface)?, guard(interface));
     let routes = mirror::read(netns, interface.index)?;
     host.capture.set_routes(netns.cookie(), &routes)?;
-    let listeners = listeners.borrow();
-    let attachment = Attachment { uid: &info.uid, netns, entry, listeners, guard: guard(interface) };
-    Ok((host.capture.attach_pod(attachment)?, routes))
+    let attachment = Attachment { uid: &info.uid, netns, entry, listeners: listeners.borrow(), guard };
+    Ok((host.capture.attach_pod(attachment)?, Told { entry, routes, guard }))
 }
 
 /// The capture that an earlier agent left of a pod, brought to what this one wants of it.
@@ -40,15 +48,16 @@ pub(super) fn adopt(
     host: &Host,
     info: &PodInfo,
     netns: &Netns,
-    entry: PodEntry,
     listeners: Option<&ListenerSet>,
-) -> Result<(PodCapture, Vec<Route>), EnrolError> {
+) -> Result<(PodCapture, Told), EnrolError> {
     if let Some(listeners) = listeners {
-        return attach(host, info, netns, entry, listeners);
+        return attach(host, info, netns, listeners);
     }
     let interface = interface(host, info, netns)?;
+    let (entry, guard) = (entry(host, info, interface)?, guard(interface));
     let capture = host.capture.adopt_pod(&info.uid).ok_or(EnrolError::NoListeners)?;
-    match capture.verify(netns, entry, guard(interface)) {
+    let in_force = capture.mend_pins().and_then(|_| capture.verify_programs(netns, guard));
+    match in_force.and_then(|()| capture.tell(entry)) {
         Ok(()) => {}
         Err(error) if error.is_absence() => return Err(EnrolError::NoListeners),
         Err(error) => return Err(error.into()),
@@ -56,7 +65,14 @@ pub(super) fn adopt(
     let routes = mirror::read(netns, interface.index)?;
     host.capture.set_routes(netns.cookie(), &routes)?;
     host.capture.enrol(netns.cookie(), entry)?;
-    Ok((capture, routes))
+    Ok((capture, Told { entry, routes, guard }))
+}
+
+/// What the programs are to know of a pod.
+fn entry(host: &Host, info: &PodInfo, interface: Interface) -> Result<PodEntry, EnrolError> {
+    // What reaches a pod whose address is on lo comes by any other interface.
+    let index = if interface.is_loopback { 0 } else { interface.index };
+    Ok(info.entry(index, host.flags()).ok_or(InvalidPod::Addresses)?)
 }
 
 /// Where a pod's packets are looked at last. What is on `lo` does not leave.
@@ -79,6 +95,25 @@ impl Pod {
         self.changes.take()
     }
 
+    /// Why the pod is held less firmly than others although everything is in force; `None` if it is not.
+    #[must_use]
+    pub fn weaker(&self) -> Option<&'static str> {
+        match self.told().guard {
+            Some(Guard::PodEnd { .. }) => Some(
+                "its guard stands in the pod itself, for want of an end of its interface on the node: a process that may \
+                 open packet sockets gets past it (PACKET_QDISC_BYPASS)",
+            ),
+            Some(Guard::HostEnd { .. }) | None => None,
+        }
+    }
+
+    pub(super) fn warn_if_weaker(&self) {
+        if let Some(why) = self.weaker() {
+            let PodInfo { uid, name, namespace, .. } = &self.info;
+            tracing::warn!(pod = uid, name, namespace, why, "held less firmly than others");
+        }
+    }
+
     /// Asks the kernel whether everything is in force. Blocks shortly.
     ///
     /// # Errors
@@ -86,12 +121,44 @@ impl Pod {
     pub fn verify(&self, host: &Host) -> Result<(), EnrolError> {
         host.refuse_foreign_programs()?;
         let interface = interface(host, &self.info, &self.netns)?;
-        self.capture.verify(&self.netns, self.entry, guard(interface))?;
-        if host.capture.enrolled(self.netns.cookie())? != Some(self.entry) {
+        let entry = entry(host, &self.info, interface)?;
+        self.capture.verify(&self.netns, entry, guard(interface))?;
+        if host.capture.enrolled(self.netns.cookie())? != Some(entry) {
             return Err(CaptureError::NotInForce(String::from("the map of enrolled pods does not hold it")).into());
         }
         pod_network::verify(&self.netns, &needs(host, &self.info))?;
-        self.has_listeners(host)
+        self.has_listeners(host)?;
+        let listeners = self.listeners().ok_or(EnrolError::NoListeners)?;
+        Ok(self.capture.verify_listeners(listeners.borrow())?)
+    }
+
+    /// Tells the kernel what is chosen for all pods by now, in an order in which no query is lost. Blocks shortly.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn follow(&self, host: &Host) -> Result<(), EnrolError> {
+        let entry = entry(host, &self.info, interface(host, &self.info, &self.netns)?)?;
+        let needs = needs(host, &self.info);
+        // Queries are brought here only while the programs give them to the proxy.
+        if !needs.dns {
+            pod_network::mend(&self.netns, &needs)?;
+        }
+        self.tell(host, entry)?;
+        if needs.dns {
+            pod_network::mend(&self.netns, &needs)?;
+        }
+        Ok(())
+    }
+
+    fn tell(&self, host: &Host, entry: PodEntry) -> Result<(), EnrolError> {
+        self.capture.tell(entry)?;
+        host.capture.enrol(self.netns.cookie(), entry)?;
+        self.told().entry = entry;
+        Ok(())
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for everything that is missing in the kernel and mends it. What is in force stays so, also when something
@@ -113,46 +180,94 @@ impl Pod {
     fn mend_capture(&self, host: &Host, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
         let interface = interface(host, &self.info, &self.netns)?;
         self.mirror(host, interface, found)?;
-        let mut missing = Vec::new();
-        match self.capture.verify_guard(&self.netns, guard(interface)) {
+        let (entry, guard) = (entry(host, &self.info, interface)?, guard(interface));
+        let mut lost = self.lost_programs(guard)?;
+        if !lost.is_empty() && self.capture.mend_pins()? {
+            // Where only pins were gone, nothing has to be attached.
+            found.push(Drift::Program);
+            lost = self.lost_programs(guard)?;
+        }
+        found.extend(&lost);
+        match (lost.is_empty(), self.listeners()) {
+            (true, listeners) => {
+                self.mend_maps(host, entry, found)?;
+                listeners.map_or(Ok(()), |listeners| self.mend_listeners(&listeners, found))
+            }
+            (false, Some(listeners)) => {
+                if host.capture.enrolled(self.netns.cookie())? != Some(entry) {
+                    found.push(Drift::Entry);
+                }
+                *self.told() = attach(host, &self.info, &self.netns, &listeners)?.1;
+                Ok(())
+            }
+            (false, None) => Err(EnrolError::NoListeners),
+        }
+    }
+
+    /// What of the pod's programs is not attached, or uses other maps than those that are pinned.
+    fn lost_programs(&self, guard: Option<Guard>) -> Result<Vec<Drift>, EnrolError> {
+        let asked = [
+            (self.capture.verify_lookup(&self.netns), Drift::Program),
+            (self.capture.verify_guard(&self.netns, guard), Drift::Guard),
+        ];
+        let mut lost = Vec::new();
+        for (in_force, what) in asked {
+            match in_force {
+                Ok(()) => {}
+                Err(error) if error.is_absence() => lost.push(what),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(lost)
+    }
+
+    /// What the pod's programs and the connect hooks know of it.
+    fn mend_maps(&self, host: &Host, entry: PodEntry, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
+        if self.told().entry != entry {
+            return self.tell(host, entry);
+        }
+        match self.capture.verify_entry(entry) {
             Ok(()) => {}
-            Err(error) if error.is_absence() => missing.push(Drift::Guard),
+            Err(error) if error.is_absence() => {
+                found.push(Drift::Program);
+                self.capture.tell(entry)?;
+            }
             Err(error) => return Err(error.into()),
         }
-        match self.capture.verify(&self.netns, self.entry, None) {
-            Ok(()) => {}
-            Err(error) if error.is_absence() => missing.push(Drift::Program),
-            Err(error) => return Err(error.into()),
+        if host.capture.enrolled(self.netns.cookie())? != Some(entry) {
+            found.push(Drift::Entry);
+            host.capture.enrol(self.netns.cookie(), entry)?;
         }
-        if host.capture.enrolled(self.netns.cookie())? != Some(self.entry) {
-            missing.push(Drift::Entry);
-            host.capture.enrol(self.netns.cookie(), self.entry)?;
-        }
-        found.extend(&missing);
-        let listeners = self.listeners();
-        match (missing.iter().any(|what| *what != Drift::Entry), listeners) {
-            (false, _) => Ok(()),
-            (true, Some(listeners)) => attach(host, &self.info, &self.netns, self.entry, &listeners).map(drop),
-            (true, None) => Err(EnrolError::NoListeners),
+        Ok(())
+    }
+
+    fn mend_listeners(&self, listeners: &ListenerSet, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
+        match self.capture.verify_listeners(listeners.borrow()) {
+            Ok(()) => Ok(()),
+            Err(error) if error.is_absence() => {
+                found.push(Drift::Listeners);
+                Ok(self.capture.replace_listeners(listeners.borrow())?)
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
     /// Tells the programs of the namespace's routes: when they changed, and when what was told is gone.
     fn mirror(&self, host: &Host, interface: Interface, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
         let wanted = mirror::read(&self.netns, interface.index)?;
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let in_force = host.capture.routes(self.netns.cookie())?;
         let same = |a: &[Route], b: &[Route]| a.len() == b.len() && a.iter().all(|route| b.contains(route));
         if same(&wanted, &in_force) {
-            *told = wanted;
+            self.told().routes = wanted;
             return Ok(());
         }
         // Whether somebody took out what was told, or there is something new to tell.
+        let told = std::mem::take(&mut self.told().routes);
         if !told.is_empty() && !same(&told, &in_force) {
             found.push(Drift::Destinations);
         }
         host.capture.set_routes(self.netns.cookie(), &wanted)?;
-        *told = wanted;
+        self.told().routes = wanted;
         Ok(())
     }
 

@@ -15,20 +15,40 @@ use crate::agent::netns::Netns;
 /// stopped by the guard.
 pub const MAX_ROUTES: usize = 512;
 
+/// `RT_TABLE_LOCAL`.
+const LOCAL_TABLE: u32 = 255;
+
+/// Most addresses of the pod itself that are told beside them.
+const MAX_LOCAL: usize = 256;
+
 /// Addresses of one link only (RFC 4291).
 const LINK_LOCAL: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
 
 /// A destination: an address and how many of its bits count.
 type Destination = (IpAddr, u8);
 
-/// Reads a pod's main routing table: for each destination whether it is left by the interface with this index. Asks the
-/// kernel only, and does not block.
+/// Reads a pod's main routing table: for each destination whether it is left by the interface with this index; and its
+/// local one: the pod's own addresses, of whichever interface, are not left at all. Asks the kernel only, and does not
+/// block.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn read(netns: &Netns, own: u32) -> Result<Vec<Route>, PodNetworkError> {
-    let found = rules::list_routes(&mut netns.route(), u32::from(RouteHeader::RT_TABLE_MAIN))?;
-    Ok(decide(&found, own))
+    let mut netlink = netns.route();
+    let main = rules::list_routes(&mut netlink, u32::from(RouteHeader::RT_TABLE_MAIN))?;
+    let local = rules::list_routes(&mut netlink, LOCAL_TABLE)?;
+    Ok(with_local(decide(&main, own), &local))
+}
+
+/// Adds what is delivered in the pod, which the kernel asks for before it looks at other routing tables.
+fn with_local(mut routes: Vec<Route>, local: &[RouteMessage]) -> Vec<Route> {
+    let local = local.iter().filter(|route| route.header.kind == RouteType::Local).filter_map(destination);
+    // The programs know those of loopback.
+    for (address, prefix) in local.filter(|(address, _)| !address.is_loopback()).take(MAX_LOCAL) {
+        routes.retain(|route| (route.address, route.prefix) != (address, prefix));
+        routes.push(Route { address, prefix, captured: false });
+    }
+    routes
 }
 
 /// What of the routing table matters. Of several routes to a destination the one with the least metric counts, and of
@@ -191,6 +211,21 @@ mod tests {
         let mut refused = v4([10, 0, 0, 0], 8).output_interface(2).build();
         refused.header.kind = RouteType::BlackHole;
         assert_eq!(decide(&[refused], 2), [route([10, 0, 0, 0], 8, false)]);
+    }
+
+    #[test]
+    fn addresses_of_the_pod_itself_are_never_left() {
+        let mut local = vec![
+            v4([10, 244, 1, 5], 32).output_interface(2).build(),
+            v4([192, 168, 7, 5], 32).output_interface(3).build(),
+            v4([127, 0, 0, 0], 8).output_interface(1).build(),
+        ];
+        local.iter_mut().for_each(|route| route.header.kind = RouteType::Local);
+        local.push(v4([10, 244, 1, 255], 32).output_interface(2).build());
+        let main = [route([0, 0, 0, 0], 0, true), route([192, 168, 7, 5], 32, true)];
+        let wanted =
+            [route([0, 0, 0, 0], 0, true), route([10, 244, 1, 5], 32, false), route([192, 168, 7, 5], 32, false)];
+        assert_eq!(with_local(main.into(), &local), wanted);
     }
 
     #[test]

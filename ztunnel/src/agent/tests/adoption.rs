@@ -291,7 +291,7 @@ fn namespaces_of_no_pod_are_removed_from_the_map() {
     let (a, _b) = pair();
     agent.announcer().enrol(UID, &a, "").unwrap();
     let stale = 0x7777_0000_0001;
-    agent.host.capture.enrol(stale, ztunnel_ebpf::PodEntry::new(&[A.into()], 0).unwrap()).unwrap();
+    agent.host.capture.enrol(stale, ztunnel_ebpf::PodEntry::new(&[A.into()], 0, 0).unwrap()).unwrap();
     drop(agent);
     // Not found any more, but captured: it stays in the map.
     let agent = Agent::start(&scratch);
@@ -302,6 +302,77 @@ fn namespaces_of_no_pod_are_removed_from_the_map() {
     std::fs::write(file, "{").unwrap();
     let agent = Agent::start(&scratch);
     assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
+}
+
+#[test]
+fn pod_whose_withdrawal_was_cut_short_is_withdrawn_by_the_next_agent() {
+    let scratch = Scratch::new();
+    let (a, b) = pair();
+    let application = listen(&b, PORT);
+    let before = sysctls(&a);
+    let agent = Agent::start(&scratch);
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    let announcer = agent.announcer();
+    let withdrawing = std::thread::spawn(move || announcer.withdraw(UID));
+    assert!(matches!(proxy.hear().0, agent_message::Kind::PodRemoved(_)));
+    // The proxy has not let go of it when the agent is killed.
+    drop(agent);
+    let _ = withdrawing.join();
+    assert_ne!(sysctls(&a), before, "not finished");
+    drop((proxy, listeners));
+
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    let announcer = agent.announcer();
+    assert!(announcer.list().iter().all(|(_, reason)| !reason.is_empty()), "not taken over");
+    eventually(|| announcer.list().is_empty().then_some(())).expect("finished");
+    assert!(unprepared(&a));
+    assert_eq!(sysctls(&a), before);
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
+    assert_eq!(std::fs::read_dir(agent.run.join("pods")).unwrap().count(), 0);
+    connect(&a, at(B, PORT)).unwrap();
+    application.accept().unwrap();
+    drop(inside);
+}
+
+#[test]
+fn pod_that_is_being_withdrawn_is_enrolled_anew_when_it_is_announced_again() {
+    let scratch = Scratch::new();
+    let (a, _b) = pair();
+    let agent = Agent::start(&scratch);
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    drop(agent);
+    let file = std::fs::read_dir(scratch.path("run/pods")).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("\"leaving\":false", "\"leaving\":true")).unwrap();
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    assert!(std::fs::read_to_string(&file).unwrap().contains("\"leaving\":false"));
+    drop(inside);
+}
+
+#[test]
+fn failed_enrolment_that_cannot_be_taken_back_is_not_forgotten() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    // A folder in the place of the pod's file: the first step of enrolling fails, and the last one of undoing it.
+    let file = agent.run.join("pods").join(format!("{UID}.json"));
+    std::fs::create_dir(&file).unwrap();
+    let announcer = agent.announcer();
+    announcer.enrol(UID, &a, "").unwrap_err();
+    let (uid, reason) = announcer.list().remove(0);
+    assert_eq!(uid, UID);
+    assert!(reason.contains("not wholly taken back") || reason.contains("not wholly released"), "{reason}");
+    std::fs::remove_dir(&file).unwrap();
+    eventually(|| announcer.list().is_empty().then_some(())).expect("tried again");
+    assert!(unprepared(&a));
+    announcer.enrol(UID, &a, "").unwrap();
 }
 
 /// The sysctls that enrolling changes.

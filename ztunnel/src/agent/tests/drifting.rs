@@ -121,6 +121,48 @@ fn entries_that_were_removed_from_maps_come_back() {
 }
 
 #[test]
+fn pin_of_a_map_that_was_removed_comes_back_and_nothing_else_is_touched() {
+    let scratch = Scratch::new();
+    let (agent, a, _b) = enrolled(&scratch);
+    let folder = scratch.bpffs().join(format!("v{}/pods/{UID}", ztunnel_ebpf::LAYOUT_VERSION));
+    let before: std::collections::BTreeSet<_> = sys::pinned_objects(&folder).into_iter().collect();
+    std::fs::remove_file(folder.join(ztunnel_ebpf::MAP_POD)).unwrap();
+    mended(&agent, &[Drift::Program]);
+    assert_eq!(sys::pinned_objects(&folder).into_iter().collect::<std::collections::BTreeSet<_>>(), before);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+}
+
+#[test]
+fn listener_that_was_taken_out_or_replaced_is_put_back() {
+    let scratch = Scratch::new();
+    let (agent, a, b) = enrolled(&scratch);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    let map =
+        scratch.bpffs().join(format!("v{}/pods/{UID}/{}", ztunnel_ebpf::LAYOUT_VERSION, ztunnel_ebpf::MAP_SOCKETS));
+    let application = listen(&a, PORT);
+    sys::put_socket(&map, ztunnel_ebpf::SOCKET_INBOUND_PLAINTEXT, Some(application.as_fd()));
+    mended(&agent, &[Drift::Listeners]);
+    connect(&b, at(A, PORT)).unwrap();
+    assert_eq!(accept(&listeners[1]).unwrap().0, at(A, PORT));
+    let found = agent.host.drift.get(Drift::Listeners);
+    let announcer = agent.announcer();
+    // Mended at any time: it is taken out until it is asked for in between.
+    eventually(|| {
+        sys::put_socket(&map, ztunnel_ebpf::SOCKET_OUTBOUND, None);
+        announcer.list()[0].1.contains("another listener").then_some(())
+    })
+    .expect("not reported as enrolled meanwhile");
+    eventually(|| (agent.host.drift.get(Drift::Listeners) > found).then_some(())).expect("found again");
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+}
+
+#[test]
 fn connect_hook_that_was_taken_off_is_attached_again() {
     let scratch = Scratch::new();
     let (agent, a, _b) = enrolled(&scratch);
@@ -193,6 +235,7 @@ fn guard_stands_on_the_host_end_where_the_agent_sees_it() {
     let agent = node.netns.run(|| Agent::start(&scratch)).unwrap();
     agent.announcer().enrol(UID, &a, "").unwrap();
     assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    assert_eq!(agent.announcer().states()[0].weaker_reason, "");
     let proxy = agent.proxy(Vec::new());
     let (_, listeners) = proxy.added();
     proxy.snapshot();
@@ -206,4 +249,13 @@ fn guard_stands_on_the_host_end_where_the_agent_sees_it() {
     assert_eq!(application.accept().unwrap().1.ip(), A);
     agent.announcer().withdraw(UID).unwrap();
     connect(&a, at(B, PORT)).expect("nothing stops it any more");
+}
+
+#[test]
+fn guard_in_the_pod_itself_is_reported_as_weaker() {
+    let scratch = Scratch::new();
+    let (agent, _a, _b) = enrolled(&scratch);
+    let state = agent.announcer().states().remove(0);
+    assert_eq!(state.not_enrolled_reason, "", "enrolled all the same");
+    assert!(state.weaker_reason.contains("PACKET_QDISC_BYPASS"), "{}", state.weaker_reason);
 }

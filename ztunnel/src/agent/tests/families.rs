@@ -146,3 +146,53 @@ fn without_dns_there_are_no_listeners_and_queries_go_to_the_resolver() {
     client.send_to(b"query", (B, 53)).unwrap();
     assert_eq!(server.recv_from(&mut [0; 16]).unwrap().1.ip(), A);
 }
+
+/// Whether a query of the pod reaches the resolver itself.
+fn asks_the_resolver(a: &TestPod, server: &UdpSocket) -> bool {
+    let client = a.netns.run(|| UdpSocket::bind((A, 0))).unwrap().unwrap();
+    client.send_to(b"query", (B, 53)).unwrap();
+    server.recv_from(&mut [0; 16]).is_ok()
+}
+
+#[test]
+fn queries_go_to_the_resolver_until_a_proxy_comes_that_answers_them() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, b) = pair();
+    let server = b.netns.run(|| UdpSocket::bind((B, 53))).unwrap().unwrap();
+    server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    announce(&agent, &a, &[A.into()]).unwrap();
+    let queries_go_there = || eventually(|| asks_the_resolver(&a, &server).then_some(()));
+    queries_go_there().expect("no proxy yet");
+    let former = agent.proxy_of_version(1, Vec::new());
+    former.added();
+    former.snapshot();
+    queries_go_there().expect("one that may not answer");
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+
+    let present = agent.proxy(Vec::new());
+    let (_, listeners) = present.added();
+    present.snapshot();
+    assert!(!asks_the_resolver(&a, &server));
+    let listener = UdpSocket::from(listeners[3].try_clone().unwrap());
+    let mut bytes = [0; 16];
+    assert_eq!(eventually(|| listener.recv_from(&mut bytes).ok()).expect("captured").0, 5);
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+
+    drop(present);
+    queries_go_there().expect("only the former one is left");
+    drop(former);
+    let present = agent.proxy(Vec::new());
+    present.added();
+    present.snapshot();
+    assert!(!asks_the_resolver(&a, &server));
+    drop((present, agent));
+    // Nobody knows who comes next: what was stays.
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    assert!(!asks_the_resolver(&a, &server));
+    for what in super::drift::Drift::ALL {
+        assert_eq!(agent.host.drift.get(what), 0, "{what}: what the agent chose is no drift");
+    }
+    drop(inside);
+}

@@ -56,6 +56,9 @@ fn in_a_process_of_its_own() {
     let mut objects: BTreeSet<sys::Object> = round().into_iter().collect();
     let before = (traces(&a, "eth0"), traces(&node, "host0"), tree(&scratch.bpffs()));
     let open = descriptors();
+    let everything = || sys::objects_of(&scratch.bpffs().join(format!("v{}", ztunnel_ebpf::LAYOUT_VERSION)));
+    let kernel = everything();
+    assert!(kernel.len() >= 8, "connect hooks, their links, the node's maps: {kernel:?}");
     for _ in 0..ROUNDS {
         objects.extend(round());
     }
@@ -70,6 +73,9 @@ fn in_a_process_of_its_own() {
         objects.is_empty().then_some(())
     })
     .unwrap_or_else(|| panic!("still in the kernel: {objects:?}"));
+    // Also what was never pinned, wherever in the machine it is.
+    eventually(|| (everything() == kernel).then_some(()))
+        .unwrap_or_else(|| panic!("before: {kernel:?}\nafter: {:?}", everything()));
     drop(a);
     eventually(|| (!has_device(&node, "host0")).then_some(())).expect("nobody holds the pod's namespace");
 }

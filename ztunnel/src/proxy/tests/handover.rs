@@ -57,12 +57,13 @@ impl Agent {
     async fn accept(&self) -> (Conversation, Vec<Kept>) {
         let socket = Conversation(soon(self.listener.accept()).await.unwrap());
         let (proxy_message::Kind::Hello(hello), _) = socket.next().await else { panic!("no hello") };
-        assert_eq!(hello.version, 1);
+        assert_eq!(hello.version, 2, "it answers DNS");
         let mut kept = Vec::new();
         for _ in 0..hello.kept_pods {
             let (proxy_message::Kind::PodKept(one), fds) = socket.next().await else { panic!("no kept pod") };
             kept.push((one, fds));
         }
+        // The version before: the proxy speaks it too.
         socket.send(agent_message::Kind::Hello(node::Hello { version: 1, kept_pods: 0 }), &[]).await;
         (socket, kept)
     }
