@@ -39,6 +39,9 @@ fn picture(cluster: &Cluster, networks: &[(&str, &NetNs)]) -> Result<Picture, Er
     let mut all = Picture::new();
     let pins = node.bpffs();
     all.insert("pins".to_owned(), cluster.mounts().run(|| files(&pins))?);
+    let agent = node.agent()?.pid().expect("running");
+    let objects = cluster.mounts().run(|| bpf::objects_of(&pins, agent))??;
+    all.insert("eBPF objects".to_owned(), objects.iter().map(|object| format!("{object:?}")).collect());
     all.insert("run folder".to_owned(), files(&node.run_dir()));
     for (name, part) in [("agent", node.agent()?), ("proxy", node.proxy()?)] {
         let mut descriptors = descriptors(part.pid().expect("running"));
