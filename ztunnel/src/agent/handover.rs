@@ -23,6 +23,9 @@ pub const VERSION: u32 = 2;
 const OLDEST: u32 = 1;
 /// From this version on a proxy answers DNS. One that speaks an older one may leave queries unanswered.
 const DNS_SINCE: u32 = 2;
+/// From this version on a proxy takes listeners that are added to those that it has. To an older one the pod would be
+/// another, and its connections would end.
+const V6_SINCE: u32 = 2;
 /// Largest message of a proxy.
 const MAX_MESSAGE: usize = 4096;
 /// Proxies at a time: the current one, its successor, and room for one that is not noticed to be gone.
@@ -94,7 +97,7 @@ async fn connection(socket: &Socket, proxy_uid: u32, manager: &Manager, maker: &
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
     tracing::info!(proxy = id, pid = peer.pid, version, kept = kept.len(), "a proxy connected");
     let mut notices = manager.join(id, Joining { kept, dns: version >= DNS_SINCE }).await?;
-    let mut unacked = Unacked { proxy: id, messages: VecDeque::new(), refused: HashSet::new() };
+    let mut unacked = Unacked { proxy: id, version, messages: VecDeque::new(), refused: HashSet::new() };
     let result = exchange(socket, manager, maker, &mut notices, &mut unacked).await;
     // The manager may wait for an acknowledgement that will not come.
     drop((notices, unacked));
@@ -135,6 +138,8 @@ async fn greet(socket: &Socket) -> Result<(u32, HashMap<String, ListenerSet>), H
 /// What a proxy has not answered yet.
 struct Unacked {
     proxy: u64,
+    /// Of the protocol, as both speak it.
+    version: u32,
     /// In order: the pod, and who wants to know that it is removed.
     messages: VecDeque<(String, Option<oneshot::Sender<()>>)>,
     /// Pods that it does not serve, as the manager was told.
@@ -172,10 +177,17 @@ async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<
     }
     match notice {
         Notice::Added(info, listeners) => {
-            let kinds = listeners.kinds().into_iter().map(Into::into).collect();
+            let (mut kinds, mut descriptors) = (listeners.kinds(), listeners.descriptors());
+            if unacked.version < V6_SINCE {
+                // They come last.
+                let both = kinds.len() - listeners.v6.len();
+                kinds.truncate(both);
+                descriptors.truncate(both);
+            }
+            let kinds = kinds.into_iter().map(Into::into).collect();
             let message = node::PodAdded { pod: Some(info.to_wire()), listeners: kinds };
             unacked.messages.push_back((info.uid, None));
-            send(socket, agent_message::Kind::PodAdded(message), &listeners.descriptors()).await
+            send(socket, agent_message::Kind::PodAdded(message), &descriptors).await
         }
         Notice::Removed(uid, removed) => {
             unacked.messages.push_back((uid.clone(), Some(removed)));

@@ -61,6 +61,9 @@ pub enum EnrolError {
     /// The proxy returned its listeners, and those for DNS were not among them and could not be opened.
     #[error("there are no listeners for DNS, which is captured; try again later")]
     NoDnsListeners,
+    /// The same of those for IPv6.
+    #[error("there are no listeners for IPv6, of which it has an address; try again later")]
+    NoIpv6Listeners,
 }
 
 /// A pod that could not be enrolled.
@@ -159,8 +162,7 @@ impl Pod {
         let changes = netns.changes()?;
         pod_network::mend(&netns, &needs(host, &info))?;
         let listeners = match returned {
-            Some(listeners) if host.dns() => Some(ListenerSet::with_dns(listeners, &netns)?),
-            Some(listeners) => Some(listeners),
+            Some(listeners) => Some(ListenerSet::completed(listeners, &netns, info.listeners(host))?),
             None => match ListenerSet::open(&netns, host.dns()) {
                 Ok(listeners) => Some(Arc::new(listeners)),
                 Err(SocketError::PortInUse(_)) => None,
@@ -234,24 +236,26 @@ impl Pod {
     /// Whether the agent has every listener that the pod needs.
     ///
     /// # Errors
-    /// [`EnrolError::NoListeners`], [`EnrolError::NoDnsListeners`].
+    /// [`EnrolError::NoListeners`], [`EnrolError::NoDnsListeners`], [`EnrolError::NoIpv6Listeners`].
     pub fn has_listeners(&self, host: &Host) -> Result<(), EnrolError> {
+        let needs = self.info.listeners(host);
         match self.listeners() {
             None => Err(EnrolError::NoListeners),
-            Some(listeners) if host.dns() && listeners.dns.is_none() => Err(EnrolError::NoDnsListeners),
+            Some(listeners) if listeners.lacks_dns(needs) => Err(EnrolError::NoDnsListeners),
+            Some(listeners) if !listeners.without_v6(needs).is_empty() => Err(EnrolError::NoIpv6Listeners),
             Some(_) => Ok(()),
         }
     }
 
-    /// Opens new listeners where it has none and nobody else holds any, and those for DNS where it has only the others.
-    /// Blocks shortly.
+    /// Opens new listeners where it has none and nobody else holds any, and those for DNS or for IPv6 where it has only the
+    /// others. Blocks shortly.
     ///
     /// # Errors
     /// When a port is in use, or the kernel refuses.
     pub fn open_listeners(&self, host: &Host) -> Result<(), EnrolError> {
         let listeners = match self.listeners() {
-            Some(listeners) if !host.dns() || listeners.dns.is_some() => return Ok(()),
-            Some(listeners) => ListenerSet::with_dns(listeners, &self.netns)?,
+            Some(_) if self.has_listeners(host).is_ok() => return Ok(()),
+            Some(listeners) => ListenerSet::completed(listeners, &self.netns, self.info.listeners(host))?,
             None => Arc::new(ListenerSet::open(&self.netns, host.dns())?),
         };
         self.capture.replace_listeners(listeners.borrow())?;

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use mesh_proto::node::Listener;
@@ -15,6 +15,10 @@ use ztunnel_ebpf::{
 
 use super::capture::{Listeners, netns_cookie};
 use super::netns::{Netns, NetnsError};
+
+/// The kinds of listeners, in the order in which they are announced.
+const KINDS: [Listener; 5] =
+    [Listener::Outbound, Listener::InboundPlaintext, Listener::InboundHbone, Listener::DnsUdp, Listener::DnsTcp];
 
 /// Connections that wait for the proxy, per listener; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -53,6 +57,8 @@ pub struct ListenerSet {
     pub inbound_hbone: OwnedFd,
     /// 15053, UDP and TCP; none where DNS is not the mesh's.
     pub dns: Option<DnsListeners>,
+    /// For IPv6 alone, each beside one of the same kind that serves only IPv4: agents before layout 2 opened those.
+    pub v6: Vec<(Listener, OwnedFd)>,
 }
 
 /// The listening sockets for DNS.
@@ -72,19 +78,22 @@ impl ListenerSet {
     pub fn open(netns: &Netns, dns: bool) -> Result<Self, SocketError> {
         netns.run(|| {
             Ok(Self {
-                outbound: listen(PORT_OUTBOUND, true)?,
-                inbound_plaintext: listen(PORT_INBOUND_PLAINTEXT, true)?,
-                inbound_hbone: listen(PORT_INBOUND_HBONE, false)?,
-                dns: if dns { Some(DnsListeners::open_here()?) } else { None },
+                outbound: listen(PORT_OUTBOUND, true, Serving::Both)?,
+                inbound_plaintext: listen(PORT_INBOUND_PLAINTEXT, true, Serving::Both)?,
+                inbound_hbone: listen(PORT_INBOUND_HBONE, false, Serving::Both)?,
+                dns: if dns { Some(DnsListeners::open_here(Serving::Both)?) } else { None },
+                v6: Vec::new(),
             })
         })?
     }
 
-    /// Listeners that a proxy returned: one of each kind, on its port; those for DNS may be missing. Others are closed.
+    /// Listeners that a proxy returned: one of each kind, on its port, and beside it one for IPv6 alone; those for DNS may be
+    /// missing. Others are closed.
     #[must_use]
     pub fn returned(sockets: Vec<(Listener, OwnedFd)>) -> Option<Self> {
         let (mut outbound, mut inbound_plaintext, mut inbound_hbone) = (None, None, None);
         let (mut dns_udp, mut dns_tcp) = (None, None);
+        let mut v6 = Vec::new();
         for (kind, socket) in sockets {
             let (slot, port) = match kind {
                 Listener::Outbound => (&mut outbound, PORT_OUTBOUND),
@@ -100,27 +109,60 @@ impl ListenerSet {
             if port_found != port || found.r#type().ok()? != wanted {
                 return None;
             }
-            *slot = Some(socket);
+            if serves_only_v6(&socket) {
+                v6.push((kind, socket));
+            } else {
+                *slot = Some(socket);
+            }
         }
         let dns = dns_udp.zip(dns_tcp).map(|(udp, tcp)| DnsListeners { udp, tcp });
-        Some(Self { outbound: outbound?, inbound_plaintext: inbound_plaintext?, inbound_hbone: inbound_hbone?, dns })
+        let (outbound, inbound_plaintext, inbound_hbone) = (outbound?, inbound_plaintext?, inbound_hbone?);
+        Some(Self { outbound, inbound_plaintext, inbound_hbone, dns, v6 })
     }
 
-    /// The same with listeners for DNS where it has none: those that a proxy returned may be of a time without.
+    /// The same with what it lacks of what is needed: those that a proxy returned may be of a time without DNS, or without
+    /// IPv6.
     ///
     /// # Errors
     /// When they cannot be opened.
-    pub fn with_dns(listeners: Arc<Self>, netns: &Netns) -> Result<Arc<Self>, SocketError> {
-        if listeners.dns.is_some() {
+    pub fn completed(listeners: Arc<Self>, netns: &Netns, needs: Needs) -> Result<Arc<Self>, SocketError> {
+        if !listeners.lacks_dns(needs) && listeners.without_v6(needs).is_empty() {
             return Ok(listeners);
         }
-        let duplicate = |socket: &OwnedFd| socket.try_clone().map_err(failed("duplicate a listener"));
+        let duplicate = |socket: BorrowedFd<'_>| socket.try_clone_to_owned().map_err(failed("duplicate a listener"));
+        let dns = match &listeners.dns {
+            Some(dns) => Some(DnsListeners { udp: duplicate(dns.udp.as_fd())?, tcp: duplicate(dns.tcp.as_fd())? }),
+            None if needs.dns => Some(netns.run(|| DnsListeners::open_here(Serving::Both))??),
+            None => None,
+        };
+        let v6 = listeners.v6.iter().map(|(kind, socket)| Ok((*kind, duplicate(socket.as_fd())?)));
+        let mut v6 = v6.collect::<Result<Vec<_>, SocketError>>()?;
+        let lacking = listeners.without_v6(needs);
+        v6.extend(netns.run(|| lacking.into_iter().map(open_v6).collect::<Result<Vec<_>, _>>())??);
         Ok(Arc::new(Self {
-            outbound: duplicate(&listeners.outbound)?,
-            inbound_plaintext: duplicate(&listeners.inbound_plaintext)?,
-            inbound_hbone: duplicate(&listeners.inbound_hbone)?,
-            dns: Some(netns.run(DnsListeners::open_here)??),
+            outbound: duplicate(listeners.outbound.as_fd())?,
+            inbound_plaintext: duplicate(listeners.inbound_plaintext.as_fd())?,
+            inbound_hbone: duplicate(listeners.inbound_hbone.as_fd())?,
+            dns,
+            v6,
         }))
+    }
+
+    /// Whether it has no listeners for DNS although they are needed.
+    #[must_use]
+    pub const fn lacks_dns(&self, needs: Needs) -> bool {
+        needs.dns && self.dns.is_none()
+    }
+
+    /// The kinds that nobody serves in IPv6 although it is needed.
+    #[must_use]
+    pub fn without_v6(&self, needs: Needs) -> Vec<Listener> {
+        if !needs.v6 {
+            return Vec::new();
+        }
+        let served = |kind| self.v6.iter().any(|(known, _)| *known == kind);
+        let all = self.kinds().into_iter().zip(self.descriptors());
+        all.filter(|(kind, socket)| serves_only_v4(socket) && !served(*kind)).map(|(kind, _)| kind).collect()
     }
 
     /// Whether all were made in the network namespace with this cookie.
@@ -138,6 +180,7 @@ impl ListenerSet {
             inbound_hbone: self.inbound_hbone.as_fd(),
             dns_udp: self.dns.as_ref().map(|dns| dns.udp.as_fd()),
             dns_tcp: self.dns.as_ref().map(|dns| dns.tcp.as_fd()),
+            v6: KINDS.map(|kind| self.v6.iter().find(|(known, _)| *known == kind).map(|(_, socket)| socket.as_fd())),
         }
     }
 
@@ -148,34 +191,52 @@ impl ListenerSet {
         if self.dns.is_some() {
             kinds.extend([Listener::DnsUdp, Listener::DnsTcp]);
         }
+        kinds.extend(self.v6.iter().map(|(kind, _)| *kind));
         kinds
     }
 
-    /// In the order of [`Self::kinds`].
+    /// In the order of [`Self::kinds`]: those for IPv6 alone come last.
     #[must_use]
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut all = vec![self.outbound.as_fd(), self.inbound_plaintext.as_fd(), self.inbound_hbone.as_fd()];
         all.extend(self.dns.iter().flat_map(|dns| [dns.udp.as_fd(), dns.tcp.as_fd()]));
+        all.extend(self.v6.iter().map(|(_, socket)| socket.as_fd()));
         all
     }
 }
 
 impl DnsListeners {
-    fn open_here() -> Result<Self, SocketError> {
-        let (udp, family) = both_families(Type::DGRAM, Protocol::UDP)?;
-        udp.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
-        transparent(&udp, family)?;
-        set(&udp, sockopt::Ipv4OrigDstAddr, "set IP_RECVORIGDSTADDR")?;
-        if family == Family::V6 {
-            set(&udp, sockopt::Ipv6OrigDstAddr, "set IPV6_RECVORIGDSTADDR")?;
-        }
-        udp.bind(&family.any(PORT_DNS).into()).map_err(in_use("bind the listener for DNS", PORT_DNS))?;
-        Ok(Self { udp: udp.into(), tcp: listen(PORT_DNS, true)? })
+    fn open_here(serving: Serving) -> Result<Self, SocketError> {
+        Ok(Self { udp: open_dns_udp(serving)?, tcp: listen(PORT_DNS, true, serving)? })
     }
 }
 
-fn listen(port: u16, is_transparent: bool) -> Result<OwnedFd, SocketError> {
-    let (socket, family) = both_families(Type::STREAM, Protocol::TCP)?;
+/// A listener for IPv6 alone, in the calling thread's namespace.
+fn open_v6(kind: Listener) -> Result<(Listener, OwnedFd), SocketError> {
+    let socket = match kind {
+        Listener::Outbound => listen(PORT_OUTBOUND, true, Serving::V6),
+        Listener::InboundPlaintext => listen(PORT_INBOUND_PLAINTEXT, true, Serving::V6),
+        Listener::InboundHbone | Listener::Unspecified => listen(PORT_INBOUND_HBONE, false, Serving::V6),
+        Listener::DnsUdp => open_dns_udp(Serving::V6),
+        Listener::DnsTcp => listen(PORT_DNS, true, Serving::V6),
+    };
+    Ok((kind, socket?))
+}
+
+fn open_dns_udp(serving: Serving) -> Result<OwnedFd, SocketError> {
+    let (udp, family) = listening(Type::DGRAM, Protocol::UDP, serving)?;
+    udp.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
+    transparent(&udp, family)?;
+    set(&udp, sockopt::Ipv4OrigDstAddr, "set IP_RECVORIGDSTADDR")?;
+    if family == Family::V6 {
+        set(&udp, sockopt::Ipv6OrigDstAddr, "set IPV6_RECVORIGDSTADDR")?;
+    }
+    udp.bind(&family.any(PORT_DNS).into()).map_err(in_use("bind the listener for DNS", PORT_DNS))?;
+    Ok(udp.into())
+}
+
+fn listen(port: u16, is_transparent: bool, serving: Serving) -> Result<OwnedFd, SocketError> {
+    let (socket, family) = listening(Type::STREAM, Protocol::TCP, serving)?;
     set_no_delay(&socket)?;
     socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR"))?;
     if is_transparent {
@@ -186,18 +247,44 @@ fn listen(port: u16, is_transparent: bool) -> Result<OwnedFd, SocketError> {
     Ok(socket.into())
 }
 
-/// A socket for IPv6 and IPv4, or for IPv4 alone where the kernel has no IPv6.
-fn both_families(kind: Type, protocol: Protocol) -> Result<(Socket, Family), SocketError> {
+/// Which families a listener serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Serving {
+    /// Both, or IPv4 alone where the kernel has no IPv6.
+    Both,
+    /// IPv6 alone.
+    V6,
+}
+
+/// What of a pod decides which listeners it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Those for DNS too.
+    pub dns: bool,
+    /// Whether it has an address of IPv6.
+    pub v6: bool,
+}
+
+fn listening(kind: Type, protocol: Protocol, serving: Serving) -> Result<(Socket, Family), SocketError> {
     match Socket::new(Domain::IPV6, kind.nonblocking(), Some(protocol)) {
         Ok(socket) => {
-            socket.set_only_v6(false).map_err(failed("clear IPV6_V6ONLY"))?;
+            socket.set_only_v6(serving == Serving::V6).map_err(failed("set or clear IPV6_V6ONLY"))?;
             Ok((socket, Family::V6))
         }
-        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+        Err(error) if serving == Serving::Both && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
             Ok((socket(Family::V4, kind, protocol)?, Family::V4))
         }
         Err(error) => Err(failed("make a listener")(error)),
     }
+}
+
+fn serves_only_v4(socket: &impl AsFd) -> bool {
+    SockRef::from(socket).domain().is_ok_and(|domain| domain == Domain::IPV4)
+}
+
+fn serves_only_v6(socket: &impl AsFd) -> bool {
+    let known = SockRef::from(socket);
+    known.domain().is_ok_and(|domain| domain == Domain::IPV6) && known.only_v6().unwrap_or(false)
 }
 
 /// An address family.

@@ -135,6 +135,12 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// When a socket cannot be used.
     fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>>;
+
+    /// Serves a pod that is served already from these sockets too.
+    ///
+    /// # Errors
+    /// When a socket cannot be used.
+    fn extend(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<()>;
 }
 
 /// The register of pods.
@@ -150,7 +156,7 @@ pub struct Pods {
 }
 
 /// A pod's listening sockets.
-pub type Listeners = Arc<Vec<(Port, OwnedFd)>>;
+pub type Listeners = Vec<(Port, Arc<OwnedFd>)>;
 
 /// A pod with what the proxy keeps of it.
 struct Entry {
@@ -162,15 +168,30 @@ struct Entry {
 }
 
 impl Entry {
-    /// Whether these are the very sockets that it is served from. A duplicate has the inode of the original, and no other
-    /// socket can have it while the original is open.
-    fn has(&self, listeners: &[(Port, OwnedFd)]) -> io::Result<bool> {
-        Ok(sockets(&self.listeners)? == sockets(listeners)?)
+    /// Those of these sockets that it is not served from yet; `None` if one that it is served from is not among them. A
+    /// duplicate has the inode of the original, and no other socket can have it while the original is open.
+    fn added(&self, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Option<Vec<(Port, OwnedFd)>>> {
+        let mut known = HashSet::new();
+        for (port, fd) in &self.listeners {
+            known.insert((*port, fstat(fd)?.st_ino));
+        }
+        let mut added = Vec::new();
+        for (port, fd) in listeners {
+            let inode = fstat(&fd)?.st_ino;
+            if !known.remove(&(port, inode)) {
+                added.push((port, fd));
+            }
+        }
+        Ok(known.is_empty().then_some(added))
     }
 }
 
-fn sockets(listeners: &[(Port, OwnedFd)]) -> io::Result<HashSet<(Port, u64)>> {
-    listeners.iter().map(|(port, fd)| Ok((*port, fstat(fd)?.st_ino))).collect()
+fn duplicates(listeners: &[(Port, OwnedFd)]) -> io::Result<Vec<(Port, OwnedFd)>> {
+    listeners.iter().map(|(port, fd)| Ok((*port, fd.try_clone()?))).collect()
+}
+
+fn shared(listeners: Vec<(Port, OwnedFd)>) -> Listeners {
+    listeners.into_iter().map(|(port, fd)| (port, Arc::new(fd))).collect()
 }
 
 impl Pods {
@@ -187,7 +208,7 @@ impl Pods {
     }
 
     /// Serves a pod that the agent announced. One that is served already from the same sockets stays as it is, and the
-    /// descriptors are closed. One of the same uid that is another (its sandbox was made anew while the agent was away) is
+    /// descriptors are closed; from those that are new it is served too. One of the same uid that is another (its sandbox was made anew while the agent was away) is
     /// removed first: its removal is returned beside the result, to be waited for.
     ///
     /// # Errors
@@ -223,19 +244,22 @@ impl Pods {
         // A kind of listener that this version does not know is closed: nothing may queue in it for ever.
         let known = ports.iter().zip(fds).filter_map(|(port, fd)| Some((Port::from_wire(*port)?, fd)));
         let listeners: Vec<_> = known.collect();
-        if let Some(entry) = self.entries().get(&pod.uid)
+        if let Some(entry) = self.entries().get_mut(&pod.uid)
             && entry.pod.is_like(&pod)
-            && entry.has(&listeners)?
+            && let Some(added) = entry.added(duplicates(&listeners)?)?
         {
+            if !added.is_empty() {
+                self.host.extend(&entry.pod, duplicates(&added)?)?;
+                entry.listeners.extend(shared(added));
+            }
             return Ok(());
         }
         *replaced = self.remove(&pod.uid);
-        let duplicates = listeners.iter().map(|(port, fd)| Ok((*port, fd.try_clone()?)));
-        let hold = self.host.start(&pod, duplicates.collect::<io::Result<_>>()?)?;
+        let hold = self.host.start(&pod, duplicates(&listeners)?)?;
         stock.prime();
         tracing::info!(pod = ?pod, identity = %pod.identity, addresses = ?pod.addresses, "pod added");
         let uid = Arc::clone(&pod.uid);
-        self.entries().insert(uid, Entry { pod, stock, listeners: Arc::new(listeners), _hold: hold });
+        self.entries().insert(uid, Entry { pod, stock, listeners: shared(listeners), _hold: hold });
         Ok(())
     }
 
@@ -304,14 +328,14 @@ impl Pods {
 
     /// Each pod's listening sockets, for an agent that was restarted.
     pub fn listeners(&self) -> Vec<(Arc<str>, Listeners)> {
-        self.entries().iter().map(|(uid, entry)| (Arc::clone(uid), Arc::clone(&entry.listeners))).collect()
+        self.entries().iter().map(|(uid, entry)| (Arc::clone(uid), entry.listeners.clone())).collect()
     }
 
     /// Registers a pod that a test has made.
     #[cfg(test)]
     pub fn insert_for_test(&self, pod: &Arc<Pod>) {
         let stock = Stock::new(Arc::clone(&pod.uid), &pod.addresses, Arc::clone(&self.cap), self.notices.clone());
-        let entry = Entry { pod: Arc::clone(pod), stock, listeners: Arc::default(), _hold: Box::new(()) };
+        let entry = Entry { pod: Arc::clone(pod), stock, listeners: Listeners::default(), _hold: Box::new(()) };
         self.entries().insert(Arc::clone(&pod.uid), entry);
     }
 

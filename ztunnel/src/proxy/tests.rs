@@ -282,6 +282,10 @@ impl Host for Fixed {
     fn start(&self, _: &Arc<Pod>, _: Vec<(Port, std::os::fd::OwnedFd)>) -> std::io::Result<Box<dyn Send>> {
         Ok(Box::new(()))
     }
+
+    fn extend(&self, _: &Arc<Pod>, _: Vec<(Port, std::os::fd::OwnedFd)>) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[tokio::test]

@@ -181,6 +181,15 @@ impl Workers {
 
 impl Host for Arc<Workers> {
     fn start(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<Box<dyn Send>> {
+        self.extend(pod, listeners)?;
+        self.shared.metrics.pods_active.inc();
+        self.shared.metrics.pods_started.inc();
+        let certificate = self.shared.certificates.retain(&pod.identity);
+        let addresses = self.shared.addresses.list(&pod.addresses);
+        Ok(Box::new(Served { metrics: self.shared.metrics.clone(), _certificate: certificate, _addresses: addresses }))
+    }
+
+    fn extend(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> io::Result<()> {
         let mut all = Vec::new();
         for (port, listener) in listeners {
             if port == Port::DnsUdp {
@@ -206,11 +215,7 @@ impl Host for Arc<Workers> {
             // A worker that is gone: the proxy is ending.
             let _ = worker.send(Serve { pod: Arc::clone(pod), port, listener });
         }
-        self.shared.metrics.pods_active.inc();
-        self.shared.metrics.pods_started.inc();
-        let certificate = self.shared.certificates.retain(&pod.identity);
-        let addresses = self.shared.addresses.list(&pod.addresses);
-        Ok(Box::new(Served { metrics: self.shared.metrics.clone(), _certificate: certificate, _addresses: addresses }))
+        Ok(())
     }
 }
 

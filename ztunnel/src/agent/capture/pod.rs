@@ -49,6 +49,8 @@ pub struct Listeners<'a> {
     pub dns_udp: Option<BorrowedFd<'a>>,
     /// 15053, TCP, transparent.
     pub dns_tcp: Option<BorrowedFd<'a>>,
+    /// Those for IPv6 alone, in the order above.
+    pub v6: [Option<BorrowedFd<'a>>; 5],
 }
 
 /// What [`NodeCapture::attach_pod`] brings in force.

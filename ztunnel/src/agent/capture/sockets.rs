@@ -74,14 +74,16 @@ impl SocketMap {
 }
 
 /// A pod's listeners by their keys.
-pub fn keyed(listeners: Listeners<'_>) -> [(u32, Option<BorrowedFd<'_>>); 5] {
-    [
+pub fn keyed(listeners: Listeners<'_>) -> impl Iterator<Item = (u32, Option<BorrowedFd<'_>>)> {
+    let both = [
         (abi::SOCKET_OUTBOUND, Some(listeners.outbound)),
         (abi::SOCKET_INBOUND_PLAINTEXT, Some(listeners.inbound_plaintext)),
         (abi::SOCKET_INBOUND_HBONE, Some(listeners.inbound_hbone)),
         (abi::SOCKET_DNS_UDP, listeners.dns_udp),
         (abi::SOCKET_DNS_TCP, listeners.dns_tcp),
-    ]
+    ];
+    let v6 = both.map(|(key, _)| key + abi::SOCKET_V6).into_iter().zip(listeners.v6);
+    both.into_iter().chain(v6)
 }
 
 /// The number of a socket, never used twice while the machine is up.

@@ -7,6 +7,9 @@ use mesh_model::{InvalidSpiffeId, SpiffeId};
 use mesh_proto::node;
 use ztunnel_ebpf::{POD_ADDRESSES, PodEntry};
 
+use super::super::host::Host;
+use super::super::sockets::Needs;
+
 /// Longest name, namespace, service account or UID: what Kubernetes allows of any.
 const MAX_NAME: usize = 253;
 /// A pod as it was announced.
@@ -98,6 +101,11 @@ impl PodInfo {
     /// What the programs are told of it: `interface` is the index of the one that holds its addresses; `None` if it has no address, or more than they hold.
     pub(super) fn entry(&self, interface: u32, flags: u32) -> Option<PodEntry> {
         PodEntry::new(&self.addresses, interface, flags)
+    }
+
+    /// Which listeners it needs.
+    pub(super) fn listeners(&self, host: &Host) -> Needs {
+        Needs { dns: host.dns(), v6: self.addresses.iter().any(IpAddr::is_ipv6) }
     }
 
     /// The address that comes first.

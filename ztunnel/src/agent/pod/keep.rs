@@ -277,7 +277,7 @@ impl Pod {
     /// When it is not wholly in force; [`EnrolError::NoListeners`]: it will be when the proxy returns them.
     pub fn mend(&self, host: &Host) -> Result<(), EnrolError> {
         match self.look_after(host).1 {
-            None | Some(EnrolError::NoListeners | EnrolError::NoDnsListeners) => {}
+            None | Some(EnrolError::NoListeners | EnrolError::NoDnsListeners | EnrolError::NoIpv6Listeners) => {}
             Some(error) => return Err(error),
         }
         match self.open_listeners(host) {

@@ -196,3 +196,57 @@ fn queries_go_to_the_resolver_until_a_proxy_comes_that_answers_them() {
     }
     drop(inside);
 }
+
+/// The listeners that an agent opened which knew only IPv4.
+fn listeners_of_ipv4(pod: &TestPod) -> Vec<OwnedFd> {
+    let ports = [
+        (15001, Type::STREAM),
+        (15006, Type::STREAM),
+        (15008, Type::STREAM),
+        (15053, Type::DGRAM),
+        (15053, Type::STREAM),
+    ];
+    let listen = |(port, kind)| {
+        let socket = Socket::new(Domain::IPV4, kind, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.set_ip_transparent_v4(true).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket.bind(&at(Ipv4Addr::UNSPECIFIED, port).into()).unwrap();
+        if kind == Type::STREAM {
+            socket.listen(128).unwrap();
+        }
+        OwnedFd::from(socket)
+    };
+    pod.netns.run(|| ports.map(listen).into()).unwrap()
+}
+
+#[test]
+fn listeners_of_a_former_agent_get_those_for_ipv6_beside_them() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, b) = pair();
+    announce(&agent, &a, &[A.into(), A6.into()]).unwrap();
+    drop(agent);
+    let kept = listeners_of_ipv4(&a);
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    let duplicates = kept.iter().map(|socket| socket.try_clone().unwrap()).collect();
+    let proxy = agent.proxy(vec![(UID, duplicates)]);
+    let (agent_message::Kind::PodAdded(added), listeners) = proxy.hear() else { panic!("a pod is announced") };
+    assert_eq!(added.listeners().collect::<Vec<_>>(), [ListenerKinds::ALL, ListenerKinds::ALL].concat());
+    proxy.ack(UID);
+    proxy.snapshot();
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    for (address, place) in [(IpAddr::from(B), 0), (B6.into(), 5)] {
+        connect_to(&a, (address, PORT)).unwrap();
+        assert_eq!(accept(&listeners[place]).unwrap().0, (address, PORT).into());
+    }
+    for (address, place) in [(IpAddr::from(A), 1), (A6.into(), 6)] {
+        connect_to(&b, (address, PORT)).unwrap();
+        assert_eq!(accept(&listeners[place]).unwrap().0, (address, PORT).into());
+    }
+    // To a former proxy the pod would be another with them.
+    let former = agent.proxy_of_version(1, Vec::new());
+    assert_eq!(former.added().1.len(), 5);
+    drop(inside);
+}

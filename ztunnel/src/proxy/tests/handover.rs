@@ -28,6 +28,10 @@ impl Host for Started {
         self.0.lock().unwrap().push((Arc::clone(pod), ports));
         Ok(Box::new(()))
     }
+
+    fn extend(&self, pod: &Arc<Pod>, listeners: Vec<(Port, OwnedFd)>) -> std::io::Result<()> {
+        self.start(pod, listeners).map(drop)
+    }
 }
 
 struct Agent {
@@ -114,7 +118,8 @@ impl Conversation {
             service_account: "cart".into(),
             addresses: vec![vec![10, 0, 0, 1]],
         };
-        let listeners = vec![node::Listener::Outbound.into(), node::Listener::InboundHbone.into()];
+        let kinds = [node::Listener::Outbound, node::Listener::InboundHbone, node::Listener::Outbound];
+        let listeners = kinds.into_iter().take(sockets.len().max(2)).map(Into::into).collect();
         let added = node::PodAdded { pod: Some(pod), listeners };
         self.send(agent_message::Kind::PodAdded(added), sockets).await;
     }
@@ -261,6 +266,30 @@ async fn a_restarted_agent_gets_the_listeners_back_and_both_compare() {
     socket.snapshot_sent().await;
     until(|| agent.pods.uids().len() == 1).await;
     assert_eq!(&*agent.pods.uids()[0], "stays");
+}
+
+#[tokio::test]
+async fn listeners_that_are_added_to_a_pod_leave_its_connections_be() {
+    let agent = Agent::new();
+    let (socket, _) = agent.accept().await;
+    let mut listeners = sockets(2);
+    socket.add_from("uid-1", &listeners).await;
+    assert_eq!(socket.ack().await.error, "");
+    listeners.extend(sockets(1));
+    socket.add_from("uid-1", &listeners).await;
+    assert_eq!(socket.ack().await.error, "");
+    let started = agent.started.0.lock().unwrap().clone();
+    let [(pod, _), (same, added)] = started.as_slice() else { panic!("{started:?}") };
+    assert!(Arc::ptr_eq(pod, same) && !pod.live.is_closed());
+    assert_eq!(*added, [Port::Outbound]);
+    drop(socket);
+    let (socket, kept) = agent.accept().await;
+    assert_eq!(kept[0].1.len(), 3, "all are returned");
+    // With fewer it is another.
+    listeners.pop();
+    socket.add_from("uid-1", &listeners).await;
+    assert_eq!(socket.ack().await.error, "");
+    soon(pod.live.closed()).await;
 }
 
 #[tokio::test]
