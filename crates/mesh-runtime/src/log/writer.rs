@@ -3,9 +3,11 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::mpsc::{self, Receiver, Sender};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Lines that may wait to be written.
@@ -26,17 +28,18 @@ enum Message {
 /// The queue's entrance. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Sink {
-    queue: SyncSender<Message>,
+    queue: Sender<Message>,
     dropped: Arc<AtomicU64>,
 }
 
 impl Sink {
     /// Starts the thread.
     pub(super) fn start(out: impl Write + Send + 'static) -> io::Result<Self> {
-        let (queue, lines) = sync_channel(QUEUE);
+        // Of the bounded queues this one takes memory only for what waits in it: the standard library's would take 300 KiB.
+        let (queue, lines) = mpsc::channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&dropped);
-        std::thread::Builder::new().name("log".into()).spawn(move || write_all(out, &lines, &counted))?;
+        std::thread::Builder::new().name("log".into()).spawn(move || write_all(out, lines, &counted))?;
         Ok(Self { queue, dropped })
     }
 
@@ -101,17 +104,17 @@ impl Drop for Line<'_> {
     }
 }
 
-fn write_all(mut out: impl Write, lines: &Receiver<Message>, dropped: &AtomicU64) {
+fn write_all(mut out: impl Write, mut lines: Receiver<Message>, dropped: &AtomicU64) {
     let mut batch = Vec::with_capacity(BATCH);
-    while let Ok(first) = lines.recv() {
+    while let Some(first) = lines.blocking_recv() {
         let mut flushes = Vec::new();
-        let mut next = Ok(first);
-        while let Ok(message) = next {
+        let mut next = Some(first);
+        while let Some(message) = next {
             match message {
                 Message::Line(line) => batch.extend_from_slice(&line),
                 Message::Flush(done) => flushes.push(done),
             }
-            next = if batch.len() < BATCH { lines.try_recv() } else { Err(TryRecvError::Empty) };
+            next = if batch.len() < BATCH { lines.try_recv().ok() } else { None };
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
