@@ -1,6 +1,7 @@
 //! The client's side of the protocol, without I/O: events in, requests out.
 
 mod subscription;
+mod version;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use mesh_proto::discovery::{self, DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
+use super::version::Version;
 use super::{Answer, Received, SubscribeError, Subscribed};
 use crate::client::{Mode, Nack, Sink, TypeStatus};
 use crate::{MORE, Rejection, Resource, Update};
@@ -19,7 +20,9 @@ pub(super) struct Subscription {
     pub(super) status: TypeStatus,
     mode: Mode,
     /// What the sink has accepted, by primary name.
-    known: HashMap<Arc<str>, Known>,
+    known: HashMap<Arc<str>, Version>,
+    /// The primary name and the aliases of each known resource; empty with a wildcard, where nothing is asked for.
+    names: HashMap<Arc<str>, Box<[Arc<str>]>>,
     /// How many known resources have a name, asked for or not: they may lose it after it was asked for.
     holders: HashMap<Arc<str>, usize>,
     /// Resources whose last content was refused, and those of their names that were asked for.
@@ -29,13 +32,6 @@ pub(super) struct Subscription {
     /// Wanted names that are absent, by when they became so.
     absent: BTreeMap<u64, Arc<str>>,
     clock: u64,
-}
-
-#[derive(Debug)]
-struct Known {
-    version: Arc<str>,
-    /// Its primary name and its aliases; empty with a wildcard, where nothing is asked for.
-    names: Vec<Arc<str>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +49,7 @@ impl Subscription {
             status: TypeStatus::default(),
             mode,
             known: HashMap::new(),
+            names: HashMap::new(),
             holders: HashMap::new(),
             refused: HashMap::new(),
             wanted: HashMap::new(),
@@ -69,7 +66,7 @@ impl Subscription {
             initial_resource_versions: self
                 .known
                 .iter()
-                .map(|(name, known)| (name.to_string(), known.version.to_string()))
+                .map(|(name, version)| (name.to_string(), version.to_string()))
                 .chain(self.refused.keys().map(|name| (name.to_string(), String::new())))
                 .collect(),
             ..DeltaDiscoveryRequest::default()
@@ -80,7 +77,7 @@ impl Subscription {
             Mode::OnDemand => {
                 request.resource_names_subscribe = vec!["*".into()];
                 request.resource_names_unsubscribe = vec!["*".into()];
-                request.resource_names_subscribe.extend(self.names(|wanted| wanted != Wanted::Asked));
+                request.resource_names_subscribe.extend(self.wanted_names(|wanted| wanted != Wanted::Asked));
             }
         }
         request
@@ -89,7 +86,7 @@ impl Subscription {
     /// Names that have no answer yet go apart from the known versions: else the server could hold that the client has the
     /// resource, and not answer.
     pub(super) fn second_request(&self) -> Option<DeltaDiscoveryRequest> {
-        let names: Vec<String> = self.names(|wanted| wanted == Wanted::Asked).collect();
+        let names: Vec<String> = self.wanted_names(|wanted| wanted == Wanted::Asked).collect();
         (!names.is_empty()).then(|| DeltaDiscoveryRequest {
             type_url: self.type_url.to_string(),
             resource_names_subscribe: names,
@@ -97,12 +94,12 @@ impl Subscription {
         })
     }
 
-    fn names(&self, filter: impl Fn(Wanted) -> bool) -> impl Iterator<Item = String> {
+    fn wanted_names(&self, filter: impl Fn(Wanted) -> bool) -> impl Iterator<Item = String> {
         self.wanted.iter().filter(move |(_, wanted)| filter(**wanted)).map(|(name, _)| name.to_string())
     }
 
     pub(super) fn pending(&self) -> usize {
-        self.names(|wanted| wanted == Wanted::Asked).count()
+        self.wanted_names(|wanted| wanted == Wanted::Asked).count()
     }
 
     /// What is known about a name, if it need not be asked for.
@@ -206,8 +203,10 @@ impl Subscription {
             None => "a resource without a body".to_owned(),
             Some(any) if *any.type_url != *self.type_url => format!("the body is of type {:?}", any.type_url),
             Some(any) => {
+                // A name that is known stays the one allocation, which the sink may hold too.
+                let known = self.known.get_key_value(wire.name.as_str());
                 return Ok(Resource {
-                    name: wire.name.into(),
+                    name: known.map_or_else(|| wire.name.into(), |(name, _)| Arc::clone(name)),
                     aliases: wire.aliases.into_iter().map(Arc::from).collect(),
                     version: wire.version.into(),
                     body: any.value.into(),
@@ -219,22 +218,24 @@ impl Subscription {
 
     fn set(&mut self, name: Arc<str>, version: Arc<str>, aliases: &[Arc<str>], resolved: &mut Resolved) {
         self.no_longer_refused(&name, resolved);
-        let mut names: Vec<Arc<str>> = Vec::new();
-        if self.mode == Mode::OnDemand {
-            let mut seen = HashSet::new();
-            names.extend(std::iter::once(&name).chain(aliases).filter(|name| seen.insert(Arc::clone(name))).cloned());
+        self.known.insert(Arc::clone(&name), version.into());
+        if self.mode == Mode::Wildcard {
+            return;
         }
+        let mut seen = HashSet::new();
+        let names = std::iter::once(&name).chain(aliases).filter(|name| seen.insert(Arc::clone(name)));
+        let names: Box<[Arc<str>]> = names.cloned().collect();
         for name in &names {
             *self.holders.entry(name.clone()).or_default() += 1;
             self.answer(name, Answer::Present, resolved);
         }
-        let before = self.known.insert(name, Known { version, names });
+        let before = self.names.insert(name, names);
         self.release(before, resolved);
     }
 
-    /// A known resource is gone, or was replaced.
-    fn release(&mut self, before: Option<Known>, resolved: &mut Resolved) {
-        for name in before.map(|known| known.names).unwrap_or_default() {
+    /// A known resource is gone, or was replaced: it no longer has these names.
+    fn release(&mut self, names: Option<Box<[Arc<str>]>>, resolved: &mut Resolved) {
+        for name in names.unwrap_or_default() {
             match self.holders.get_mut(&name) {
                 Some(holders) if *holders > 1 => *holders -= 1,
                 _ => drop(self.holders.remove(&name)),
@@ -260,7 +261,12 @@ impl Subscription {
 
     fn remove(&mut self, name: &str, resolved: &mut Resolved) {
         self.no_longer_refused(name, resolved);
-        let before = self.known.remove(name);
+        self.known.remove(name);
+        // It would keep the room for all that ever was there.
+        if self.known.len() < self.known.capacity() / 8 {
+            self.known.shrink_to(self.known.len() * 2);
+        }
+        let before = self.names.remove(name);
         self.release(before, resolved);
         self.answer(name, Answer::Absent, resolved);
     }
