@@ -154,12 +154,12 @@ impl Snapshot {
         &'a self,
         workload: &'a Workload,
     ) -> impl Iterator<Item = Result<&'a Arc<Authorization>, &'a Arc<str>>> {
-        let by_scope = self.global_policies().chain(self.namespace_policies(&workload.namespace));
+        let by_scope = self.global_policies().chain(self.namespace_policies(&workload.origin.namespace));
         let named = workload.authorization_policies.iter().filter_map(move |key| match self.authorization(key) {
             None => Some(Err(key)),
             Some(policy) => match policy.scope {
                 Scope::Global => None,
-                Scope::Namespace if policy.namespace == workload.namespace => None,
+                Scope::Namespace if policy.namespace == workload.origin.namespace => None,
                 Scope::Namespace | Scope::WorkloadSelector => Some(Ok(policy)),
             },
         });

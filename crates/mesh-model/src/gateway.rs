@@ -17,7 +17,7 @@ use crate::workload::Workload;
 pub const HBONE_PORT: u16 = 15008;
 
 /// The name of a waypoint or network gateway.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct GatewayAddress {
     /// What to look up.
@@ -27,7 +27,7 @@ pub struct GatewayAddress {
 }
 
 /// The two ways to name a gateway.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum GatewayDestination {
     /// A service, by its key `<namespace>/<hostname>`.
     Service(Arc<str>),
@@ -174,7 +174,7 @@ impl Snapshot {
         match &address.destination {
             GatewayDestination::Service(key) => workload.in_service(key),
             GatewayDestination::Address(at) => {
-                (at.network == workload.network && workload.addresses.contains(&at.ip))
+                (at.network == workload.location.network && workload.addresses.contains(&at.ip))
                     || self.service_by_vip(&at.network, at.ip).is_some_and(|service| workload.in_service(service.key()))
             }
         }

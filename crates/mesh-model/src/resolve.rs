@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::service::{LocalityScope, Service};
 use crate::snapshot::Snapshot;
 use crate::unusable::{Unusable, workload_rank};
-use crate::workload::{TunnelProtocol, Workload};
+use crate::workload::{Location, TunnelProtocol, Workload};
 
 /// Where the client is, which decides what it sees and what is near to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -31,14 +31,15 @@ pub struct Viewpoint<'a> {
 impl<'a> Viewpoint<'a> {
     /// Where `workload` is.
     pub fn of(workload: &'a Workload) -> Self {
+        let Location { network, node, cluster_id, locality } = &*workload.location;
         Self {
-            network: &workload.network,
-            namespace: &workload.namespace,
-            node: &workload.node,
-            cluster_id: &workload.cluster_id,
-            region: &workload.locality.region,
-            zone: &workload.locality.zone,
-            subzone: &workload.locality.subzone,
+            network,
+            namespace: &workload.origin.namespace,
+            node,
+            cluster_id,
+            region: &locality.region,
+            zone: &locality.zone,
+            subzone: &locality.subzone,
         }
     }
 

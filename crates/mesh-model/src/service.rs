@@ -59,7 +59,7 @@ pub struct Vip {
 }
 
 /// A port of a service, as the service or one of its endpoints lists it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// The port that clients ask for.
     pub service_port: u16,
@@ -71,7 +71,7 @@ pub struct ServicePort {
 }
 
 /// What an application speaks on a port, as far as its owner said so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AppProtocol {
     /// Not said.
     Unknown,

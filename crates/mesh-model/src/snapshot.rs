@@ -11,7 +11,7 @@ use mesh_proto::{security, workload as wire};
 use prost::Message as _;
 use thiserror::Error;
 
-use crate::blocks::{Blocks, add_to, remove_from};
+use crate::blocks::{Blocks, Few, add_to, remove_from};
 use crate::endpoints::ServiceEndpoints;
 use crate::intern::Interner;
 use crate::policy::{Authorization, InvalidAuthorization, Scope};
@@ -22,15 +22,15 @@ use crate::workload::{InvalidWorkload, TunnelProtocol, Workload};
 /// All workloads, services and policies at one moment. See the module's description for what it costs.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
-    texts: Interner,
+    interned: Interner,
     workloads: HashMap<Arc<str>, Arc<Workload>>,
     /// Of every network; the most telling first.
-    workloads_by_ip: HashMap<IpAddr, Arc<[Arc<Workload>]>>,
+    workloads_by_ip: HashMap<IpAddr, Few<Workload>>,
     services: HashMap<Arc<str>, Arc<Service>>,
     /// Of every network; the one that wins first.
     services_by_block: Blocks<Service>,
     /// By host name in lower case; the one that wins first.
-    services_by_host: HashMap<Arc<str>, Arc<[Arc<Service>]>>,
+    services_by_host: HashMap<Arc<str>, Few<Service>>,
     /// Never of a name that `workloads` or `services` has.
     unusable: UnusableSet,
     endpoints: HashMap<Arc<str>, ServiceEndpoints>,
@@ -155,7 +155,7 @@ impl Snapshot {
 
     /// Adds a workload, or replaces the one of the same uid.
     pub fn upsert_workload(&mut self, mut workload: Workload) {
-        self.texts.share(&mut workload);
+        self.interned.share(&mut workload);
         self.unusable.remove(&workload.uid);
         let workload = Arc::new(workload);
         let old = self.workloads.insert(Arc::clone(&workload.uid), Arc::clone(&workload));
@@ -176,7 +176,7 @@ impl Snapshot {
                 add_to(&mut self.workloads_by_ip, *ip, &workload, |a, b| address_rank(a).cmp(&address_rank(b)));
             }
         }
-        for membership in &workload.services {
+        for membership in workload.services.iter() {
             let before = old.as_deref().filter(|old| old.in_service(&membership.service));
             self.endpoints.entry(Arc::clone(&membership.service)).or_default().insert(&workload, before);
         }
@@ -238,6 +238,8 @@ impl Snapshot {
         if let Some(workload) = self.workloads.remove(name) {
             self.forget_addresses(&workload);
             workload.services.iter().for_each(|membership| self.leave_service(&membership.service, &workload));
+            drop(workload);
+            self.interned.release();
         }
         if let Some(service) = self.services.remove(name) {
             self.forget_blocks(&service);
@@ -300,7 +302,7 @@ impl Snapshot {
     /// The workload that has `ip` in `network`. Workloads on their node's network do not count: their address says
     /// nothing about which of them is meant. Where several have it, pods come first, then what speaks HBONE.
     pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.workloads_by_ip.get(&ip.to_canonical())?.iter().find(|workload| *workload.network == *network)
+        self.workloads_by_ip.get(&ip.to_canonical())?.iter().find(|workload| *workload.location.network == *network)
     }
 
     /// The service of that key, `<namespace>/<hostname>`.

@@ -12,7 +12,7 @@ use imbl::HashMap;
 use mesh_proto::workload as wire;
 
 use crate::address::ip_from_bytes;
-use crate::blocks::{Blocks, add_to, remove_from};
+use crate::blocks::{Blocks, Few, add_to, remove_from};
 use crate::resolve::Viewpoint;
 use crate::service::{Service, Vip};
 use crate::workload::{TunnelProtocol, Workload};
@@ -111,7 +111,7 @@ impl From<&Workload> for Place {
     fn from(workload: &Workload) -> Self {
         let addresses = if workload.host_network { Box::default() } else { workload.addresses.clone() };
         let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
-        Self::Workload { network: Arc::clone(&workload.network), addresses, hbone }
+        Self::Workload { network: Arc::clone(&workload.location.network), addresses, hbone }
     }
 }
 
@@ -138,7 +138,7 @@ pub(crate) type ServiceRank<'a> = (Reverse<u8>, bool, &'a str);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct UnusableSet {
     names: HashMap<Arc<str>, Arc<Unusable>>,
-    workloads: HashMap<IpAddr, Arc<[Arc<Unusable>]>>,
+    workloads: HashMap<IpAddr, Few<Unusable>>,
     services: Blocks<Unusable>,
 }
 

@@ -12,6 +12,9 @@ use crate::identity::{InvalidSpiffeId, SpiffeId};
 use crate::service::{InvalidPort, Service, ServicePort, find_port, ports_from_wire};
 
 /// A workload as discovery describes it, validated.
+///
+/// A snapshot holds very many of them, most of them replicas of one another: what replicas have in common is held once for
+/// all of them, see [`crate::Snapshot::upsert_workload`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Workload {
@@ -19,49 +22,70 @@ pub struct Workload {
     pub uid: Arc<str>,
     /// Name of the pod, or of what else it is.
     pub name: Arc<str>,
-    /// Kubernetes namespace.
-    pub namespace: Arc<str>,
-    identity: SpiffeId,
+    /// Whose it is.
+    pub origin: Arc<Origin>,
+    /// Where it runs.
+    pub location: Arc<Location>,
     /// Addresses in the workload's network, the primary one first. May be empty.
     pub addresses: Box<[IpAddr]>,
     /// Host name, where the workload has no address but a name.
     pub hostname: Arc<str>,
-    /// Network that the addresses belong to.
-    pub network: Arc<str>,
+    /// The services it belongs to, by key, each once.
+    pub services: Arc<[Membership]>,
+    /// Keys `<namespace>/<name>` of the policies that select it.
+    pub authorization_policies: Arc<[Arc<str>]>,
+    /// The gateways on the way to it, if there are any.
+    gateways: Option<Arc<Gateways>>,
+    /// Share of a service's traffic in proportion to the other endpoints; 0 takes none.
+    pub capacity: u32,
+    /// A tunnel protocol that the application itself speaks.
+    pub application_tunnel: Option<ApplicationTunnel>,
     /// How the workload is reached.
     pub tunnel_protocol: TunnelProtocol,
-    /// The waypoint that traffic addressed to this workload goes through.
-    pub waypoint: Option<GatewayAddress>,
-    /// The gateway through which other networks reach the workload.
-    pub network_gateway: Option<GatewayAddress>,
-    /// Kubernetes node.
-    pub node: Arc<str>,
-    /// Name for metrics: the canonical service.
-    pub canonical_name: Arc<str>,
-    /// Revision for metrics.
-    pub canonical_revision: Arc<str>,
+    /// Whether the workload itself terminates HBONE.
+    pub native_tunnel: bool,
+    /// Whether it takes traffic of services.
+    pub healthy: bool,
+    /// Whether it shares its node's network namespace, and so its address.
+    pub host_network: bool,
+}
+
+/// Whose a workload is: the same for all replicas.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Origin {
+    /// Kubernetes namespace.
+    pub namespace: Arc<str>,
+    identity: SpiffeId,
     /// What made the workload.
     pub workload_type: WorkloadType,
     /// Name of what made the workload.
     pub workload_name: Arc<str>,
-    /// Whether the workload itself terminates HBONE.
-    pub native_tunnel: bool,
-    /// A tunnel protocol that the application itself speaks.
-    pub application_tunnel: Option<ApplicationTunnel>,
-    /// The services it belongs to, by key, each once.
-    pub services: Box<[Membership]>,
-    /// Keys `<namespace>/<name>` of the policies that select it.
-    pub authorization_policies: Box<[Arc<str>]>,
-    /// Whether it takes traffic of services.
-    pub healthy: bool,
+    /// Name for metrics: the canonical service.
+    pub canonical_name: Arc<str>,
+    /// Revision for metrics.
+    pub canonical_revision: Arc<str>,
+}
+
+/// Where a workload runs: the same for all of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Location {
+    /// Network that the addresses belong to.
+    pub network: Arc<str>,
+    /// Kubernetes node.
+    pub node: Arc<str>,
     /// Kubernetes cluster.
     pub cluster_id: Arc<str>,
-    /// Where it runs.
+    /// Region and zone.
     pub locality: Locality,
-    /// Whether it shares its node's network namespace, and so its address.
-    pub host_network: bool,
-    /// Share of a service's traffic in proportion to the other endpoints; 0 takes none.
-    pub capacity: u32,
+}
+
+/// What lies on the way to a workload.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Gateways {
+    waypoint: Option<GatewayAddress>,
+    network_gateway: Option<GatewayAddress>,
 }
 
 /// How a workload is reached.
@@ -76,7 +100,7 @@ pub enum TunnelProtocol {
 }
 
 /// What made a workload, for labels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WorkloadType {
     /// A Deployment, or anything like it.
     Deployment,
@@ -95,8 +119,8 @@ pub struct ApplicationTunnel {
     pub port: u16,
 }
 
-/// Where a workload runs. Empty: not known.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// The part of a cloud that a workload runs in. Empty: not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Locality {
     /// Cloud region.
@@ -108,7 +132,7 @@ pub struct Locality {
 }
 
 /// A workload's place in one service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Membership {
     /// Key of the service, `<namespace>/<hostname>`.
@@ -117,10 +141,50 @@ pub struct Membership {
     pub ports: Box<[ServicePort]>,
 }
 
+/// See [`Workload::shared`].
+pub(crate) struct Shared<'a> {
+    pub(crate) origin: &'a mut Arc<Origin>,
+    pub(crate) location: &'a mut Arc<Location>,
+    pub(crate) services: &'a mut Arc<[Membership]>,
+    pub(crate) policies: &'a mut Arc<[Arc<str>]>,
+    pub(crate) gateways: Option<&'a mut Arc<Gateways>>,
+}
+
+impl Origin {
+    /// Those of its texts that others may have as well.
+    pub(crate) fn texts(&mut self) -> [&mut Arc<str>; 4] {
+        [&mut self.namespace, &mut self.workload_name, &mut self.canonical_name, &mut self.canonical_revision]
+    }
+}
+
+impl Location {
+    /// Its texts.
+    pub(crate) fn texts(&mut self) -> [&mut Arc<str>; 6] {
+        let Locality { region, zone, subzone } = &mut self.locality;
+        [&mut self.network, &mut self.node, &mut self.cluster_id, region, zone, subzone]
+    }
+}
+
 impl Workload {
     /// The identity that the workload's certificate carries.
     pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.identity
+        &self.origin.identity
+    }
+
+    /// The waypoint that traffic addressed to this workload goes through.
+    pub fn waypoint(&self) -> Option<&GatewayAddress> {
+        self.gateways.as_ref()?.waypoint.as_ref()
+    }
+
+    /// The gateway through which other networks reach the workload.
+    pub fn network_gateway(&self) -> Option<&GatewayAddress> {
+        self.gateways.as_ref()?.network_gateway.as_ref()
+    }
+
+    /// What it has in common with others, to put shared copies in its place.
+    pub(crate) fn shared(&mut self) -> Shared<'_> {
+        let Self { origin, location, services, authorization_policies: policies, gateways, .. } = self;
+        Shared { origin, location, services, policies, gateways: gateways.as_mut() }
     }
 
     /// The workload's place in the service of that key.
@@ -159,21 +223,34 @@ impl TryFrom<&wire::Workload> for Workload {
         Ok(Self {
             uid: wire.uid.as_str().into(),
             name: wire.name.as_str().into(),
+            origin: Arc::new(Origin::try_from(wire)?),
+            location: Arc::new(Location::from(wire)),
+            addresses: addresses(&wire.addresses)?,
+            hostname: wire.hostname.as_str().into(),
+            services: memberships(wire)?,
+            authorization_policies: sorted(wire.authorization_policies.iter().map(|key| key.as_str().into())),
+            gateways: gateways(wire)?.map(Arc::new),
+            capacity: wire.capacity.unwrap_or(1),
+            application_tunnel: wire.application_tunnel.as_ref().map_or(Ok(None), application_tunnel)?,
+            tunnel_protocol: tunnel_protocol(wire.tunnel_protocol)?,
+            native_tunnel: wire.native_tunnel,
+            healthy,
+            host_network,
+        })
+    }
+}
+
+impl TryFrom<&wire::Workload> for Origin {
+    type Error = InvalidWorkload;
+
+    fn try_from(wire: &wire::Workload) -> Result<Self, Self::Error> {
+        Ok(Self {
             namespace: wire.namespace.as_str().into(),
             identity: SpiffeId::new(
                 or_default(&wire.trust_domain, "cluster.local"),
                 &wire.namespace,
                 or_default(&wire.service_account, "default"),
             )?,
-            addresses: addresses(&wire.addresses)?,
-            hostname: wire.hostname.as_str().into(),
-            network: wire.network.as_str().into(),
-            tunnel_protocol: tunnel_protocol(wire.tunnel_protocol)?,
-            waypoint: gateway("waypoint", wire.waypoint.as_ref())?,
-            network_gateway: gateway("network gateway", wire.network_gateway.as_ref())?,
-            node: wire.node.as_str().into(),
-            canonical_name: wire.canonical_name.as_str().into(),
-            canonical_revision: wire.canonical_revision.as_str().into(),
             workload_type: match wire::WorkloadType::try_from(wire.workload_type) {
                 Ok(wire::WorkloadType::Deployment) => WorkloadType::Deployment,
                 Ok(wire::WorkloadType::Cronjob) => WorkloadType::CronJob,
@@ -182,16 +259,20 @@ impl TryFrom<&wire::Workload> for Workload {
                 Ok(wire::WorkloadType::Pod) | Err(_) => WorkloadType::Pod,
             },
             workload_name: wire.workload_name.as_str().into(),
-            native_tunnel: wire.native_tunnel,
-            application_tunnel: wire.application_tunnel.as_ref().map_or(Ok(None), application_tunnel)?,
-            services: memberships(wire)?,
-            authorization_policies: sorted(wire.authorization_policies.iter().map(|key| key.as_str().into())),
-            healthy,
+            canonical_name: wire.canonical_name.as_str().into(),
+            canonical_revision: wire.canonical_revision.as_str().into(),
+        })
+    }
+}
+
+impl From<&wire::Workload> for Location {
+    fn from(wire: &wire::Workload) -> Self {
+        Self {
+            network: wire.network.as_str().into(),
+            node: wire.node.as_str().into(),
             cluster_id: or_default(&wire.cluster_id, "Kubernetes").into(),
             locality: wire.locality.as_ref().map(Locality::from).unwrap_or_default(),
-            host_network,
-            capacity: wire.capacity.unwrap_or(1),
-        })
+        }
     }
 }
 
@@ -302,6 +383,13 @@ fn gateway(
     wire.map(GatewayAddress::try_from).transpose().map_err(|source| InvalidWorkload::Gateway { field, source })
 }
 
+fn gateways(wire: &wire::Workload) -> Result<Option<Gateways>, InvalidWorkload> {
+    let waypoint = gateway("waypoint", wire.waypoint.as_ref())?;
+    let network_gateway = gateway("network gateway", wire.network_gateway.as_ref())?;
+    let some = waypoint.is_some() || network_gateway.is_some();
+    Ok(some.then_some(Gateways { waypoint, network_gateway }))
+}
+
 fn application_tunnel(wire: &wire::ApplicationTunnel) -> Result<Option<ApplicationTunnel>, InvalidWorkload> {
     use wire::application_tunnel::Protocol;
     let port = u16::try_from(wire.port).map_err(|_| InvalidWorkload::ApplicationTunnelPort { port: wire.port })?;
@@ -312,7 +400,7 @@ fn application_tunnel(wire: &wire::ApplicationTunnel) -> Result<Option<Applicati
     }
 }
 
-fn memberships(wire: &wire::Workload) -> Result<Box<[Membership]>, InvalidWorkload> {
+fn memberships(wire: &wire::Workload) -> Result<Arc<[Membership]>, InvalidWorkload> {
     let mut services = Vec::with_capacity(wire.services.len());
     for (key, list) in &wire.services {
         if key.split_once('/').is_none_or(|(namespace, hostname)| namespace.is_empty() || hostname.is_empty()) {
@@ -327,7 +415,7 @@ fn memberships(wire: &wire::Workload) -> Result<Box<[Membership]>, InvalidWorklo
 }
 
 /// Sorted, each once.
-fn sorted(items: impl Iterator<Item = Arc<str>>) -> Box<[Arc<str>]> {
+fn sorted(items: impl Iterator<Item = Arc<str>>) -> Arc<[Arc<str>]> {
     let mut items: Vec<_> = items.collect();
     items.sort_unstable();
     items.dedup();

@@ -27,20 +27,20 @@ pub fn request(target: Authority, source: Option<&Workload>, client: SocketAddr,
 
 /// Who opens the connection (W3C baggage). Empty values are left out.
 fn baggage(source: &Workload) -> String {
-    let kind = match source.workload_type {
+    let kind = match source.origin.workload_type {
         WorkloadType::Deployment => "k8s.deployment.name",
         WorkloadType::CronJob => "k8s.cronjob.name",
         WorkloadType::Pod => "k8s.pod.name",
         WorkloadType::Job => "k8s.job.name",
     };
     let members = [
-        ("k8s.cluster.name", &source.cluster_id),
-        ("k8s.namespace.name", &source.namespace),
-        (kind, &source.workload_name),
-        ("service.name", &source.canonical_name),
-        ("service.version", &source.canonical_revision),
-        ("cloud.region", &source.locality.region),
-        ("cloud.availability_zone", &source.locality.zone),
+        ("k8s.cluster.name", &source.location.cluster_id),
+        ("k8s.namespace.name", &source.origin.namespace),
+        (kind, &source.origin.workload_name),
+        ("service.name", &source.origin.canonical_name),
+        ("service.version", &source.origin.canonical_revision),
+        ("cloud.region", &source.location.locality.region),
+        ("cloud.availability_zone", &source.location.locality.zone),
     ];
     let mut baggage = String::with_capacity(256);
     for (key, value) in members {

@@ -88,7 +88,7 @@ fn side(side: &Side) -> Value {
     json!({
         "address": side.addr,
         "workload": side.workload.as_ref().map(|workload| workload.name.as_ref()),
-        "namespace": side.workload.as_ref().map(|workload| workload.namespace.as_ref()),
+        "namespace": side.workload.as_ref().map(|workload| workload.origin.namespace.as_ref()),
         "identity": side.identity.as_ref().map(|identity| identity.as_str()),
     })
 }
@@ -118,20 +118,20 @@ fn workload(workload: &Workload) -> Value {
     json!({
         "uid": workload.uid.as_ref(),
         "name": workload.name.as_ref(),
-        "namespace": workload.namespace.as_ref(),
+        "namespace": workload.origin.namespace.as_ref(),
         "identity": workload.spiffe_id().as_str(),
         "addresses": workload.addresses,
-        "network": workload.network.as_ref(),
-        "node": workload.node.as_ref(),
-        "cluster": workload.cluster_id.as_ref(),
+        "network": workload.location.network.as_ref(),
+        "node": workload.location.node.as_ref(),
+        "cluster": workload.location.cluster_id.as_ref(),
         "protocol": format!("{:?}", workload.tunnel_protocol),
         "healthy": workload.healthy,
         "hostNetwork": workload.host_network,
-        "waypoint": workload.waypoint.as_ref().map(|waypoint| format!("{waypoint:?}")),
-        "canonicalName": workload.canonical_name.as_ref(),
-        "canonicalRevision": workload.canonical_revision.as_ref(),
-        "workloadName": workload.workload_name.as_ref(),
-        "workloadType": format!("{:?}", workload.workload_type),
+        "waypoint": workload.waypoint().map(|waypoint| format!("{waypoint:?}")),
+        "canonicalName": workload.origin.canonical_name.as_ref(),
+        "canonicalRevision": workload.origin.canonical_revision.as_ref(),
+        "workloadName": workload.origin.workload_name.as_ref(),
+        "workloadType": format!("{:?}", workload.origin.workload_type),
         "services": workload.services.iter().map(|member| member.service.as_ref()).collect::<Vec<_>>(),
         "policies": workload.authorization_policies.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
     })

@@ -41,7 +41,7 @@ impl LocalPod<'_> {
         let at_address = self.addresses.iter().filter_map(|ip| snapshot.workload_by_ip(self.network, *ip));
         at_address.into_iter().find(|workload| {
             *workload.name == *self.name
-                && *workload.namespace == *self.namespace
+                && *workload.origin.namespace == *self.namespace
                 && workload.spiffe_id().service_account() == self.identity.service_account()
         })
     }

@@ -153,12 +153,12 @@ impl Party {
         let workload = side.workload.as_deref();
         let of = |field: fn(&Workload) -> &Arc<str>| Text(workload.map(|workload| Arc::clone(field(workload))));
         Self {
-            workload: of(|workload| &workload.workload_name),
-            canonical_service: of(|workload| &workload.canonical_name),
-            canonical_revision: of(|workload| &workload.canonical_revision),
-            namespace: of(|workload| &workload.namespace),
+            workload: of(|workload| &workload.origin.workload_name),
+            canonical_service: of(|workload| &workload.origin.canonical_name),
+            canonical_revision: of(|workload| &workload.origin.canonical_revision),
+            namespace: of(|workload| &workload.origin.namespace),
             principal: Principal(side.identity.clone()),
-            cluster: of(|workload| &workload.cluster_id),
+            cluster: of(|workload| &workload.location.cluster_id),
         }
     }
 }

@@ -334,13 +334,13 @@ impl<'a> Planner<'a> {
     fn plan_workload(&mut self, workload: &Arc<Workload>) -> Result<Plan, Refusal> {
         let OriginalDst(dst) = self.dst;
         let destination = Planned { workload: Some(Arc::clone(workload)), service: None };
-        if is_forbidden(dst.port()) && workload.waypoint.is_some() {
+        if is_forbidden(dst.port()) && workload.waypoint().is_some() {
             let why = RefusalReason::ForbiddenPort { port: dst.port(), to: Arc::clone(&workload.uid) };
             return Err(Refusal { why, destination });
         }
-        if workload.waypoint.is_some() && !self.source_is_any_of(&workload.waypoint) {
+        if workload.waypoint().is_some() && !self.source_is_any_of(workload.waypoint()) {
             let kind = TunnelKind::WorkloadWaypoint;
-            return self.plan_waypoint(workload.waypoint.as_ref(), &workload.uid, destination, kind);
+            return self.plan_waypoint(workload.waypoint(), &workload.uid, destination, kind);
         }
         // The very address that was asked for, unless it is of a family that only the destination has.
         let asked = Some(dst.ip()).filter(|ip| self.reach.can(*ip));

@@ -337,9 +337,9 @@ impl<'a> Named<'a> {
         let workload = side.workload.as_deref();
         Self {
             workload: workload.map(|workload| workload.name.as_ref()),
-            namespace: workload.map(|workload| workload.namespace.as_ref()),
+            namespace: workload.map(|workload| workload.origin.namespace.as_ref()),
             identity: side.identity.as_ref().map(SpiffeId::as_str),
-            cluster: workload.map(|workload| workload.cluster_id.as_ref()),
+            cluster: workload.map(|workload| workload.location.cluster_id.as_ref()),
         }
     }
 }

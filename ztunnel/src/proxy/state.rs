@@ -84,9 +84,15 @@ impl Discovery {
                 }
                 for resource in update.set {
                     // What cannot be understood is refused here, and so is the traffic to it.
-                    let (change, error) = Change::address(&resource.name, &resource.body);
+                    let (mut change, error) = Change::address(&resource.name, &resource.body);
+                    if let Change::Workload(workload) = &mut change
+                        && workload.uid == resource.name
+                    {
+                        // One copy, which the client of discovery holds anyway.
+                        workload.uid = Arc::clone(&resource.name);
+                    }
                     outcome.rules |= match &change {
-                        Change::Workload(workload) => *workload.node == *self.node,
+                        Change::Workload(workload) => *workload.location.node == *self.node,
                         // It may be a pod of this node.
                         Change::Unusable(_) => true,
                         Change::Service(_)

@@ -158,7 +158,7 @@ impl Naive {
         let good = self.workloads.values().map(|workload| (workload, true));
         let workloads = good.chain(self.bad_workloads.values().map(|workload| (workload, false)));
         let here = workloads.filter(|(workload, _)| {
-            !workload.host_network && *workload.network == *network && workload.addresses.contains(&ip)
+            !workload.host_network && *workload.location.network == *network && workload.addresses.contains(&ip)
         });
         let first = here.min_by_key(|(workload, _)| address_rank(workload));
         first.map(|(workload, usable)| (&*workload.uid, usable))
@@ -166,7 +166,7 @@ impl Naive {
 
     fn by_ip(&self, network: &str, ip: IpAddr) -> Option<&Workload> {
         let here = |workload: &&Workload| {
-            !workload.host_network && *workload.network == *network && workload.addresses.contains(&ip)
+            !workload.host_network && *workload.location.network == *network && workload.addresses.contains(&ip)
         };
         self.workloads.values().filter(here).min_by_key(|workload| address_rank(workload))
     }
@@ -203,7 +203,7 @@ impl Naive {
             balancing.preference.iter().take_while(shared).count()
         };
         let mut ready = self.ready(key, Some(port));
-        ready.retain(|uid| *self.workloads[*uid].network == *from.network);
+        ready.retain(|uid| *self.workloads[*uid].location.network == *from.network);
         let least = match balancing.mode {
             LoadBalancingMode::Spread | LoadBalancingMode::Passthrough => 0,
             LoadBalancingMode::Strict => balancing.preference.len(),

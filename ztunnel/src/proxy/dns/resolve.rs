@@ -229,15 +229,16 @@ impl<'a> Resolver<'a> {
     }
 
     fn is_here(&self, workload: &Workload) -> bool {
-        *workload.network == *self.from.network
+        *workload.location.network == *self.from.network
     }
 }
 
 /// Whether the pod's name is one that a StatefulSet gives: only those have names in DNS.
 fn is_ordinal(workload: &Workload) -> bool {
     let Some((set, ordinal)) = workload.name.rsplit_once('-') else { return false };
-    let owned =
-        workload.workload_name.is_empty() || *workload.workload_name == *set || workload.workload_name == workload.name;
+    let owned = workload.origin.workload_name.is_empty()
+        || *workload.origin.workload_name == *set
+        || workload.origin.workload_name == workload.name;
     owned && !ordinal.is_empty() && ordinal.bytes().all(|byte| byte.is_ascii_digit())
 }
 
