@@ -86,6 +86,7 @@ const UNSAFE: &[&str] = &[
     "ztunnel/src/proxy/jail.rs",
     "ztunnel/src/proxy/jail/",
     "ztunnel/src/proxy/sys.rs",
+    "crates/mesh-runtime/src/memory.rs",
     "crates/mesh-runtime/src/seqpacket.rs",
     "crates/mesh-runtime/src/seqpacket/",
     "tests/src/bpf.rs",

@@ -6,6 +6,7 @@ pub mod drain;
 pub mod http;
 pub mod limits;
 pub mod log;
+pub mod memory;
 pub mod metrics;
 pub mod ready;
 pub mod seqpacket;

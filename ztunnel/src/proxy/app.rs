@@ -97,6 +97,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let synced = discovery.clone();
     let sink = state.sink(&config.node);
     tokio::spawn(driver.run(control_plane, sink));
+    tokio::spawn(discovery::return_memory(discovery.clone()));
     tokio::spawn(async move {
         if synced.synced().await {
             // Only now the workers accept: to a proxy that knows nobody every destination is outside the mesh.

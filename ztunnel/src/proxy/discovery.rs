@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_identity::{Connector, FileToken, TokenSource};
 use mesh_proto::core::Node;
-use mesh_xds::client::{Connect, ConnectError, Connection, Driver, Handle, Mode, Options};
+use mesh_xds::client::{Connect, ConnectError, Connection, Driver, Handle, Mode, Options, Status};
 use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -14,6 +15,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
+use tokio::time::timeout;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 
 use super::config::Config;
@@ -64,6 +66,29 @@ impl Connect for ControlPlane {
         metadata.insert("authorization", bearer);
         metadata.insert("clusterid", self.cluster_id.parse().map_err(ConnectError::new)?);
         Ok(Connection { channel, metadata })
+    }
+}
+
+/// Bytes of discovery after which it is worth giving back what they needed for a moment.
+const LARGE: u64 = 256 << 10;
+
+/// Time without an answer of discovery after which nothing of the last one is needed any more.
+const REST: Duration = Duration::from_millis(250);
+
+/// Gives memory back when many things have come or gone and no more is coming. The allocator would keep it: it was taken
+/// between things that stay.
+pub async fn return_memory(discovery: Handle) {
+    let mut status = discovery.status();
+    let received = |status: &Status| status.types.values().map(|one| one.bytes).sum::<u64>();
+    let mut handled = 0;
+    while status.changed().await.is_ok() {
+        if received(&status.borrow_and_update()).saturating_sub(handled) < LARGE {
+            continue;
+        }
+        // Each of them marks what it has seen.
+        while timeout(REST, status.changed()).await.is_ok_and(|changed| changed.is_ok()) {}
+        mesh_runtime::memory::return_freed();
+        handled = received(&status.borrow_and_update());
     }
 }
 

@@ -87,7 +87,7 @@ pub enum Error {
 pub fn run(mut config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
-    sys::keep_freed_memory();
+    mesh_runtime::memory::keep_freed();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
     let file_limit = mesh_runtime::limits::raise_open_files();
     if let Ok(files) = &file_limit {

@@ -1,6 +1,6 @@
 //! System calls that `nix` has no safe form of, each wrapped once.
 
-#![expect(unsafe_code, reason = "capset, the capability prctls and mallopt have no safe wrapper")]
+#![expect(unsafe_code, reason = "capset and the capability prctls have no safe wrapper")]
 
 use nix::errno::Errno;
 
@@ -52,23 +52,4 @@ pub fn clear_capabilities() -> Result<(), Errno> {
     // SAFETY: both pointers are to live values of the layout that capset(2) states for version 3.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     Errno::result(done).map(drop)
-}
-
-/// Allocations from this size on, in bytes, are mapped of their own and unmapped when they are freed: more than the largest
-/// HTTP/2 frame and TLS buffer, so that bulk data does not have every page of it mapped anew.
-#[cfg(target_env = "gnu")]
-const MMAP_FROM: libc::c_int = 2 << 20;
-
-/// Freed memory at the end of a heap that is kept, in bytes; there is a heap for each thread.
-#[cfg(target_env = "gnu")]
-const KEEP_FREE: libc::c_int = 4 << 20;
-
-/// Makes the allocator keep some of what is freed. By default it returns it to the kernel at once, which clears and maps each
-/// page anew when the next frame comes: a fifth to a third of the time per byte of bulk data.
-pub fn keep_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    for (option, bytes) in [(libc::M_MMAP_THRESHOLD, MMAP_FROM), (libc::M_TRIM_THRESHOLD, KEEP_FREE)] {
-        // SAFETY: mallopt takes integers only; no other thread runs yet. One that is refused changes nothing.
-        let _ = unsafe { libc::mallopt(option, bytes) };
-    }
 }

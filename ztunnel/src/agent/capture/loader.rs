@@ -10,7 +10,7 @@ use aya::{Ebpf, EbpfLoader};
 use ztunnel_ebpf as abi;
 
 use super::error::{CaptureError, map_error};
-use super::{lock, sys};
+use super::lock;
 
 /// The programs, built by `cargo xtask ebpf`; `build.rs` chooses the file.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CULVERT_EBPF_OBJECT"));
@@ -34,7 +34,7 @@ impl Loader {
     /// `node`: where the node's maps are pinned. `log`: whether the programs make log records.
     pub fn new(node: &Path, log: bool) -> Self {
         let both = Self { node: Mutex::new(make(node, log)), pod: Mutex::new(make(node, log)) };
-        sys::return_free_memory();
+        mesh_runtime::memory::return_freed();
         both
     }
 

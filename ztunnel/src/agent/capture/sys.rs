@@ -310,15 +310,6 @@ pub fn watch<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
 }
 
-/// Gives memory that was freed back to the kernel; glibc alone keeps it for the next time.
-pub fn return_free_memory() {
-    // SAFETY: takes an integer, touches only the allocator's own state, and may be called at any time.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0)
-    };
-}
-
 /// Attaches a program that lets every connection pass to a connect hook, as long as the link is held.
 ///
 /// # Errors
