@@ -12,17 +12,20 @@ use mesh_runtime::ready::Readiness;
 use mesh_runtime::signal::Requester;
 use mesh_runtime::{admin, drain, http, metrics};
 use mesh_xds::server::{self, Catalog};
+use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tracing::info;
 
+use crate::admission::{self, Bundle};
+use crate::ca::kubernetes::{Root, RootError, TokenReviewer};
 use crate::ca::serving::ServingError;
-use crate::ca::{self, Authenticator, CaService, Policy, State, StateError};
-use crate::config::Config;
+use crate::ca::{self, Authenticator, Authorities, CaService, Policy, State, StateError};
+use crate::config::{self, Config};
 use crate::index::{Index, Roster};
-use crate::ingest::{Directory, DirectoryError, Limits, Timing};
+use crate::ingest::{Cluster, ClusterError, Directory, DirectoryError, Kubernetes, Limits, Source, Timing};
 use crate::serve::{self, Metrics, Pipeline, View};
 
 /// Time for everything to end once asked; a little more than the gRPC server's own.
@@ -46,12 +49,18 @@ pub enum AppError {
     /// The state directory is not usable.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The cluster's authority is not usable.
+    #[error(transparent)]
+    Root(#[from] RootError),
     /// culvertd's own certificate cannot be made.
     #[error(transparent)]
     Serving(#[from] ServingError),
     /// The source cannot be read.
     #[error(transparent)]
     Source(#[from] DirectoryError),
+    /// There is no way to the API server.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// The gRPC server ended.
     #[error("the gRPC server failed: {0}")]
     Server(#[from] tonic::transport::Error),
@@ -62,9 +71,10 @@ pub enum AppError {
 
 /// The control plane, bound and ready to run.
 pub struct App {
-    source: Directory,
+    source: Source,
+    cluster: Option<InCluster>,
     grpc: TcpListener,
-    acceptor: TlsAcceptor,
+    tls: Arc<ServerConfig>,
     authority: CaService,
     discovery: server::Service,
     metrics: Metrics,
@@ -87,6 +97,8 @@ pub struct Addresses {
     pub ready: SocketAddr,
     /// Admin pages.
     pub admin: SocketAddr,
+    /// The validation webhook; none without a cluster.
+    pub webhook: Option<SocketAddr>,
 }
 
 impl App {
@@ -96,20 +108,29 @@ impl App {
     /// Something of that is not possible.
     pub async fn new(config: Config, log: &LogHandle, quit: Requester) -> Result<Self, AppError> {
         let clock = Clock::system();
-        let state = State::open(&config.state_dir, &config.index.trust_domain, clock.now())?;
-        let tls = ca::serving_config(state.authority.clone(), config.xds_san.clone(), clock.clone())?;
-        let authenticator = Authenticator::new(state.token_key.clone(), clock.clone());
+        let Origin { source, authorities, authenticator, followed } = Origin::open(&config, &clock).await?;
+        let watches = source.watches();
+        let tls = ca::serving_config(authorities.clone(), config.xds_san.clone(), clock.clone())?;
         let roster = Arc::new(Roster::default());
-        let policy = Policy { trust_domain: config.index.trust_domain.clone(), node_proxies: config.node_proxies };
-        let authority = CaService::new(state.authority, authenticator.clone(), roster.clone(), policy, clock);
+        let policy = Policy {
+            trust_domain: config.index.trust_domain.clone(),
+            node_proxies: config.node_proxies,
+            pods_are_vouched_for: matches!(source, Source::Kubernetes(_)),
+        };
+        let authority = CaService::new(authorities, authenticator.clone(), roster.clone(), policy, clock);
         let catalog = Arc::new(Catalog::new());
         let discovery = serve::discovery(catalog.clone(), authenticator);
         let registry = metrics::Registry::new();
-        let counted = registry.register(|registry| Metrics::register(registry, catalog.clone(), discovery.clone()));
+        let counted = registry
+            .register(|registry| Metrics::register(registry, catalog.clone(), discovery.clone(), watches.clone()));
         let (view, viewer) = watch::channel(Arc::new(View::default()));
         let readiness = Readiness::new();
 
         let grpc = bind("discovery", "xds-addr", config.xds_addr).await?;
+        let cluster = match followed {
+            Some(followed) => Some(InCluster::bind(followed, config.webhook_addr).await?),
+            None => None,
+        };
         let (metrics_page, metrics_addr) = page("metrics", "metrics-addr", config.metrics_addr).await?;
         let (ready_page, ready_addr) = page("readiness", "ready-addr", config.ready_addr).await?;
         let (admin_page, admin_addr) = page("the admin pages", "admin-addr", config.admin_addr).await?;
@@ -118,17 +139,19 @@ impl App {
             metrics: metrics_addr,
             ready: ready_addr,
             admin: admin_addr,
+            webhook: cluster.as_ref().map(|cluster| cluster.address),
         };
         let mut metrics_routes = http::Router::new();
         registry.mount(&mut metrics_routes);
         let mut ready_routes = http::Router::new();
         readiness.mount(&mut ready_routes);
         let mut admin_routes = admin::routes(log, quit);
-        serve::mount(&mut admin_routes, viewer.clone(), catalog.clone(), discovery.clone());
+        serve::mount(&mut admin_routes, viewer.clone(), catalog.clone(), discovery.clone(), watches);
         Ok(Self {
-            source: Directory::new(config.source_dir, Limits::default(), Timing::default()),
+            source,
+            cluster,
             grpc,
-            acceptor: TlsAcceptor::from(tls),
+            tls,
             authority,
             discovery,
             metrics: counted.clone(),
@@ -159,6 +182,8 @@ impl App {
     /// # Errors
     /// The source cannot be read at start, or a part failed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), AppError> {
+        let Addresses { xds, metrics, ready, admin, webhook } = self.addresses;
+        info!(%xds, %metrics, %ready, %admin, webhook = webhook.map(tracing::field::display), "listening");
         let (trigger, watcher) = drain::channel();
         let (batches, source_batches) = mpsc::channel(16);
         // Before the readiness page answers: what is not registered yet is not missed by it.
@@ -170,18 +195,19 @@ impl App {
             pages.spawn(async move { server.serve(router, async move { watcher.draining().await }).await });
         }
         let mut source = tokio::spawn(self.source.run(batches));
+        let mut beside = self.cluster.map(|cluster| cluster.run(self.tls.clone(), watcher.clone())).unwrap_or_default();
         let mut pipeline = tokio::spawn(self.pipeline.run(source_batches, synced, watcher.clone()));
         let mut viewer = self.viewer;
-        let addresses = self.addresses;
         let grpc = async {
             // A client that came back to an empty catalog would drop everything that it has.
             tokio::select! {
                 _ = viewer.wait_for(|view| view.synced) => {}
                 () = watcher.draining() => return Ok(()),
             }
-            info!(xds = %addresses.xds, admin = %addresses.admin, metrics = %addresses.metrics, "serving");
+            info!("serving");
             serving.done();
-            serve::grpc(self.grpc, self.acceptor, self.discovery, self.authority, &self.metrics, watcher).await
+            serve::grpc(self.grpc, TlsAcceptor::from(self.tls), self.discovery, self.authority, &self.metrics, watcher)
+                .await
         };
         tokio::pin!(grpc, stop);
         let result = tokio::select! {
@@ -201,8 +227,73 @@ impl App {
             info!(?drained, "drained");
         }
         source.abort();
+        beside.shutdown().await;
         pages.shutdown().await;
         result
+    }
+}
+
+/// Where everything comes from: objects, the authority, and who knows the tokens.
+struct Origin {
+    source: Source,
+    authorities: Authorities,
+    authenticator: Authenticator,
+    /// What is kept up to date in the cluster, if there is one.
+    followed: Option<(Root, Bundle)>,
+}
+
+impl Origin {
+    async fn open(config: &Config, clock: &Clock) -> Result<Self, AppError> {
+        let trust_domain = &config.index.trust_domain;
+        match &config.source {
+            config::Source::Directory { manifests, state } => {
+                let state = State::open(state, trust_domain, clock.now())?;
+                Ok(Self {
+                    source: Source::Directory(Directory::new(manifests, Limits::default(), Timing::default())),
+                    authorities: ca::always(state.authority),
+                    authenticator: Authenticator::local(state.token_key, clock.clone()),
+                    followed: None,
+                })
+            }
+            config::Source::Kubernetes(credentials) => {
+                let cluster = Cluster::connect(credentials).await?;
+                let namespace = &config.system_namespace;
+                let (root, authorities) = Root::open(&cluster, namespace, trust_domain, clock.clone()).await?;
+                let reviewer = TokenReviewer::new(&cluster, config.token_audiences.clone(), clock.clone());
+                let bundle = Bundle::new(&cluster, authorities.clone());
+                Ok(Self {
+                    source: Source::Kubernetes(Kubernetes::new(cluster)),
+                    authorities,
+                    authenticator: Authenticator::kubernetes(reviewer),
+                    followed: Some((root, bundle)),
+                })
+            }
+        }
+    }
+}
+
+/// What runs beside the servers in a cluster: its authority is followed, and objects are checked before they are stored.
+struct InCluster {
+    root: Root,
+    bundle: Bundle,
+    webhook: TcpListener,
+    address: SocketAddr,
+}
+
+impl InCluster {
+    async fn bind((root, bundle): (Root, Bundle), address: SocketAddr) -> Result<Self, AppError> {
+        let (purpose, option) = ("the validation webhook", "webhook-addr");
+        let webhook = bind(purpose, option, address).await?;
+        let address = local(purpose, option, address, webhook.local_addr())?;
+        Ok(Self { root, bundle, webhook, address })
+    }
+
+    fn run(self, tls: Arc<ServerConfig>, watcher: drain::Watcher) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(self.root.run());
+        tasks.spawn(self.bundle.run());
+        tasks.spawn(async move { admission::serve(self.webhook, &tls, watcher).await });
+        tasks
     }
 }
 

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::ca::ServiceAccount;
 use crate::index;
+use crate::ingest::Credentials;
 
 /// The command line of `culvertd`.
 #[derive(Debug, Parser)]
@@ -38,10 +39,17 @@ pub enum Command {
 /// Options of `culvertd serve`, as given.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
+    /// Where the objects come from [default: directory if --source-dir is given, kubernetes if --kubeconfig is]
+    #[arg(long, value_enum, env = "CULVERT_SOURCE")]
+    pub source: Option<SourceKind>,
     /// Directory of Kubernetes manifests (*.yaml, *.yml), read again on every change
     #[arg(long, value_name = "DIR", env = "CULVERT_SOURCE_DIR")]
     pub source_dir: Option<PathBuf>,
-    /// Directory for the root's key and the key that signs tokens; root.pem appears in it
+    /// Credentials for the API server [default: those of the pod]
+    #[arg(long, value_name = "FILE", env = "CULVERT_KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Directory for the root's key and the key that signs tokens; root.pem appears in it. A cluster keeps the root in a
+    /// Secret instead
     #[arg(long, value_name = "DIR", env = "CULVERT_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
     /// Where discovery and certificates are served, over TLS
@@ -67,9 +75,16 @@ pub struct ServeArgs {
     /// in the system namespace]
     #[arg(long, value_name = "NAMESPACE/NAME", env = "CULVERT_NODE_PROXY", value_delimiter = ',')]
     pub node_proxy: Vec<String>,
+    /// For whom tokens of a cluster's service accounts must be; repeatable
+    #[arg(long, value_name = "NAME", env = "CULVERT_TOKEN_AUDIENCE", value_delimiter = ',',
+          default_values = [crate::ca::AUDIENCE])]
+    pub token_audience: Vec<String>,
     /// How long an enrolled pod gets no traffic while its node's agent has not confirmed that it is captured
     #[arg(long, value_name = "TIME", default_value = "60s", env = "CULVERT_CONFIRMATION_TIMEOUT")]
     pub confirmation_timeout: String,
+    /// Where the API server asks whether objects are valid, over TLS; of a cluster only
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:15017", env = "CULVERT_WEBHOOK_ADDR")]
+    pub webhook_addr: String,
     /// Where metrics are served
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:15014", env = "CULVERT_METRICS_ADDR")]
     pub metrics_addr: String,
@@ -85,6 +100,15 @@ pub struct ServeArgs {
     /// Log format: text or json
     #[arg(long, value_name = "FORMAT", default_value = "text", env = "CULVERT_LOG_FORMAT")]
     pub log_format: String,
+}
+
+/// Kinds of sources.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SourceKind {
+    /// The API server of a cluster.
+    Kubernetes,
+    /// A directory of manifests.
+    Directory,
 }
 
 /// Options of `culvertd token`.
@@ -137,13 +161,29 @@ pub enum Output {
     Json,
 }
 
+/// Where objects come from, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of manifests.
+    Directory {
+        /// The directory.
+        manifests: PathBuf,
+        /// Directory of keys.
+        state: PathBuf,
+    },
+    /// The API server that these credentials are for.
+    Kubernetes(Credentials),
+}
+
 /// How to serve, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Directory of manifests.
-    pub source_dir: PathBuf,
-    /// Directory of keys.
-    pub state_dir: PathBuf,
+    /// Where objects come from.
+    pub source: Source,
+    /// The namespace of the mesh's own pods, with the authority's Secret.
+    pub system_namespace: String,
+    /// For whom tokens of a cluster's service accounts must be.
+    pub token_audiences: Vec<String>,
     /// Where discovery and certificates are served.
     pub xds_addr: SocketAddr,
     /// Names in the certificate of that port.
@@ -152,6 +192,8 @@ pub struct Config {
     pub index: index::Options,
     /// Who may ask for certificates of other pods on its node.
     pub node_proxies: Vec<ServiceAccount>,
+    /// Where the API server asks whether objects are valid.
+    pub webhook_addr: SocketAddr,
     /// Where metrics are served.
     pub metrics_addr: SocketAddr,
     /// Where readiness is served.
@@ -175,15 +217,10 @@ impl Config {
     /// Every mistake.
     pub fn new(args: &ServeArgs) -> Result<Self, Vec<ConfigError>> {
         let mut errors = Errors::default();
-        let mut folder = |option, value: &Option<PathBuf>| match value {
-            Some(folder) => folder.clone(),
-            None => {
-                errors.add(option, "is missing; name a directory");
-                PathBuf::new()
-            }
-        };
-        let source_dir = folder("source-dir", &args.source_dir);
-        let state_dir = folder("state-dir", &args.state_dir);
+        let source = errors.source(args);
+        if args.token_audience.iter().all(String::is_empty) {
+            errors.add("token-audience", "is empty; name at least one");
+        }
         if args.cluster_id.is_empty() || args.cluster_id.contains('/') {
             errors.add("cluster-id", format_args!("{:?} is empty or holds a slash; use a plain word", args.cluster_id));
         }
@@ -195,8 +232,9 @@ impl Config {
         let own = format!("{}/ztunnel", args.system_namespace);
         let named = if args.node_proxy.is_empty() { std::slice::from_ref(&own) } else { &args.node_proxy };
         let config = Self {
-            source_dir,
-            state_dir,
+            source,
+            system_namespace: args.system_namespace.clone(),
+            token_audiences: args.token_audience.iter().filter(|name| !name.is_empty()).cloned().collect(),
             xds_addr: errors.address("xds-addr", &args.xds_addr),
             xds_san: args.xds_san.iter().filter(|name| !name.is_empty()).cloned().collect(),
             index: index::Options {
@@ -206,6 +244,7 @@ impl Config {
                 confirmation: errors.time("confirmation-timeout", &args.confirmation_timeout),
             },
             node_proxies: named.iter().filter_map(|name| errors.service_account("node-proxy", name)).collect(),
+            webhook_addr: errors.address("webhook-addr", &args.webhook_addr),
             metrics_addr: errors.address("metrics-addr", &args.metrics_addr),
             ready_addr: errors.address("ready-addr", &args.ready_addr),
             admin_addr: errors.address("admin-addr", &args.admin_addr),
@@ -242,6 +281,40 @@ struct Errors(Vec<ConfigError>);
 impl Errors {
     fn add(&mut self, option: &'static str, message: impl fmt::Display) {
         self.0.push(ConfigError { option, message: message.to_string() });
+    }
+
+    fn source(&mut self, args: &ServeArgs) -> Source {
+        let implied = match (&args.source_dir, &args.kubeconfig) {
+            (None, Some(_)) => SourceKind::Kubernetes,
+            (Some(_) | None, _) => SourceKind::Directory,
+        };
+        match args.source.unwrap_or(implied) {
+            SourceKind::Kubernetes => {
+                if args.source_dir.is_some() {
+                    self.add("source-dir", "is not read with --source kubernetes; leave one of the two out");
+                }
+                if args.state_dir.is_some() {
+                    self.add("state-dir", "is not read with the Kubernetes source, which keeps the root in a Secret");
+                }
+                let file = args.kubeconfig.clone();
+                Source::Kubernetes(file.map_or(Credentials::InCluster, Credentials::Kubeconfig))
+            }
+            SourceKind::Directory => {
+                if args.kubeconfig.is_some() {
+                    self.add("kubeconfig", "is not read with the directory source; leave it or --source-dir out");
+                }
+                let mut folder = |option, value: &Option<PathBuf>, fix: &str| {
+                    if value.is_none() {
+                        self.add(option, format_args!("is missing; name a directory{fix}"));
+                    }
+                    value.clone().unwrap_or_default()
+                };
+                Source::Directory {
+                    manifests: folder("source-dir", &args.source_dir, ", or choose --source kubernetes"),
+                    state: folder("state-dir", &args.state_dir, ""),
+                }
+            }
+        }
     }
 
     fn address(&mut self, option: &'static str, text: &str) -> SocketAddr {
@@ -322,6 +395,25 @@ mod tests {
                 "xds-addr",
             ]
         );
+    }
+
+    #[test]
+    fn the_source_is_what_was_named() {
+        let source = |line: &[&str]| {
+            let options = |errors: Vec<ConfigError>| errors.into_iter().map(|error| error.option).collect::<Vec<_>>();
+            Config::new(&serve_args(line)).map(|config| config.source).map_err(options)
+        };
+        let folders = Source::Directory { manifests: "a".into(), state: "s".into() };
+        let file = Source::Kubernetes(Credentials::Kubeconfig("k".into()));
+        assert_eq!(source(&["--source-dir", "a", "--state-dir", "s"]), Ok(folders.clone()));
+        assert_eq!(source(&["--source=directory", "--source-dir", "a", "--state-dir", "s"]), Ok(folders));
+        assert_eq!(source(&["--source=kubernetes"]), Ok(Source::Kubernetes(Credentials::InCluster)));
+        assert_eq!(source(&["--kubeconfig", "k"]), Ok(file.clone()));
+        assert_eq!(source(&["--source=kubernetes", "--kubeconfig", "k"]), Ok(file));
+        let mixed = ["--source=kubernetes", "--source-dir", "a", "--state-dir", "s"];
+        assert_eq!(source(&mixed), Err(vec!["source-dir", "state-dir"]));
+        assert_eq!(source(&["--source-dir", "a", "--state-dir", "s", "--kubeconfig", "k"]), Err(vec!["kubeconfig"]));
+        assert_eq!(source(&[]), Err(vec!["source-dir", "state-dir"]));
     }
 
     #[test]

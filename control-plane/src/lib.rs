@@ -1,8 +1,9 @@
 //! The control plane: reads Kubernetes objects, works out what every node proxy must know, and serves it.
 //!
 //! One pipeline: [`ingest`] (a source of objects) → typed events → [`index`] (pure, incremental) → [`serve`] (delta
-//! discovery). [`api`] says which objects are valid; [`app`] puts the parts together.
+//! discovery). [`ca`] signs, [`admission`] checks before anything is stored, [`api`] says which objects are valid; [`app`] puts the parts together.
 
+pub mod admission;
 pub mod api;
 pub mod app;
 pub mod ca;

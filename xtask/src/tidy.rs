@@ -54,6 +54,7 @@ const CONFINED: &[(&[&str], &[&str], &str)] = &[
             "control-plane/src/status",
             "control-plane/src/admission",
             "control-plane/src/deploy",
+            "control-plane/src/ca/kubernetes",
         ],
         "only the edges of the control plane talk to the Kubernetes API",
     ),

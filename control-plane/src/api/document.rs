@@ -119,10 +119,10 @@ fn read_value(value: &Value, line: usize, documents: &mut Vec<Document>) {
         (Some("v1"), Some("List")) => value.get("items").and_then(Value::as_array).map_or(&[][..], Vec::as_slice),
         _ => std::slice::from_ref(value),
     };
-    documents.extend(items.iter().map(|item| Document { line, outcome: read_object(item) }));
+    documents.extend(items.iter().map(|item| Document { line, outcome: read_object(item, Unknown::IsAMistake) }));
 }
 
-fn read_object(value: &Value) -> Outcome {
+fn read_object(value: &Value, unknown: Unknown) -> Outcome {
     let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default();
     let meta =
         |key: &str| value.get("metadata").and_then(|meta| meta.get(key)).and_then(Value::as_str).unwrap_or_default();
@@ -164,7 +164,7 @@ fn read_object(value: &Value) -> Outcome {
         let fix = format!("use {}", kind.api_version());
         return refused(Some(id), Problem::new("apiVersion", format!("{api_version:?} is not read for {kind}"), fix));
     }
-    match validate(kind, value) {
+    match validate(kind, value, unknown) {
         Ok(object) => Outcome::Object(object),
         Err(problems) => Outcome::Refused { label: id.to_string(), id: Some(id), problems },
     }
@@ -175,26 +175,48 @@ fn group_of(api_version: &str) -> &str {
     api_version.split_once('/').map_or("", |(group, _)| group)
 }
 
-fn validate(kind: Kind, value: &Value) -> Result<Object, Vec<Problem>> {
+/// What a field is that this version does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unknown {
+    /// Misspelt, as far as anybody can tell.
+    IsAMistake,
+    /// Known to the API server, which has checked it and may be newer than this program.
+    IsFine,
+}
+
+/// Validates an object of `kind` as an API server sends it, which has checked its fields already. Whether the object
+/// repeats its kind does not matter: the items of a list do not.
+///
+/// # Errors
+/// Every mistake found.
+pub fn validate_served(kind: Kind, value: &Value) -> Result<Object, Vec<Problem>> {
+    validate(kind, value, Unknown::IsFine)
+}
+
+/// Reads an object of whatever kind it says, as an API server sends it.
+pub fn read_served(value: &Value) -> Outcome {
+    read_object(value, Unknown::IsFine)
+}
+
+fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<Problem>> {
     match kind {
-        Kind::Namespace => typed(value, namespace::validate).map(|valid| Object::Namespace(Arc::new(valid))),
-        Kind::Node => typed(value, node::validate).map(|valid| Object::Node(Arc::new(valid))),
-        Kind::ServiceAccount => {
-            typed(value, workload_kinds::validate_service_account).map(|valid| Object::ServiceAccount(Arc::new(valid)))
-        }
+        Kind::Namespace => typed(value, unknown, namespace::validate).map(|valid| Object::Namespace(Arc::new(valid))),
+        Kind::Node => typed(value, unknown, node::validate).map(|valid| Object::Node(Arc::new(valid))),
+        Kind::ServiceAccount => typed(value, unknown, workload_kinds::validate_service_account)
+            .map(|valid| Object::ServiceAccount(Arc::new(valid))),
         Kind::Deployment => {
-            typed(value, workload_kinds::validate_deployment).map(|valid| Object::Deployment(Arc::new(valid)))
+            typed(value, unknown, workload_kinds::validate_deployment).map(|valid| Object::Deployment(Arc::new(valid)))
         }
-        Kind::Service => typed(value, service::validate).map(|valid| Object::Service(Arc::new(valid))),
+        Kind::Service => typed(value, unknown, service::validate).map(|valid| Object::Service(Arc::new(valid))),
         Kind::EndpointSlice => {
-            typed(value, endpoint_slice::validate).map(|valid| Object::EndpointSlice(Arc::new(valid)))
+            typed(value, unknown, endpoint_slice::validate).map(|valid| Object::EndpointSlice(Arc::new(valid)))
         }
-        Kind::Pod => typed(value, pod::validate).map(|valid| Object::Pod(Arc::new(valid))),
+        Kind::Pod => typed(value, unknown, pod::validate).map(|valid| Object::Pod(Arc::new(valid))),
     }
 }
 
-/// Gives `value` its Kubernetes type, notes what the type does not know, and validates it.
-fn typed<T, O>(value: &Value, validate: fn(&T) -> Result<O, Vec<Problem>>) -> Result<O, Vec<Problem>>
+/// Gives `value` its Kubernetes type, notes what the type does not know where that matters, and validates it.
+fn typed<T, O>(value: &Value, unknown: Unknown, validate: fn(&T) -> Result<O, Vec<Problem>>) -> Result<O, Vec<Problem>>
 where
     T: Resource + DeserializeOwned + Serialize,
 {
@@ -204,7 +226,9 @@ where
         vec![Problem::new(field, error.into_inner().to_string(), "give the field a value of its type")]
     })?;
     let mut problems = Problems::default();
-    if let Ok(understood) = serde_json::to_value(&object) {
+    if unknown == Unknown::IsAMistake
+        && let Ok(understood) = serde_json::to_value(&object)
+    {
         strict::unknown_fields(value, &understood, &mut problems);
     }
     let mut unknown = problems.into_list();

@@ -24,7 +24,7 @@ mod tests;
 
 use std::sync::Arc;
 
-pub use document::{Document, Outcome, parse};
+pub use document::{Document, Outcome, parse, read_served, validate_served};
 pub use endpoint_slice::{Endpoint, EndpointSlice, PodReference, SlicePort};
 pub use labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
 pub use name::{Kind, Name, ObjectId};

@@ -7,6 +7,7 @@ use thiserror::Error;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
+use super::kubernetes::TokenReviewer;
 use super::token::{AUDIENCE, Caller, TokenError, TokenKey};
 
 /// Why a caller is not known.
@@ -24,43 +25,80 @@ pub enum AuthenticationError {
     /// The token is not good.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// The API server says that it is not good.
+    #[error("the API server does not accept the token: {reason}")]
+    NotAccepted {
+        /// What it says.
+        reason: String,
+    },
+    /// Nobody can say now whether it is good.
+    #[error("the token cannot be checked now, retry")]
+    Unavailable,
 }
 
 impl From<AuthenticationError> for Status {
     fn from(error: AuthenticationError) -> Self {
-        Self::unauthenticated(error.to_string())
+        let message = error.to_string();
+        match error {
+            AuthenticationError::Missing
+            | AuthenticationError::Several
+            | AuthenticationError::Scheme
+            | AuthenticationError::Token(_)
+            | AuthenticationError::NotAccepted { .. } => Self::unauthenticated(message),
+            AuthenticationError::Unavailable => Self::unavailable(message),
+        }
     }
 }
 
-/// Reads and checks bearer tokens, for both discovery and certificates.
+/// Reads and checks bearer tokens, for both discovery and certificates. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Authenticator {
-    key: Arc<TokenKey>,
-    clock: Clock,
+pub struct Authenticator(Judge);
+
+/// Who says whether a token is good.
+#[derive(Debug, Clone)]
+enum Judge {
+    /// The key that signed it, by this clock.
+    Key(Arc<TokenKey>, Clock),
+    /// The API server.
+    Reviewer(TokenReviewer),
 }
 
 impl Authenticator {
     /// Accepts what `key` signed, by the time of `clock`.
-    pub fn new(key: Arc<TokenKey>, clock: Clock) -> Self {
-        Self { key, clock }
+    pub fn local(key: Arc<TokenKey>, clock: Clock) -> Self {
+        Self(Judge::Key(key, clock))
+    }
+
+    /// Accepts what the API server accepts.
+    pub fn kubernetes(reviewer: TokenReviewer) -> Self {
+        Self(Judge::Reviewer(reviewer))
     }
 
     /// Says who sent a request with this metadata.
     ///
     /// # Errors
-    /// When there is no token, or it is not good.
-    pub fn authenticate(&self, metadata: &MetadataMap) -> Result<Caller, AuthenticationError> {
-        let mut headers = metadata.get_all("authorization").iter();
-        let header = headers.next().ok_or(AuthenticationError::Missing)?;
-        if headers.next().is_some() {
-            return Err(AuthenticationError::Several);
+    /// When there is no token, it is not good, or nobody can say.
+    pub async fn authenticate(&self, metadata: &MetadataMap) -> Result<Caller, AuthenticationError> {
+        let token = bearer(metadata)?;
+        match &self.0 {
+            Judge::Key(key, clock) => Ok(key.verify(token, AUDIENCE, clock.now())?),
+            Judge::Reviewer(reviewer) => reviewer.review(token).await,
         }
-        let text = header.to_str().map_err(|_| AuthenticationError::Scheme)?;
-        let (scheme, token) = text.split_once(' ').ok_or(AuthenticationError::Scheme)?;
-        // RFC 9110 section 11.1: schemes are compared without case.
-        if !scheme.eq_ignore_ascii_case("bearer") || token.is_empty() {
-            return Err(AuthenticationError::Scheme);
-        }
-        Ok(self.key.verify(token.trim(), AUDIENCE, self.clock.now())?)
     }
+}
+
+/// The bearer token of a request.
+fn bearer(metadata: &MetadataMap) -> Result<&str, AuthenticationError> {
+    let mut headers = metadata.get_all("authorization").iter();
+    let header = headers.next().ok_or(AuthenticationError::Missing)?;
+    if headers.next().is_some() {
+        return Err(AuthenticationError::Several);
+    }
+    let text = header.to_str().map_err(|_| AuthenticationError::Scheme)?;
+    let (scheme, token) = text.split_once(' ').ok_or(AuthenticationError::Scheme)?;
+    // RFC 9110 section 11.1: schemes are compared without case.
+    if !scheme.eq_ignore_ascii_case("bearer") || token.is_empty() {
+        return Err(AuthenticationError::Scheme);
+    }
+    Ok(token.trim())
 }

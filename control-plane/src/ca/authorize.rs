@@ -54,13 +54,16 @@ pub struct Policy {
     pub trust_domain: String,
     /// Who may ask for identities of other pods on its node.
     pub node_proxies: Vec<ServiceAccount>,
+    /// Whoever accepted a token has seen the pod that it is bound to, as the API server does: a pod that the directory
+    /// does not know is then one that it does not know yet.
+    pub pods_are_vouched_for: bool,
 }
 
 impl Policy {
     /// For `trust_domain`, with the mesh's own node proxy `culvert-system/ztunnel`.
     pub fn new(trust_domain: impl Into<String>) -> Self {
         let ztunnel = ServiceAccount { namespace: "culvert-system".to_owned(), name: "ztunnel".to_owned() };
-        Self { trust_domain: trust_domain.into(), node_proxies: vec![ztunnel] }
+        Self { trust_domain: trust_domain.into(), node_proxies: vec![ztunnel], pods_are_vouched_for: false }
     }
 
     fn is_node_proxy(&self, caller: &Caller) -> bool {
@@ -153,6 +156,12 @@ pub enum Denial {
         /// The node of the caller.
         node: String,
     },
+    /// The pod of the token is not known yet.
+    #[error("the pod of {caller} is not known yet, retry")]
+    PodUnknownYet {
+        /// The caller.
+        caller: String,
+    },
     /// No pod of that identity is known yet.
     #[error("no pod of {asked} is known yet, retry")]
     UnknownYet {
@@ -179,7 +188,7 @@ impl From<&Denial> for Status {
             | Denial::PodIsOver { .. }
             | Denial::OtherNode { .. }
             | Denial::NotOnNode { .. } => Self::permission_denied(message),
-            Denial::UnknownYet { .. } | Denial::NotSynced => Self::unavailable(message),
+            Denial::PodUnknownYet { .. } | Denial::UnknownYet { .. } | Denial::NotSynced => Self::unavailable(message),
         }
     }
 }
@@ -202,7 +211,7 @@ pub fn authorize(
 
 fn own(policy: &Policy, directory: &dyn Directory, caller: &Caller) -> Result<SpiffeId, Denial> {
     if caller.pod.is_some() {
-        live_pod(directory, caller)?;
+        live_pod(policy, directory, caller)?;
     }
     SpiffeId::new(&policy.trust_domain, &caller.namespace, &caller.service_account)
         .map_err(|error| Denial::NoOwnIdentity { caller: caller.to_string(), error })
@@ -217,7 +226,7 @@ fn another(policy: &Policy, directory: &dyn Directory, caller: &Caller, asked: &
     if asked.trust_domain() != policy.trust_domain {
         return Err(Denial::TrustDomain { asked, ours: policy.trust_domain.clone() });
     }
-    let pod = live_pod(directory, caller)?;
+    let pod = live_pod(policy, directory, caller)?;
     if pod.node.is_empty() || caller.node.as_ref().is_some_and(|node| *node != pod.node) {
         return Err(Denial::OtherNode { caller: caller.to_string() });
     }
@@ -229,16 +238,20 @@ fn another(policy: &Policy, directory: &dyn Directory, caller: &Caller, asked: &
 }
 
 /// The pod that the caller's token is bound to, if that very pod lives.
-fn live_pod(directory: &dyn Directory, caller: &Caller) -> Result<PodRecord, Denial> {
+fn live_pod(policy: &Policy, directory: &dyn Directory, caller: &Caller) -> Result<PodRecord, Denial> {
     let name = || caller.to_string();
     let bound = caller.pod.as_ref().ok_or_else(|| Denial::Unbound { caller: name() })?;
     if !directory.is_synced() {
         return Err(Denial::NotSynced);
     }
-    let pod = directory.pod(&caller.namespace, &bound.name).ok_or_else(|| Denial::NoSuchPod { caller: name() })?;
-    if bound.uid.as_ref().is_some_and(|uid| *uid != pod.uid) {
-        return Err(Denial::EarlierPod { caller: name() });
-    }
+    let pod = directory.pod(&caller.namespace, &bound.name);
+    let is_other = |pod: &PodRecord| bound.uid.as_ref().is_some_and(|uid| *uid != pod.uid);
+    let pod = match pod {
+        Some(pod) if !is_other(&pod) => pod,
+        Some(_) | None if policy.pods_are_vouched_for => return Err(Denial::PodUnknownYet { caller: name() }),
+        Some(_) => return Err(Denial::EarlierPod { caller: name() }),
+        None => return Err(Denial::NoSuchPod { caller: name() }),
+    };
     if pod.service_account != caller.service_account {
         return Err(Denial::OtherAccount { caller: name(), actual: pod.service_account });
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_identity::authority::{Authority, AuthorityError, InvalidCsr};
+use mesh_identity::authority::{AuthorityError, InvalidCsr};
 use mesh_identity::ca_client::IMPERSONATED_IDENTITY;
 use mesh_identity::{Clock, CsrPublicKey};
 use mesh_model::SpiffeId;
@@ -14,6 +14,7 @@ use thiserror::Error;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use super::Authorities;
 use super::authenticate::{AuthenticationError, Authenticator};
 use super::authorize::{Denial, Policy, authorize};
 use super::directory::Directory;
@@ -62,7 +63,7 @@ impl From<Refused> for Status {
 pub struct CaService(Arc<Inner>);
 
 struct Inner {
-    authority: Arc<Authority>,
+    authorities: Authorities,
     authenticator: Authenticator,
     directory: Arc<dyn Directory>,
     policy: Policy,
@@ -84,16 +85,16 @@ struct Order {
 }
 
 impl CaService {
-    /// Signs with `authority` what `policy` and `directory` allow.
+    /// Signs with the newest of `authorities` what `policy` and `directory` allow.
     pub fn new(
-        authority: Arc<Authority>,
+        authorities: Authorities,
         authenticator: Authenticator,
         directory: Arc<dyn Directory>,
         policy: Policy,
         clock: Clock,
     ) -> Self {
         let limiter = Limiter::new(INTERVAL, BURST);
-        Self(Arc::new(Inner { authority, authenticator, directory, policy, clock, limiter }))
+        Self(Arc::new(Inner { authorities, authenticator, directory, policy, clock, limiter }))
     }
 
     /// The gRPC service, with its bounds.
@@ -103,8 +104,10 @@ impl CaService {
 }
 
 impl Inner {
-    fn order(&self, metadata: &MetadataMap, request: &IstioCertificateRequest) -> Result<Order, Refused> {
-        let caller = self.authenticator.authenticate(metadata)?;
+    async fn order(&self, metadata: &MetadataMap, request: &IstioCertificateRequest) -> Result<Order, Refused> {
+        let caller = self.authenticator.authenticate(metadata).await?;
+        // No await below: this takes a fraction of a millisecond of a worker, and no more of them run at a time than
+        // there are workers.
         if !self.limiter.admit(&caller, Instant::now()) {
             return Err(Refused::TooOften { caller: caller.to_string() });
         }
@@ -112,7 +115,8 @@ impl Inner {
         let key = CsrPublicKey::from_pem(&request.csr)?;
         // Zero and less mean the default.
         let lifetime = Duration::from_secs(u64::try_from(request.validity_duration).unwrap_or(0));
-        let chain = self.authority.sign(&key, &id, lifetime, self.clock.now())?.to_wire();
+        let authority = self.authorities.borrow().clone();
+        let chain = authority.sign(&key, &id, lifetime, self.clock.now())?.to_wire();
         Ok(Order { caller, id, chain })
     }
 }
@@ -123,10 +127,8 @@ impl IstioCertificateService for CaService {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        // No await below: one request takes a fraction of a millisecond of a worker, and no more of them run at a time
-        // than there are workers.
         let (metadata, _, message) = request.into_parts();
-        match self.0.order(&metadata, &message) {
+        match self.0.order(&metadata, &message).await {
             Ok(Order { caller, id, chain }) => {
                 tracing::info!(%id, %caller, "certificate issued");
                 Ok(Response::new(IstioCertificateResponse { cert_chain: chain }))

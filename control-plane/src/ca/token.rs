@@ -15,10 +15,11 @@ pub const AUDIENCE: &str = "istio-ca";
 pub const ISSUER: &str = "https://culvertd.culvert-system.svc";
 
 /// Longest token that is looked at, in bytes. Kubernetes' own have about 1 KiB.
-const MAX_TOKEN_BYTES: usize = 8 * 1024;
+pub(super) const MAX_TOKEN_BYTES: usize = 8 * 1024;
 /// How far in the future a token may begin, for clocks that differ.
 const LEEWAY: Duration = Duration::from_secs(60);
-const SUBJECT_PREFIX: &str = "system:serviceaccount:";
+/// Before the namespace of a service account, in a token's subject and in its user's name.
+pub(super) const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 
 /// Why a token was not taken or not made.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -42,7 +43,7 @@ pub enum TokenError {
     #[error("the token was not issued by {ISSUER}")]
     Issuer,
     /// Meant for somebody else.
-    #[error("the token's audience is not {AUDIENCE}")]
+    #[error("the token is for another audience")]
     Audience,
     /// Its time is over.
     #[error("the token has expired")]
@@ -209,9 +210,19 @@ struct Claims {
 /// RFC 7519 section 4.1.3: one string or several.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
-enum Audience {
+pub(super) enum Audience {
     One(String),
     Several(Vec<String>),
+}
+
+impl Audience {
+    /// All of them.
+    pub(super) fn names(&self) -> &[String] {
+        match self {
+            Self::One(name) => std::slice::from_ref(name),
+            Self::Several(names) => names,
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]

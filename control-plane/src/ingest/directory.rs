@@ -11,9 +11,9 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{info, warn};
 
-use super::Batch;
 use super::files::{Files, Refusal, Report};
 use super::scan::{Limits, ScanError, Stamp, Unreadable, read, scan};
+use super::{Batch, log_refusals};
 use crate::api;
 use crate::index::Event;
 
@@ -214,12 +214,7 @@ fn report(files: &Files, trouble: Option<&ScanError>) -> Report {
 }
 
 fn log_news(before: Option<&Report>, now: &Report) {
-    /// Lines for one look at the directory; the rest is in the status.
-    const MAX_LINES: usize = 50;
-    let is_new = |refusal: &&Refusal| before.is_none_or(|before| !before.refused.contains(refusal));
-    for refusal in now.refused.iter().filter(is_new).take(MAX_LINES) {
-        warn!(keeps_last_good = refusal.keeps_last_good, "refused: {refusal}");
-    }
+    log_refusals(before, now);
     info!(
         files = now.files,
         accepted = now.accepted,

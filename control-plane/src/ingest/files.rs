@@ -34,7 +34,7 @@ struct File {
 /// Something that was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Refusal {
-    /// The file, relative to the source's root.
+    /// The file, relative to the source's root; empty for an object of a cluster.
     pub file: String,
     /// The line on which the document begins, from 1; 0 when the whole file is meant.
     pub line: usize,
@@ -49,7 +49,7 @@ pub struct Refusal {
 /// A source's account of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Files read.
+    /// Files read; 0 for a cluster.
     pub files: usize,
     /// Objects in force.
     pub accepted: usize,
@@ -254,20 +254,21 @@ impl File {
 }
 
 impl std::fmt::Display for Refusal {
-    /// One line per mistake: `file:line: Kind namespace/name: field: message; fix`.
+    /// One line per mistake: `file:line: Kind namespace/name: field: message; fix`; without a file where there is none.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (index, problem) in self.problems.iter().enumerate() {
             if index > 0 {
                 f.write_str("\n")?;
             }
-            f.write_str(&self.file)?;
-            if self.line > 0 {
-                write!(f, ":{}", self.line)?;
+            match (self.file.as_str(), self.line) {
+                ("", _) => {}
+                (file, 0) => write!(f, "{file}: ")?,
+                (file, line) => write!(f, "{file}:{line}: ")?,
             }
             if !self.object.is_empty() {
-                write!(f, ": {}", self.object)?;
+                write!(f, "{}: ", self.object)?;
             }
-            write!(f, ": {problem}")?;
+            write!(f, "{problem}")?;
         }
         Ok(())
     }

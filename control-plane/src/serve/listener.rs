@@ -1,4 +1,4 @@
-//! TLS connections for the gRPC server: a bounded number, each with a bounded time for its handshake, and none of them
+//! TLS connections for the servers: a bounded number, each with a bounded time for its handshake, and none of them
 //! able to hold up the others.
 
 use std::io;
@@ -24,7 +24,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts until `watcher` drains.
-pub(super) fn accept(
+pub(crate) fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     watcher: drain::Watcher,
@@ -77,7 +77,7 @@ async fn handshake(
 }
 
 /// One accepted connection, which counts until it is dropped.
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: TlsStream<TcpStream>,
     peer: TcpConnectInfo,
     _permit: OwnedSemaphorePermit,

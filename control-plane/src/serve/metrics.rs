@@ -2,11 +2,13 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use mesh_xds::server::{self, Catalog};
 use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -14,6 +16,8 @@ use prometheus_client::registry::Registry;
 use tonic::Code;
 
 use crate::api::Kind;
+use crate::ingest::Watches;
+use crate::ingest::kubernetes::{KindReport, WatchState};
 
 /// The metrics that are counted as things happen. Cheap to clone; clones share the numbers.
 #[derive(Clone, Debug, Default)]
@@ -64,7 +68,12 @@ struct CodeLabel {
 
 impl Metrics {
     /// The metrics, registered; those of the discovery service's present state are read when they are asked for.
-    pub fn register(registry: &mut Registry, catalog: Arc<Catalog>, discovery: server::Service) -> Self {
+    pub fn register(
+        registry: &mut Registry,
+        catalog: Arc<Catalog>,
+        discovery: server::Service,
+        watches: Watches,
+    ) -> Self {
         let own = Self::default();
         let build = Family::<BuildLabel, Gauge>::default();
         build.get_or_create(&BuildLabel { component: "culvertd", tag: env!("CARGO_PKG_VERSION") }).set(1);
@@ -95,6 +104,7 @@ impl Metrics {
             own.certificates_refused.clone(),
         );
         registry.register_collector(Box::new(Present { catalog, discovery }));
+        registry.register_collector(Box::new(Following(watches)));
         own
     }
 
@@ -178,17 +188,59 @@ impl Collector for Present {
         let help = "Discovery responses refused by clients";
         nacks.encode(encoder.encode_descriptor("culvert_xds_nacks", help, None, nacks.metric_type())?)?;
         let snapshot = self.catalog.snapshot();
-        let mut encoder = encoder.encode_descriptor(
-            "culvert_xds_resources",
-            "Resources served, by type",
-            None,
-            prometheus_client::metrics::MetricType::Gauge,
-        )?;
+        let mut encoder =
+            encoder.encode_descriptor("culvert_xds_resources", "Resources served, by type", None, MetricType::Gauge)?;
         for type_url in [WORKLOAD_TYPE, AUTHORIZATION_TYPE] {
             let label = TypeLabel::of(type_url);
             ConstGauge::new(gauge(snapshot.len(type_url))).encode(encoder.encode_family(&label)?)?;
         }
         Ok(())
+    }
+}
+
+/// How the watches of the source are doing, read when metrics are asked for.
+#[derive(Debug)]
+struct Following(Watches);
+
+impl Collector for Following {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let reports = self.0.reports();
+        if reports.is_empty() {
+            return Ok(());
+        }
+        let mut gauges = |name, help, read: fn(&KindReport) -> i64| {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (kind, report) in &reports {
+                let label = KindLabel { kind: kind.as_str() };
+                ConstGauge::new(read(report)).encode(family.encode_family(&label)?)?;
+            }
+            Ok(())
+        };
+        gauges(
+            "culvert_watch_synced",
+            "Kinds that were listed completely, or that the cluster does not have",
+            |report| i64::from(report.state != WatchState::Pending),
+        )?;
+        gauges(
+            "culvert_watch_last_event_timestamp_seconds",
+            "When something was last heard of a kind, in seconds since 1970",
+            |report| {
+                let since = report.last_event.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+                since.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+            },
+        )?;
+        let mut counters = |name, help, read: fn(&KindReport) -> u64| {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (kind, report) in &reports {
+                let label = KindLabel { kind: kind.as_str() };
+                ConstCounter::new(read(report)).encode(family.encode_family(&label)?)?;
+            }
+            Ok(())
+        };
+        counters("culvert_watch_lists", "Lists begun; the second and later ones are restarts", |report| report.lists)?;
+        counters("culvert_watch_failures", "Errors of watches, those of the connection included", |report| {
+            report.failures
+        })
     }
 }
 
@@ -201,11 +253,11 @@ mod tests {
         let catalog = Arc::new(Catalog::new());
         let discovery = server::Service::new(
             catalog.clone(),
-            |_| Err(tonic::Status::unauthenticated("nobody")),
+            |_| async { Err(tonic::Status::unauthenticated("nobody")) },
             server::Options::default(),
         );
         let mut registry = Registry::default();
-        let metrics = Metrics::register(&mut registry, catalog, discovery);
+        let metrics = Metrics::register(&mut registry, catalog, discovery, Watches::default());
         metrics.source([(Kind::Pod, 3)], 2, 1);
         metrics.changed(WORKLOAD_TYPE, 4);
         metrics.pushes.get_or_create(&TypeLabel::of("something else")).inc();

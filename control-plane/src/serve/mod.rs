@@ -19,6 +19,7 @@ use tonic::transport::Error;
 use crate::ca::{Authenticator, CaService};
 use metered::{MeteredAuthority, MeteredDiscovery};
 
+pub(crate) use listener::accept;
 pub use metrics::Metrics;
 pub use pipeline::{Pipeline, View};
 pub use status::mount;
@@ -29,8 +30,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// The discovery service over a catalog, for whoever has a valid token.
 pub fn discovery(catalog: Arc<Catalog>, authenticator: Authenticator) -> server::Service {
     let authenticate = move |metadata: &tonic::metadata::MetadataMap| {
-        let caller = authenticator.authenticate(metadata)?;
-        Ok(Client { name: caller.to_string() })
+        let (authenticator, metadata) = (authenticator.clone(), metadata.clone());
+        async move { Ok(Client { name: authenticator.authenticate(&metadata).await?.to_string() }) }
     };
     server::Service::new(catalog, authenticate, server::Options::default())
 }

@@ -12,13 +12,22 @@ use tokio::sync::watch;
 
 use super::dump;
 use super::pipeline::View;
+use crate::api::Kind;
+use crate::ingest::Watches;
+use crate::ingest::kubernetes::KindReport;
 
 /// Adds `/status` and `/config_dump`.
-pub fn mount(router: &mut Router, view: watch::Receiver<Arc<View>>, catalog: Arc<Catalog>, discovery: Service) {
+pub fn mount(
+    router: &mut Router,
+    view: watch::Receiver<Arc<View>>,
+    catalog: Arc<Catalog>,
+    discovery: Service,
+    watches: Watches,
+) {
     let versions = catalog.clone();
     router.get("/status", "objects accepted and refused, clients and their NACKs", move |_| {
         let view = view.borrow().clone();
-        let reply = Reply::json(&status(&view, &versions, &discovery.clients()));
+        let reply = Reply::json(&status(&view, &versions, &discovery.clients(), &watches));
         async move { reply }
     });
     router.get("/config_dump", "everything that is served", move |_| {
@@ -33,7 +42,7 @@ pub fn mount(router: &mut Router, view: watch::Receiver<Arc<View>>, catalog: Arc
     });
 }
 
-fn status(view: &View, catalog: &Catalog, clients: &[ClientStatus]) -> Value {
+fn status(view: &View, catalog: &Catalog, clients: &[ClientStatus], watches: &Watches) -> Value {
     let snapshot = catalog.snapshot();
     let types: Vec<Value> = snapshot
         .versions()
@@ -45,10 +54,22 @@ fn status(view: &View, catalog: &Catalog, clients: &[ClientStatus]) -> Value {
         "synced": view.synced,
         "objects": view.counts.iter().map(|(kind, count)| (kind.as_str(), *count)).collect::<std::collections::BTreeMap<_, _>>(),
         "source": *view.report,
+        "watches": watches.reports().into_iter().map(watch_report).collect::<serde_json::Map<_, _>>(),
         "notes": view.notes,
         "resources": types,
         "clients": clients.iter().map(client).collect::<Vec<_>>(),
     })
+}
+
+fn watch_report((kind, report): (Kind, KindReport)) -> (String, Value) {
+    let value = json!({
+        "state": report.state.as_str(),
+        "lists": report.lists,
+        "failures": report.failures,
+        "last_event": report.last_event.map(rfc3339),
+        "trouble": report.trouble,
+    });
+    (kind.as_str().to_owned(), value)
 }
 
 fn client(client: &ClientStatus) -> Value {

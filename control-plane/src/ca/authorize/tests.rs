@@ -164,3 +164,24 @@ fn node_proxies_are_configured() {
         assert!(text.parse::<ServiceAccount>().is_err(), "{text}");
     }
 }
+
+#[test]
+fn a_pod_that_the_api_server_has_seen_is_one_that_is_not_known_yet() {
+    let policy = Policy { pods_are_vouched_for: true, ..Policy::new("cluster.local") };
+    let mut replaced = ztunnel("ztunnel-1");
+    replaced.pod = Some(BoundPod { name: "ztunnel-1".to_owned(), uid: Some("uid-newer".to_owned()) });
+    for caller in [ztunnel("ztunnel-new"), replaced] {
+        let denial = authorize(&policy, &Pods::new(), &caller, Some(CART)).unwrap_err();
+        assert_eq!(denial, Denial::PodUnknownYet { caller: caller.to_string() });
+        assert_eq!(Status::from(&denial).code(), tonic::Code::Unavailable);
+    }
+    // Everything else is as strict as ever.
+    assert!(matches!(
+        authorize(&policy, &Pods::new(), &ztunnel("ztunnel-1"), Some(PAY)),
+        Err(Denial::NotOnNode { .. })
+    ));
+    assert!(matches!(
+        authorize(&policy, &Pods::new(), &ztunnel("ztunnel-old"), Some(CART)),
+        Err(Denial::PodIsOver { .. })
+    ));
+}

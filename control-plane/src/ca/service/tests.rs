@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use futures_util::future::join_all;
+use mesh_identity::authority::Authority;
 use mesh_identity::ca_client::CaOptions;
 use mesh_identity::key::PrivateKey;
 use mesh_identity::{BearerToken, CaClient, Connector, IssuedCertificate, Options, Store, handshake, peer_id};
@@ -18,7 +19,7 @@ use tonic::Code;
 use tonic::transport::{Channel, Server};
 
 use super::*;
-use crate::ca::{AUDIENCE, BoundPod, NodeIdentity, PodRecord, TokenKey, serving_config};
+use crate::ca::{AUDIENCE, BoundPod, NodeIdentity, PodRecord, TokenKey, always, serving_config};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -127,8 +128,14 @@ impl World {
 }
 
 fn service(authority: &Arc<Authority>, tokens: &Arc<TokenKey>, pods: &Arc<Pods>) -> CaService {
-    let authenticator = Authenticator::new(tokens.clone(), Clock::system());
-    CaService::new(authority.clone(), authenticator, pods.clone(), Policy::new("cluster.local"), Clock::system())
+    let authenticator = Authenticator::local(tokens.clone(), Clock::system());
+    CaService::new(
+        always(authority.clone()),
+        authenticator,
+        pods.clone(),
+        Policy::new("cluster.local"),
+        Clock::system(),
+    )
 }
 
 fn caller(namespace: &str, account: &str, pod: &str) -> Caller {
@@ -306,7 +313,7 @@ async fn two_node_proxies_get_certificates_and_make_a_tunnel() {
 
 async fn serve_tls(world: &World) -> SocketAddr {
     let names = vec!["localhost".to_owned()];
-    let acceptor = TlsAcceptor::from(serving_config(world.authority.clone(), names, Clock::system()).unwrap());
+    let acceptor = TlsAcceptor::from(serving_config(always(world.authority.clone()), names, Clock::system()).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (sender, receiver) = tokio::sync::mpsc::channel(1);

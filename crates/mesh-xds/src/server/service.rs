@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -68,7 +69,8 @@ pub fn transport() -> tonic::transport::Server {
         .max_concurrent_streams(64)
 }
 
-type Authenticate = dyn Fn(&MetadataMap) -> Result<Client, Status> + Send + Sync;
+type Authenticated = Pin<Box<dyn Future<Output = Result<Client, Status>> + Send>>;
+type Authenticate = dyn Fn(&MetadataMap) -> Authenticated + Send + Sync;
 
 /// The discovery service over a [`Catalog`]. Cheap to clone; clones share the clients.
 ///
@@ -96,15 +98,19 @@ impl std::fmt::Debug for Service {
 }
 
 impl Service {
-    /// Serves `catalog` to the clients that `authenticate` accepts, by the metadata of their call.
-    pub fn new(
+    /// Serves `catalog` to the clients that `authenticate` accepts, by the metadata of their call. It may take its time,
+    /// but must bound that itself.
+    pub fn new<F>(
         catalog: Arc<Catalog>,
-        authenticate: impl Fn(&MetadataMap) -> Result<Client, Status> + Send + Sync + 'static,
+        authenticate: impl Fn(&MetadataMap) -> F + Send + Sync + 'static,
         options: Options,
-    ) -> Self {
+    ) -> Self
+    where
+        F: Future<Output = Result<Client, Status>> + Send + 'static,
+    {
         Self(Arc::new(Inner {
             catalog,
-            authenticate: Box::new(authenticate),
+            authenticate: Box::new(move |metadata| Box::pin(authenticate(metadata))),
             limits: Arc::new(options.limits.clone()),
             places: Arc::new(Semaphore::new(options.max_clients)),
             syncing: Arc::new(Semaphore::new(options.max_syncing)),
@@ -145,7 +151,7 @@ impl AggregatedDiscoveryService for Service {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let client = (self.0.authenticate)(request.metadata())?;
+        let client = (self.0.authenticate)(request.metadata()).await?;
         let place = Arc::clone(&self.0.places)
             .try_acquire_owned()
             .map_err(|_| Status::resource_exhausted("too many discovery clients"))?;

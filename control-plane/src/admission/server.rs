@@ -1,0 +1,60 @@
+//! The port on which the API server asks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::StatusCode;
+use mesh_runtime::drain;
+use mesh_runtime::http::{Limits, Reply, Router, connection};
+use rustls::ServerConfig;
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::StreamExt;
+
+use super::review;
+use crate::serve::accept;
+
+/// Where AdmissionReviews are answered.
+pub const PATH: &str = "/validate";
+/// Bounds of one connection; etcd takes no object of more than 1.5 MB, and a review holds two.
+const LIMITS: Limits = Limits {
+    max_connections: 0,
+    max_body: 8 << 20,
+    max_head: 16 << 10,
+    head_timeout: Duration::from_secs(120),
+    body_timeout: Duration::from_secs(10),
+    max_life: Duration::from_secs(3600),
+};
+
+/// Answers on `listener`, with the certificate of `tls`, until `watcher` drains.
+pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Watcher) {
+    let mut tls = tls.clone();
+    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let router = Arc::new(routes());
+    let mut connections = accept(listener, TlsAcceptor::from(Arc::new(tls)), watcher.clone());
+    while let Some(accepted) = connections.next().await {
+        let Ok(stream) = accepted else { continue };
+        let (router, watcher) = (router.clone(), watcher.clone());
+        tokio::spawn(async move {
+            let served = tokio::time::timeout(LIMITS.max_life, connection(stream, router, LIMITS, false));
+            tokio::select! {
+                _ = served => {}
+                () = watcher.draining() => {}
+            }
+        });
+    }
+}
+
+fn routes() -> Router {
+    let mut routes = Router::new();
+    routes.post(PATH, "answers an AdmissionReview", |request| async move {
+        match review::answer(&request.body) {
+            Ok(answer) => {
+                tracing::debug!(allowed = answer.is_allowed(), "object reviewed");
+                Reply::json(&answer)
+            }
+            Err(error) => Reply::text(format!("{error}\n")).with_status(StatusCode::BAD_REQUEST),
+        }
+    });
+    routes
+}

@@ -1,0 +1,232 @@
+//! The authority of a cluster: kept in a Secret that all replicas share, published as a ConfigMap for whoever must trust
+//! the control plane.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Api;
+use kube::api::{Patch, PatchParams, PostParams};
+use mesh_identity::Clock;
+use mesh_identity::authority::{Authority, AuthorityError};
+use serde_json::json;
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::secret::{self, OWN, PLUGGED, ROOTS};
+use crate::ca::Authorities;
+use crate::ingest::Cluster;
+
+/// The ConfigMap with the roots to trust, which pods of the system namespace mount.
+const PUBLISHED: &str = "culvert-ca-root-cert";
+/// Whose fields those are that are written here.
+const MANAGER: &str = "culvertd";
+/// How often Secret and ConfigMap are looked at again.
+const LOOK: Duration = Duration::from_secs(15);
+/// Pause between attempts at start, and how long to try: the API server may be starting as well.
+const PAUSE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Time for one request.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why there is no authority.
+#[derive(Debug, Error)]
+pub enum RootError {
+    /// The API server did not do its part.
+    #[error("cannot {action}: {reason}")]
+    Api {
+        /// What it was asked.
+        action: String,
+        /// What it said.
+        reason: String,
+    },
+    /// A part of an authority is not there. Falling back to another root would change who is trusted.
+    #[error("the Secret {name} has no {key}; an authority needs ca-cert.pem, ca-key.pem and root-cert.pem")]
+    Missing {
+        /// The Secret.
+        name: &'static str,
+        /// Its key.
+        key: &'static str,
+    },
+    /// A part of an authority is too large, or not text.
+    #[error("{key} of the Secret {name} is not a PEM file")]
+    NotPem {
+        /// The Secret.
+        name: &'static str,
+        /// Its key.
+        key: &'static str,
+    },
+    /// The authority is not usable.
+    #[error("the Secret {name}: {error}")]
+    Authority {
+        /// The Secret.
+        name: &'static str,
+        /// What is wrong.
+        error: AuthorityError,
+    },
+    /// A root cannot be made.
+    #[error("cannot make a root: {0}")]
+    Generate(AuthorityError),
+}
+
+/// Where the authority is kept.
+#[derive(Debug)]
+pub struct Root {
+    store: Store,
+    authority: watch::Sender<Arc<Authority>>,
+    /// What is wrong now, so that it is said once.
+    trouble: Option<String>,
+}
+
+impl Root {
+    /// Reads the authority from the namespace `namespace` of `cluster`: what was plugged in there, else what a replica
+    /// has made, else a root for `trust_domain` that is made now. Waits for the API server for a while.
+    ///
+    /// # Errors
+    /// The authority is not usable, or the API server does not give or take it.
+    pub async fn open(
+        cluster: &Cluster,
+        namespace: &str,
+        trust_domain: &str,
+        clock: Clock,
+    ) -> Result<(Self, Authorities), RootError> {
+        let store = Store {
+            secrets: Api::namespaced(cluster.client(), namespace),
+            config_maps: Api::namespaced(cluster.client(), namespace),
+            trust_domain: trust_domain.to_owned(),
+            clock,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let authority = loop {
+            match store.open().await {
+                Err(error @ RootError::Api { .. }) if Instant::now() < deadline => {
+                    tracing::warn!(%error, "no authority yet; trying again");
+                    tokio::time::sleep(PAUSE).await;
+                }
+                result => break result?,
+            }
+        };
+        let (authority, authorities) = watch::channel(Arc::new(authority));
+        Ok((Self { store, authority, trouble: None }, authorities))
+    }
+
+    /// Keeps the ConfigMap as it should be, and takes over what is edited in the Secret, for ever. What is not usable
+    /// changes nothing and is logged.
+    pub async fn run(mut self) {
+        loop {
+            let result = self.look().await;
+            self.tell(result.err());
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn look(&mut self) -> Result<(), RootError> {
+        let current = self.authority.borrow().clone();
+        match self.store.stored().await? {
+            Some(stored) if is_same(&stored, &current) => {}
+            Some(stored) => {
+                tracing::info!("the authority was replaced");
+                self.authority.send_replace(Arc::new(stored));
+            }
+            // Another replica that starts now would make another root, and each half of the mesh trust only its own.
+            None => {
+                tracing::warn!(secret = OWN, "the root's Secret is gone; putting it back");
+                self.store.create(&current).await?;
+            }
+        }
+        let roots = self.authority.borrow().roots_pem();
+        self.store.publish(&roots).await
+    }
+
+    fn tell(&mut self, error: Option<RootError>) {
+        let trouble = error.map(|error| error.to_string());
+        if let Some(trouble) = trouble.as_ref().filter(|trouble| self.trouble.as_ref() != Some(*trouble)) {
+            tracing::error!(error = trouble, "the authority stays as it is");
+        }
+        self.trouble = trouble;
+    }
+}
+
+fn is_same(a: &Authority, b: &Authority) -> bool {
+    secret::write(a) == secret::write(b)
+}
+
+#[derive(Debug)]
+struct Store {
+    secrets: Api<Secret>,
+    config_maps: Api<ConfigMap>,
+    trust_domain: String,
+    clock: Clock,
+}
+
+impl Store {
+    /// What is stored, made first if there is nothing.
+    async fn open(&self) -> Result<Authority, RootError> {
+        if let Some(authority) = self.stored().await? {
+            return Ok(authority);
+        }
+        let made = Authority::generate(&self.trust_domain, self.clock.now()).map_err(RootError::Generate)?;
+        self.create(&made).await?;
+        // Whether it was made here or another replica was faster: what is stored counts.
+        let missing =
+            RootError::Api { action: format!("read the Secret {OWN}"), reason: "it is gone again".to_owned() };
+        self.stored().await?.ok_or(missing)
+    }
+
+    async fn stored(&self) -> Result<Option<Authority>, RootError> {
+        for name in [PLUGGED, OWN] {
+            let found = request(format!("read the Secret {name}"), self.secrets.get_opt(name)).await?;
+            if let Some(found) = found {
+                return secret::read(name, &found.data.unwrap_or_default(), self.clock.now()).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Stores `authority` if nothing is stored yet.
+    async fn create(&self, authority: &Authority) -> Result<(), RootError> {
+        let secret = Secret {
+            metadata: ObjectMeta { name: Some(OWN.to_owned()), ..ObjectMeta::default() },
+            type_: Some(secret::TYPE.to_owned()),
+            data: Some(secret::write(authority)),
+            ..Secret::default()
+        };
+        let (parameters, action) = (PostParams::default(), format!("create the Secret {OWN}"));
+        let created = async {
+            match self.secrets.create(&parameters, &secret).await {
+                Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+                result => result.map(|_| true),
+            }
+        };
+        if request(action, created).await? {
+            tracing::info!(secret = OWN, "the root is stored");
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, roots: &str) -> Result<(), RootError> {
+        let found = request(format!("read the ConfigMap {PUBLISHED}"), self.config_maps.get_opt(PUBLISHED)).await?;
+        let data = found.and_then(|found| found.data).unwrap_or_default();
+        if data.get(ROOTS).is_some_and(|published| published == roots) {
+            return Ok(());
+        }
+        let patch = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": PUBLISHED}, "data": {(ROOTS): roots},
+        });
+        let parameters = PatchParams::apply(MANAGER).force();
+        let patched = async { self.config_maps.patch(PUBLISHED, &parameters, &Patch::Apply(&patch)).await };
+        request(format!("write the ConfigMap {PUBLISHED}"), patched).await?;
+        tracing::info!(config_map = PUBLISHED, "the roots are published");
+        Ok(())
+    }
+}
+
+async fn request<T>(action: String, asked: impl Future<Output = kube::Result<T>>) -> Result<T, RootError> {
+    match tokio::time::timeout(TIMEOUT, asked).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(RootError::Api { action, reason: error.to_string() }),
+        Err(_) => Err(RootError::Api { action, reason: format!("no answer within {TIMEOUT:?}") }),
+    }
+}

@@ -1,0 +1,168 @@
+//! The connection to a cluster's API server.
+
+use std::path::PathBuf;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Uri};
+use kube::client::{Body, ClientBuilder};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use tower_service::Service;
+
+/// Time for a connection to come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Silence after which a connection counts as dead. Watches are told where they are every minute, so that one whose
+/// path was cut without a word is noticed; one that is merely quiet is resumed where it was.
+const READ_TIMEOUT: Duration = Duration::from_secs(90);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the credentials for the API server come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credentials {
+    /// What Kubernetes mounts into a pod: the token of its service account, read again as it is renewed.
+    InCluster,
+    /// The current context of a kubeconfig file.
+    Kubeconfig(PathBuf),
+}
+
+/// Why there is no way to the API server. That it does not answer is none: that is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// The kubeconfig file is not usable.
+    #[error("cannot use the kubeconfig {path}: {reason}; correct it, or name another with --kubeconfig")]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is nothing mounted that a pod would have.
+    #[error("no service account is mounted here: {0}; run in a pod, or name a file with --kubeconfig")]
+    NotInCluster(String),
+    /// The credentials or certificates do not work.
+    #[error("cannot make a client for the API server: {0}")]
+    Client(String),
+}
+
+/// A way to the API server. Cheap to clone; clones share the connections.
+#[derive(Clone)]
+pub struct Cluster {
+    client: kube::Client,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Cluster")
+    }
+}
+
+impl Cluster {
+    /// Reads the credentials. Nothing is asked of the API server yet.
+    ///
+    /// # Errors
+    /// The credentials are not there, or malformed.
+    pub async fn connect(credentials: &Credentials) -> Result<Self, ClusterError> {
+        let mut config = match credentials {
+            Credentials::InCluster => {
+                kube::Config::incluster().map_err(|error| ClusterError::NotInCluster(error.to_string()))?
+            }
+            Credentials::Kubeconfig(path) => {
+                let wrong = |error: kube::config::KubeconfigError| ClusterError::Kubeconfig {
+                    path: path.clone(),
+                    reason: error.to_string(),
+                };
+                let file = Kubeconfig::read_from(path).map_err(wrong)?;
+                kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrong)?
+            }
+        };
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(READ_TIMEOUT);
+        config.write_timeout = Some(WRITE_TIMEOUT);
+        config.reset_reader_on_write = true;
+        // Who asks knows better how often and how long.
+        config.default_retry = false;
+        let builder = ClientBuilder::try_from(config).map_err(|error| ClusterError::Client(error.to_string()))?;
+        Ok(Self { client: builder.with_layer(&Consistent).build() })
+    }
+
+    /// The client, for the modules that talk to the API server.
+    pub(crate) fn client(&self) -> kube::Client {
+        self.client.clone()
+    }
+}
+
+/// Asks for streaming lists as of now. The library asks for any state (`resourceVersion=0`), and a replica of the API
+/// server that lags behind would make objects vanish that exist: their traffic would leave the mesh.
+#[derive(Clone, Copy, Debug)]
+struct Consistent;
+
+impl<S> tower_layer::Layer<S> for Consistent {
+    type Service = ConsistentService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ConsistentService { inner }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct ConsistentService<S> {
+    inner: S,
+}
+
+impl<S: Service<Request<Body>>> Service<Request<Body>> for ConsistentService<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if let Some(uri) = consistent(request.uri()) {
+            *request.uri_mut() = uri;
+        }
+        self.inner.call(request)
+    }
+}
+
+/// The same request for a state that is not older than the request; none where it does not begin a streaming list.
+fn consistent(uri: &Uri) -> Option<Uri> {
+    let (path, query) = uri.path_and_query()?.as_str().split_once('?')?;
+    if !query.split('&').any(|pair| pair == "sendInitialEvents=true") {
+        return None;
+    }
+    let kept: Vec<&str> = query.split('&').filter(|pair| *pair != "resourceVersion=0").collect();
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(format!("{path}?{}", kept.join("&")).parse().ok()?);
+    Uri::from_parts(parts).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streaming_lists_are_of_now_and_nothing_else_is_touched() {
+        let uri = "https://api:6443/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan\
+                   &allowWatchBookmarks=true&resourceVersion=0";
+        let asked = consistent(&uri.parse().unwrap()).unwrap().to_string();
+        assert_eq!(
+            asked,
+            "https://api:6443/api/v1/pods?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan\
+             &allowWatchBookmarks=true"
+        );
+        assert_eq!(consistent(&"/api/v1/pods?watch=true&resourceVersion=0".parse().unwrap()), None);
+        assert_eq!(consistent(&"/api/v1/pods".parse().unwrap()), None);
+    }
+
+    #[tokio::test]
+    async fn credentials_that_are_not_there_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config");
+        let error = Cluster::connect(&Credentials::Kubeconfig(path.clone())).await.unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()) && error.contains("--kubeconfig"), "{error}");
+        std::fs::write(&path, "apiVersion: v1\nkind: Config\n").unwrap();
+        assert!(Cluster::connect(&Credentials::Kubeconfig(path)).await.is_err());
+    }
+}

@@ -1,0 +1,178 @@
+//! The API server of a Kubernetes cluster as a source of objects: one watch for each kind.
+//!
+//! Nothing is told before every kind was listed completely, so that nothing is missing that something else refers to.
+//! From then on changes are told as they come, whatever happens to the API server meanwhile: a watch goes on where it
+//! was, or, where that is not possible any more, with a list, and what the list does not show is gone.
+
+mod cluster;
+mod objects;
+mod raw;
+mod status;
+mod watch;
+
+#[cfg(test)]
+mod property_tests;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{SelectAll, Stream, StreamExt};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+use tracing::info;
+
+use super::{Batch, Report, log_refusals};
+use crate::api::Kind;
+use crate::index::Event;
+use objects::Objects;
+use watch::{Step, Watched, follow};
+
+pub use cluster::{Cluster, ClusterError, Credentials};
+pub use status::{KindReport, WatchState, Watches};
+
+/// Changes are gathered for this long, so that those of one cause are told together.
+const GATHER: Duration = Duration::from_millis(10);
+/// Changes that may wait for the receiver; with more, the watches wait as well.
+const MAX_PENDING: usize = 100_000;
+
+/// The kinds that are followed.
+const WATCHED: [Watched; 6] = [
+    Watched { kind: Kind::Namespace, plural: "namespaces", is_built_in: true },
+    Watched { kind: Kind::Node, plural: "nodes", is_built_in: true },
+    Watched { kind: Kind::ServiceAccount, plural: "serviceaccounts", is_built_in: true },
+    Watched { kind: Kind::Service, plural: "services", is_built_in: true },
+    Watched { kind: Kind::EndpointSlice, plural: "endpointslices", is_built_in: true },
+    Watched { kind: Kind::Pod, plural: "pods", is_built_in: true },
+];
+
+/// The source.
+#[derive(Debug)]
+pub struct Kubernetes {
+    cluster: Cluster,
+    watches: Watches,
+}
+
+impl Kubernetes {
+    /// A source that follows the objects of `cluster`.
+    pub fn new(cluster: Cluster) -> Self {
+        Self { cluster, watches: Watches::new(WATCHED.iter().map(|watched| watched.kind)) }
+    }
+
+    /// How the watches are doing.
+    pub fn watches(&self) -> Watches {
+        self.watches.clone()
+    }
+
+    /// Sends everything found, then every change, until the receiver is gone. Trouble is logged and tried again for
+    /// ever; what was read stays in force.
+    pub async fn run(self, batches: mpsc::Sender<Batch>) {
+        let steps = WATCHED.into_iter().map(|watched| {
+            let (kind, status) = (watched.kind, self.watches.of(watched.kind));
+            follow(self.cluster.client(), watched, status).map(move |step| (kind, step)).boxed()
+        });
+        gather(steps.collect::<SelectAll<_>>(), Gathered::new(WATCHED.iter().map(|watched| watched.kind)), &batches)
+            .await;
+    }
+}
+
+/// Turns steps into batches.
+async fn gather(
+    mut steps: impl Stream<Item = (Kind, Step)> + Unpin,
+    mut gathered: Gathered,
+    batches: &mpsc::Sender<Batch>,
+) {
+    let mut due: Option<Instant> = None;
+    loop {
+        let is_full = gathered.is_synced() && gathered.pending.len() >= MAX_PENDING;
+        let ready = async {
+            if let Some(due) = due {
+                sleep_until(due).await;
+            }
+            batches.reserve().await
+        };
+        tokio::select! {
+            step = steps.next(), if !is_full => {
+                let Some((kind, step)) = step else { return };
+                if gathered.take(kind, &step) && due.is_none() {
+                    due = Some(Instant::now() + GATHER);
+                }
+            }
+            permit = ready, if due.is_some() => {
+                let Ok(permit) = permit else { return };
+                due = None;
+                if let Some(batch) = gathered.batch() {
+                    permit.send(batch);
+                }
+            }
+            () = batches.closed() => return,
+        }
+    }
+}
+
+/// What is known of every kind, and what of it has not been told.
+#[derive(Debug)]
+struct Gathered {
+    kinds: Vec<(Kind, Objects)>,
+    /// Kinds without a complete list.
+    unlisted: BTreeSet<Kind>,
+    pending: Vec<Event>,
+    /// None before the first batch.
+    told: Option<Arc<Report>>,
+}
+
+impl Gathered {
+    fn new(kinds: impl IntoIterator<Item = Kind>) -> Self {
+        let kinds: Vec<(Kind, Objects)> = kinds.into_iter().map(|kind| (kind, Objects::new(kind))).collect();
+        let unlisted = kinds.iter().map(|(kind, _)| *kind).collect();
+        Self { kinds, unlisted, pending: Vec::new(), told: None }
+    }
+
+    fn is_synced(&self) -> bool {
+        self.unlisted.is_empty()
+    }
+
+    /// Takes in one step. Returns whether there is something to tell by now.
+    fn take(&mut self, kind: Kind, step: &Step) -> bool {
+        let Some((_, objects)) = self.kinds.iter_mut().find(|(known, _)| *known == kind) else { return false };
+        match step {
+            Step::Listing => objects.begin_list(),
+            Step::Present(raw) => self.pending.extend(objects.apply(raw)),
+            Step::Gone(raw) => self.pending.extend(objects.delete(raw)),
+            Step::Listed => {
+                self.pending.extend(objects.end_list());
+                self.unlisted.remove(&kind);
+            }
+            Step::Absent => {
+                objects.begin_list();
+                self.pending.extend(objects.end_list());
+                self.unlisted.remove(&kind);
+            }
+        }
+        // Also without an event: what is refused may have changed.
+        self.is_synced() && !matches!(step, Step::Listing)
+    }
+
+    /// What has not been told yet; none if that is nothing.
+    fn batch(&mut self) -> Option<Batch> {
+        let report = Report {
+            files: 0,
+            accepted: self.kinds.iter().map(|(_, objects)| objects.accepted()).sum(),
+            ignored: 0,
+            refused: self.kinds.iter().flat_map(|(_, objects)| objects.refusals()).collect(),
+        };
+        if self.pending.is_empty() && self.told.as_deref() == Some(&report) {
+            return None;
+        }
+        log_refusals(self.told.as_deref(), &report);
+        if self.told.is_none() {
+            info!(accepted = report.accepted, refused = report.refused.len(), "the cluster is read");
+        }
+        let report = Arc::new(report);
+        self.told = Some(report.clone());
+        Some(Batch { events: std::mem::take(&mut self.pending), report })
+    }
+}
+
+#[cfg(test)]
+mod tests;
