@@ -43,7 +43,9 @@ fn serve(args: &ServeArgs) -> Result<ExitCode, String> {
         }
     };
     let format = args.log_format.parse().map_err(|error| format!("--log-format: {error}"))?;
-    let log = log::init(&args.log_level, format).map_err(|error| format!("--log-level: {error}"))?;
+    // Every error of a request is logged by whoever made it, with what it was for and once.
+    let level = format!("{},kube_client::client::builder=off", args.log_level);
+    let log = log::init(&level, format).map_err(|error| format!("--log-level: {error}"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

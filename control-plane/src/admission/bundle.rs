@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::ca::Authorities;
 use crate::ingest::Cluster;
+use crate::ingest::kubernetes::describe;
 
 /// The registration, which is installed with the manifests; without it nobody asks.
 const REGISTRATION: &str = "culvert-validation";
@@ -38,7 +39,7 @@ impl Bundle {
             let roots = self.authorities.borrow_and_update().roots_pem();
             let now = match tokio::time::timeout(TIMEOUT, self.look(&roots)).await {
                 Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
+                Ok(Err(error)) => Some(describe(&error)),
                 Err(_) => Some(format!("no answer within {TIMEOUT:?}")),
             };
             if let Some(error) = now.as_ref().filter(|_| trouble.is_none()) {

@@ -16,6 +16,7 @@ use super::reviewed::{Answer, Reviewed};
 use crate::ca::token::{Audience, MAX_TOKEN_BYTES, SUBJECT_PREFIX, TokenError};
 use crate::ca::{AuthenticationError, BoundPod, Caller};
 use crate::ingest::Cluster;
+use crate::ingest::kubernetes::describe;
 
 /// Reviews at a time; others wait. With answers in milliseconds that is some thousand per second.
 const MAX_REVIEWS: usize = 32;
@@ -92,7 +93,7 @@ impl Inner {
             AuthenticationError::Unavailable
         };
         let answer = answer.await.map_err(|_| unavailable(format!("no answer within {TIMEOUT:?}")))?;
-        let status = answer.map_err(|error| unavailable(error.to_string()))?.status.unwrap_or_default();
+        let status = answer.map_err(|error| unavailable(describe(&error)))?.status.unwrap_or_default();
         caller(&status, &self.audiences).map_err(|reason| AuthenticationError::NotAccepted { reason })
     }
 }

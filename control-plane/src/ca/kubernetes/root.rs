@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use super::secret::{self, OWN, PLUGGED, ROOTS};
 use crate::ca::Authorities;
 use crate::ingest::Cluster;
+use crate::ingest::kubernetes::describe;
 
 /// The ConfigMap with the roots to trust, which pods of the system namespace mount.
 const PUBLISHED: &str = "culvert-ca-root-cert";
@@ -226,7 +227,7 @@ impl Store {
 async fn request<T>(action: String, asked: impl Future<Output = kube::Result<T>>) -> Result<T, RootError> {
     match tokio::time::timeout(TIMEOUT, asked).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => Err(RootError::Api { action, reason: error.to_string() }),
+        Ok(Err(error)) => Err(RootError::Api { action, reason: describe(&error) }),
         Err(_) => Err(RootError::Api { action, reason: format!("no answer within {TIMEOUT:?}") }),
     }
 }

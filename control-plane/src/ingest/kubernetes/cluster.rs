@@ -64,12 +64,12 @@ impl Cluster {
     pub async fn connect(credentials: &Credentials) -> Result<Self, ClusterError> {
         let mut config = match credentials {
             Credentials::InCluster => {
-                kube::Config::incluster().map_err(|error| ClusterError::NotInCluster(error.to_string()))?
+                kube::Config::incluster().map_err(|error| ClusterError::NotInCluster(describe(&error)))?
             }
             Credentials::Kubeconfig(path) => {
                 let wrong = |error: kube::config::KubeconfigError| ClusterError::Kubeconfig {
                     path: path.clone(),
-                    reason: error.to_string(),
+                    reason: describe(&error),
                 };
                 let file = Kubeconfig::read_from(path).map_err(wrong)?;
                 kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrong)?
@@ -81,7 +81,7 @@ impl Cluster {
         config.reset_reader_on_write = true;
         // Who asks knows better how often and how long.
         config.default_retry = false;
-        let builder = ClientBuilder::try_from(config).map_err(|error| ClusterError::Client(error.to_string()))?;
+        let builder = ClientBuilder::try_from(config).map_err(|error| ClusterError::Client(describe(&error)))?;
         Ok(Self { client: builder.with_layer(&Consistent).build() })
     }
 
@@ -89,6 +89,21 @@ impl Cluster {
     pub(crate) fn client(&self) -> kube::Client {
         self.client.clone()
     }
+}
+
+/// An error of the client with its causes, which its own text leaves out.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = inner.source();
+    }
+    text
 }
 
 /// Asks for streaming lists as of now. The library asks for any state (`resourceVersion=0`), and a replica of the API

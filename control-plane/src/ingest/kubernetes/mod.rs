@@ -28,6 +28,7 @@ use crate::index::Event;
 use objects::Objects;
 use watch::{Step, Watched, follow};
 
+pub(crate) use cluster::describe;
 pub use cluster::{Cluster, ClusterError, Credentials};
 pub use status::{KindReport, WatchState, Watches};
 

@@ -100,10 +100,11 @@ impl KindStatus {
         is_news
     }
 
-    pub(super) fn heard(&self, now: SystemTime) {
+    /// Something was heard. Returns whether there was trouble before.
+    pub(super) fn heard(&self, now: SystemTime) -> bool {
         let mut report = self.lock();
         report.last_event = Some(now);
-        report.trouble = None;
+        report.trouble.take().is_some()
     }
 
     /// Something failed. Returns whether it is the first failure since something was heard.

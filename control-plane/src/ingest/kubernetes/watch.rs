@@ -9,6 +9,7 @@ use kube::api::ApiResource;
 use kube::runtime::watcher::{self, Config, Error, Event, watcher};
 use tracing::{debug, info, warn};
 
+use super::cluster::describe;
 use super::raw::Raw;
 use super::status::KindStatus;
 use crate::api::Kind;
@@ -112,7 +113,9 @@ impl Follower {
                     // A list that only begins is no success: the next thing may be its error.
                     if !matches!(event, Event::Init) {
                         self.pause = FIRST_PAUSE;
-                        self.status.heard(SystemTime::now());
+                        if self.status.heard(SystemTime::now()) {
+                            info!(kind = %self.watched.kind, "the watch goes on");
+                        }
                     }
                     return self.step(event);
                 }
@@ -206,21 +209,6 @@ fn reaction(error: &Error, is_built_in: bool, streams_lists: bool) -> Reaction {
         410 | 504 => Reaction::Restart,
         _ => Reaction::Resume,
     }
-}
-
-/// The error with its causes, which the library's own text leaves out.
-fn describe(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        let more = inner.to_string();
-        if !text.contains(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = inner.source();
-    }
-    text
 }
 
 #[cfg(test)]
