@@ -1,5 +1,6 @@
 //! The node proxy and its agent.
 
 pub mod agent;
+pub mod ask;
 pub mod cni;
 pub mod proxy;

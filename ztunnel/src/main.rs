@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ztunnel::{agent, cni, proxy};
+use ztunnel::{agent, ask, cni, proxy};
 
 /// The mesh on one node: captures the traffic of its pods and carries it through mutual TLS.
 #[derive(clap::Parser)]
@@ -23,6 +23,10 @@ enum Command {
     Proxy(Box<proxy::Config>),
     /// The CNI plugin: environment and standard input as the CNI specification has it
     Cni,
+    /// Ask this node's agent whether pods can be enrolled: exit code 0 if so
+    Ready(ask::Options),
+    /// Ask this node's agent which pods are enrolled, each checked in the kernel now
+    Pods(ask::Options),
     /// Print the version
     Version,
     /// Try every way out of the proxy's jail, from inside it (for tests)
@@ -46,6 +50,8 @@ fn main() -> ExitCode {
         Command::Agent(config) => agent::run(&config).map_err(Into::into),
         Command::Proxy(config) => proxy::run(*config).map_err(Into::into),
         Command::Cni => return cni::run(),
+        Command::Ready(options) => ask::ready(&options).map_err(Into::into),
+        Command::Pods(options) => ask::pods(&options).map(|text| print!("{text}")).map_err(Into::into),
         Command::Version => {
             println!("{}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -1,7 +1,13 @@
 //! The agent's options.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs;
+use serde_json::json;
+
+use super::plugin::Plugin;
+use crate::cni::decide::SYSTEM_NAMESPACE;
 
 /// Options of `ztunnel agent`.
 #[derive(clap::Args, Clone, Debug)]
@@ -10,9 +16,13 @@ pub struct Config {
     #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR", default_value = "/run/culvert")]
     pub run_dir: PathBuf,
 
-    /// Where the cgroup v2 hierarchy of the host is mounted (`/sys/fs/cgroup/unified` where v1 stands beside it).
+    /// Where the cgroups of the host are mounted. Where version 1 stands beside version 2, the folder `unified` in it is used.
     #[arg(long, env = "CULVERT_CGROUP_ROOT", value_name = "DIR", default_value = "/sys/fs/cgroup")]
     pub cgroup_root: PathBuf,
+
+    /// A mount of the host's proc whose `sys` can be written: a container's own cannot.
+    #[arg(long, env = "CULVERT_PROC_DIR", value_name = "DIR", default_value = "/proc")]
+    pub proc_dir: PathBuf,
 
     /// Folder on a bpffs in which links and maps are pinned; made if it is missing, the mount is not.
     #[arg(long, env = "CULVERT_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf/culvert")]
@@ -23,13 +33,40 @@ pub struct Config {
     pub proxy_uid: u32,
 
     /// Directory of YAML with the Namespaces and Pods whose labels say which pods are enrolled; it is followed. Without it
-    /// every pod that the CNI plugin asks for is enrolled.
-    #[arg(long, env = "CULVERT_SOURCE_DIR", value_name = "DIR")]
+    /// and without --kubernetes every pod that the CNI plugin asks for is enrolled.
+    #[arg(long, env = "CULVERT_SOURCE_DIR", value_name = "DIR", conflicts_with = "kubernetes")]
     pub source_dir: Option<PathBuf>,
+
+    /// Take the labels of this node's pods and of namespaces from the Kubernetes API, enrol also pods that run already, and
+    /// say on each pod's object whether it is captured. As the pod's service account, or with --kubeconfig.
+    #[arg(long, env = "CULVERT_KUBERNETES", requires = "node_name")]
+    pub kubernetes: bool,
+
+    /// File that says where the Kubernetes API is and who asks.
+    #[arg(long, env = "CULVERT_KUBECONFIG", value_name = "FILE", requires = "kubernetes")]
+    pub kubeconfig: Option<PathBuf>,
 
     /// Name of this node: pods that run on another one are not looked at. Without it all are.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
+
+    /// The container runtime's folder of CNI plugins (usually /opt/cni/bin): the agent installs itself there. With
+    /// --cni-conf-dir; without both somebody else installs the plugin.
+    #[arg(long, env = "CULVERT_CNI_BIN_DIR", value_name = "DIR", requires = "cni_conf_dir")]
+    pub cni_bin_dir: Option<PathBuf>,
+
+    /// The container runtime's folder of network configurations (usually /etc/cni/net.d): the agent chains its plugin to the
+    /// one that is in use, and puts it back when the node's CNI writes that anew.
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "cni_bin_dir")]
+    pub cni_conf_dir: Option<PathBuf>,
+
+    /// Namespaces whose pods the CNI plugin lets pass unseen [default: kube-system and the mesh's own].
+    #[arg(long, env = "CULVERT_EXCLUDED_NAMESPACES", value_name = "NAMES", value_delimiter = ',')]
+    pub excluded_namespaces: Option<Vec<String>>,
+
+    /// Namespace of the mesh's own pods, which the CNI plugin lets pass.
+    #[arg(long, env = "CULVERT_SYSTEM_NAMESPACE", value_name = "NAME", default_value = SYSTEM_NAMESPACE)]
+    pub system_namespace: String,
 
     /// Cgroup (v2) of the kubelet, as a path of the host. The probes that it makes reach enrolled pods without the mesh;
     /// without this they are plaintext from outside like any other, which strict mutual TLS refuses.
@@ -77,6 +114,33 @@ pub struct Config {
     /// are opened afterwards are no longer carried by the mesh.
     #[arg(long, visible_alias = "purge")]
     pub uninstall: bool,
+}
+
+impl Config {
+    /// Where the cgroup v2 hierarchy of the host is mounted.
+    #[must_use]
+    pub fn cgroup2_root(&self) -> PathBuf {
+        let beside = self.cgroup_root.join("unified");
+        let is_v2 = |path: &Path| {
+            statfs::statfs(path).is_ok_and(|found| found.filesystem_type() == statfs::CGROUP2_SUPER_MAGIC)
+        };
+        if !is_v2(&self.cgroup_root) && is_v2(&beside) { beside } else { self.cgroup_root.clone() }
+    }
+
+    /// The CNI plugin, if the agent is to install it.
+    #[must_use]
+    pub fn plugin(&self) -> Option<Plugin> {
+        let (bin_dir, conf_dir) = (self.cni_bin_dir.clone()?, self.cni_conf_dir.clone()?);
+        let mut own = json!({
+            // As the host's runtime sees it: the folder is the same inside and outside of the agent's container.
+            "agentSocket": self.run_dir.join("cni.sock"),
+            "systemNamespace": self.system_namespace,
+        });
+        if let (Some(excluded), Some(fields)) = (&self.excluded_namespaces, own.as_object_mut()) {
+            fields.insert(String::from("excludedNamespaces"), json!(excluded));
+        }
+        Some(Plugin { bin_dir, conf_dir, own })
+    }
 }
 
 /// On or off.

@@ -19,6 +19,7 @@ pub mod manager;
 mod metrics;
 pub mod netlink;
 pub mod netns;
+pub mod plugin;
 pub mod pod;
 pub mod pod_network;
 pub mod preflight;
@@ -49,7 +50,7 @@ use tokio::task::JoinSet;
 pub use config::Config;
 
 use capture::{CaptureError, NodeCapture};
-use enrolment::{Directory, DirectoryError, Enrolment};
+use enrolment::{AnySource, Enrolment, SourceError};
 use host::{Choices, Host};
 use maker::Maker;
 use manager::Manager;
@@ -82,7 +83,10 @@ pub enum Error {
     State(#[from] StateError),
     /// Where labels come from.
     #[error(transparent)]
-    Source(#[from] DirectoryError),
+    Source(#[from] SourceError),
+    /// The CNI plugin cannot be removed.
+    #[error("the CNI plugin stays: {0}")]
+    Plugin(#[from] plugin::PluginError),
     /// A socket of the agent.
     #[error("{path}: {source}")]
     Socket {
@@ -131,14 +135,16 @@ pub fn run(config: &Config) -> Result<(), Error> {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
     if config.uninstall {
+        pod_network::use_proc(&config.proc_dir);
         let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
         return uninstall(config, &run_dir);
     }
     let run_dir = RunDir::open_when_free(&config.run_dir, config.proxy_uid)?;
     preflight::check(config)?;
-    let kubelet = config.kubelet_cgroup.as_deref();
-    let capture = NodeCapture::open(&config.bpffs, &config.cgroup_root, kubelet, config.ebpf_log)?;
-    let host = Host::new(capture, config.cgroup_root.clone(), Choices::from(config)).map_err(Error::Start)?;
+    pod_network::use_proc(&config.proc_dir);
+    let (cgroup_root, kubelet) = (config.cgroup2_root(), config.kubelet_cgroup.as_deref());
+    let capture = NodeCapture::open(&config.bpffs, &cgroup_root, kubelet, config.ebpf_log)?;
+    let host = Host::new(capture, cgroup_root, Choices::from(config)).map_err(Error::Start)?;
     host.look_for_foreign_programs()?;
     selftest::run(&host.capture)?;
     // One thread is enough for what the agent does by itself; what blocks is done on a few others, which end when they are
@@ -163,8 +169,14 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
         let host = Arc::clone(&host);
         tasks.spawn(async move { host.capture.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
     }
-    let source = config.source_dir.clone().map(|dir| Directory::open(dir, config.node_name.clone())).transpose()?;
+    let source = AnySource::open(config).await?;
     let manager = start(run_dir, config.proxy_uid, &host, source, &mut tasks)?;
+    if let Some(plugin) = config.plugin() {
+        tasks.spawn(async move {
+            plugin.keep().await;
+            Ok(())
+        });
+    }
     if let Some(address) = config.admin_addr {
         let failed = |source| Error::Admin { address, source };
         let server = http::Server::bind(address).await.map_err(failed)?.local_only();
@@ -196,7 +208,7 @@ fn start(
     run_dir: &RunDir,
     proxy_uid: u32,
     host: &Arc<Host>,
-    source: Option<Directory>,
+    source: Option<AnySource>,
     tasks: &mut Tasks,
 ) -> Result<Manager, Error> {
     let maker = Maker::start(Arc::clone(host)).map_err(Error::Start)?;
@@ -210,7 +222,15 @@ fn start(
         handover::serve(proxies, proxy_uid, served, maker).await;
         Ok(())
     });
+    let kubernetes = source.as_ref().and_then(AnySource::kubernetes).cloned();
     let enrolment = Enrolment::start(run_dir.path(), manager.clone(), source);
+    if let Some(kubernetes) = kubernetes {
+        let enrolment = enrolment.clone();
+        tasks.spawn(async move {
+            enrolment.report(kubernetes).await;
+            Ok(())
+        });
+    }
     tasks.spawn(async move {
         announce::serve(announcers, enrolment).await;
         Ok(())
@@ -224,6 +244,10 @@ fn bind(path: &Path) -> Result<seqpacket::Listener, Error> {
 
 /// Releases every pod and removes all pins.
 fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> {
+    // First what would call an agent that is not there any more.
+    if let Some(plugin) = config.plugin() {
+        plugin.remove()?;
+    }
     let state = State::new(run_dir.state());
     let saved = state.load()?;
     // First the programs: from here on nothing is captured.

@@ -33,7 +33,7 @@ use super::netlink::{Netlink, NetlinkError};
 use super::netns::{Netns, NetnsError};
 
 pub use interface::{Interface, find as find_interface};
-pub use sysctl::Before;
+pub use sysctl::{Before, use_proc};
 
 /// `lo` has this index in every namespace.
 const LOOPBACK: u32 = 1;

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{self, FsType, statfs as stat_fs};
+use nix::unistd::{AccessFlags, access};
 
 use super::capture::probe::{self, Probe};
 use super::config::Config;
@@ -57,9 +58,10 @@ pub fn check(config: &Config) -> Result<(), PreflightError> {
             });
         }
     }
-    if file_system(&config.cgroup_root) != Some(statfs::CGROUP2_SUPER_MAGIC) {
+    let cgroup_root = config.cgroup2_root();
+    if file_system(&cgroup_root) != Some(statfs::CGROUP2_SUPER_MAGIC) {
         missing.push(Missing {
-            what: format!("cgroup v2 at {} (the connect hook is attached there)", config.cgroup_root.display()),
+            what: format!("cgroup v2 at {} (the connect hook is attached there)", cgroup_root.display()),
             remedy: String::from(
                 "give the mount point of type cgroup2 in /proc/mounts with --cgroup-root, or `mount -t cgroup2 none DIR`",
             ),
@@ -75,10 +77,11 @@ pub fn check(config: &Config) -> Result<(), PreflightError> {
             ),
         });
     }
-    if !Path::new("/proc/sys/net/ipv4/tcp_fwmark_accept").exists() {
+    let accept = config.proc_dir.join("sys/net/ipv4/tcp_fwmark_accept");
+    if access(&accept, AccessFlags::W_OK).is_err() {
         missing.push(Missing {
-            what: String::from("sysctl net.ipv4.tcp_fwmark_accept (replies of applications return to the proxy)"),
-            remedy: String::from("mount the host's /proc in the agent's container"),
+            what: format!("{}, writable (replies of applications return to the proxy)", accept.display()),
+            remedy: String::from("mount the host's /proc in the agent's container, and give its place with --proc-dir"),
         });
     }
     // Probing needs the capabilities; without them every probe would fail and say so.

@@ -13,8 +13,9 @@ use super::error::CniError;
 use super::knowledge::PodName;
 use super::passed::is_sandbox_id;
 
-/// Versions of the specification that the plugin follows, in order.
-pub const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
+/// Versions of the specification that the plugin follows, in order. The lists of several CNIs are still of 0.3.1, which
+/// differs for a plugin that adds no interface only in that there is no CHECK.
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// The newest of them.
 pub const NEWEST: &str = "1.1.0";
 /// Where the agent listens unless the configuration says otherwise.

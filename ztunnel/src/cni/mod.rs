@@ -14,6 +14,7 @@
 //! ([`knowledge`]), which can only let a pod pass, and only if it is known for certain. Everybody else waits for the
 //! agent, up to `patienceSeconds`, and is then refused with the code for "try again later".
 
+pub mod chain;
 pub mod client;
 pub mod config;
 pub mod decide;
@@ -265,6 +266,7 @@ impl Plugin {
     }
 
     fn check(&self, attachment: &Attachment) -> Result<Value, CniError> {
+        self.configuration.at_least("0.4.0")?;
         if self.configuration.previous.is_none() {
             return Err(CniError::Configuration(String::from("there is no prevResult")));
         }

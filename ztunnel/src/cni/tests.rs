@@ -340,7 +340,7 @@ fn wrong_configuration_is_an_error_of_the_specification() {
     for text in ["null", "3", "[]", "{}", r#"{"cniVersion": 1}"#, r#"{"cniVersion": "1.0.0"}"#] {
         assert_eq!(code(text), 7, "{text}");
     }
-    for version in ["", "0.1.0", "0.3.1", "9.9.9", "1.0.0 "] {
+    for version in ["", "0.1.0", "0.2.0", "9.9.9", "1.0.0 "] {
         assert_eq!(code(&json!({ "cniVersion": version, "name": "net" }).to_string()), 1);
     }
     assert_eq!(code(&" ".repeat(MAX_CONFIGURATION as usize + 1)), 7);

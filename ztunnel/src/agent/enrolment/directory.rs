@@ -98,7 +98,10 @@ impl Source for Directory {
                 last = Some(found.clone());
                 let pods: usize = found.pods.values().map(BTreeMap::len).sum();
                 tracing::info!(namespaces = found.namespaces.len(), pods, "labels read");
-                if knowledge.send(Arc::new(Known { knowledge: found, origin: Origin::Source })).is_err() {
+                if knowledge
+                    .send(Arc::new(Known { knowledge: found, origin: Origin::Source, running: Vec::new() }))
+                    .is_err()
+                {
                     return;
                 }
             }

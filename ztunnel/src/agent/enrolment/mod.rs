@@ -3,21 +3,29 @@
 //! start and follows the labels afterwards.
 
 mod directory;
+mod found;
+pub mod kubernetes;
 mod objects;
+mod source;
 mod task;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use mesh_proto::node;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 pub use directory::{Directory, DirectoryError};
+pub use kubernetes::Kubernetes;
+pub use source::{AnySource, SourceError};
 
 use super::manager::{Listed, Manager, ManagerError};
 use super::netns::NetnsError;
@@ -25,7 +33,7 @@ use super::pod::EnrolError;
 use crate::cni::decide::{Decision, Exclusions, Pass};
 use crate::cni::knowledge::{self, Knowledge, PodName};
 use crate::cni::passed::{Folder, is_sandbox_id};
-use task::{Command, Task};
+use task::{Command, Task, Tell};
 
 /// Commands that wait.
 const QUEUE: usize = 256;
@@ -41,13 +49,43 @@ pub trait Source: Send + 'static {
 }
 
 /// What is known of labels, and since when.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Known {
     /// The labels.
     pub knowledge: Knowledge,
     /// Who says so.
     pub origin: Origin,
+    /// Pods that run on this node, where the source tells.
+    pub running: Vec<Running>,
 }
+
+/// A pod that runs on this node in a network of its own.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Running {
+    /// Its UID.
+    pub uid: String,
+    /// All UIDs by which the kubelet and the runtime may name it; see [`KnownPod`](knowledge::KnownPod).
+    pub uids: Vec<String>,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its service account.
+    pub service_account: String,
+    /// Its addresses, the primary one first.
+    pub addresses: Vec<IpAddr>,
+    /// It is being deleted.
+    pub ends: bool,
+    /// Its annotation says that it is captured.
+    pub is_confirmed: bool,
+    /// What controls it.
+    pub owner: Option<OwnerReference>,
+}
+
+impl Eq for Running {}
+
+/// Why pods are not where their labels say, by UID.
+pub type Problems = BTreeMap<String, String>;
 
 /// Who says what is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,7 +133,11 @@ pub enum AdmissionError {
     /// Nothing is known of it, so it would have to be enrolled; but under which identity?
     #[error(
         "neither the agent's source of labels nor the runtime says under which service account it runs{}",
-        if *.0 { "; the source does not know this pod (yet)" } else { "; the agent has no source (--source-dir)" }
+        if *.0 {
+            "; the source does not know this pod (yet)"
+        } else {
+            "; the agent has no source (--kubernetes or --source-dir)"
+        }
     )]
     NoIdentity(bool),
     /// The agent could not do it.
@@ -137,6 +179,8 @@ pub struct Enrolment {
     known: watch::Receiver<Arc<Known>>,
     manager: Manager,
     has_source: bool,
+    problems: watch::Receiver<Problems>,
+    changed: Arc<Notify>,
 }
 
 impl Enrolment {
@@ -151,9 +195,18 @@ impl Enrolment {
             tokio::spawn(source.run(publish));
         }
         let (commands, queue) = mpsc::channel(QUEUE);
-        let task = Task::new(manager.clone(), known.clone(), file, Folder::new(run_dir), has_source);
+        let (say, problems) = watch::channel(Problems::new());
+        let changed = Arc::new(Notify::new());
+        let tell = Tell { problems: say, changed: Arc::clone(&changed) };
+        let task = Task::new(manager.clone(), known.clone(), file, Folder::new(run_dir), has_source, tell);
         tokio::spawn(task.run(queue));
-        Self { commands, known, manager, has_source }
+        Self { commands, known, manager, has_source, problems, changed }
+    }
+
+    /// Tells the Kubernetes API what becomes of this node's pods, until the agent ends.
+    pub async fn report(self, kubernetes: Kubernetes) {
+        let Self { known, manager, problems, changed, .. } = self;
+        kubernetes::report::Report { kubernetes, known, manager, problems, changed }.run().await;
     }
 
     /// The pods that are enrolled.
@@ -246,7 +299,7 @@ fn earlier(file: &Path, has_source: bool) -> Known {
         return Known::default();
     }
     match knowledge::load(file, MAX_AGE) {
-        Ok(Some(knowledge)) => Known { knowledge, origin: Origin::File },
+        Ok(Some(knowledge)) => Known { knowledge, origin: Origin::File, running: Vec::new() },
         Ok(None) => Known::default(),
         Err(error) if error.is_absence() => Known::default(),
         Err(error) => {

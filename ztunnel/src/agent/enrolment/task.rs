@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_proto::node;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Admission, AdmissionError, Admitted, Checked, Known, NOBODY, Origin, name};
+use super::found::{self, Found};
+use super::{Admission, AdmissionError, Admitted, Checked, Known, NOBODY, Origin, Problems, Running, name};
 use crate::agent::manager::{Manager, ManagerError};
 use crate::agent::netns::{inode_at, is_gone};
 use crate::agent::pod::{EnrolError, Pod, PodInfo, Sandbox};
@@ -58,6 +59,15 @@ pub struct Task {
     asked: HashMap<String, u64>,
     /// By UID.
     failures: HashMap<String, Failure>,
+    tell: Tell,
+}
+
+/// Who wants to know what became of pods.
+pub struct Tell {
+    /// Why pods are not where their labels say.
+    pub problems: watch::Sender<Problems>,
+    /// Told after every change.
+    pub changed: Arc<Notify>,
 }
 
 /// Why labels could not be followed, and when it is tried again.
@@ -74,6 +84,7 @@ impl Task {
         file: PathBuf,
         folder: Folder,
         has_source: bool,
+        tell: Tell,
     ) -> Self {
         Self {
             manager,
@@ -86,6 +97,7 @@ impl Task {
             ended: VecDeque::new(),
             asked: HashMap::new(),
             failures: HashMap::new(),
+            tell,
         }
     }
 
@@ -113,7 +125,21 @@ impl Task {
                     self.follow().await;
                 }
             }
+            self.tell();
         }
+    }
+
+    fn tell(&self) {
+        let problems: Problems =
+            self.failures.iter().map(|(uid, failure)| (uid.clone(), failure.reason.clone())).collect();
+        self.tell.problems.send_if_modified(|before| {
+            let is_news = *before != problems;
+            if is_news {
+                *before = problems;
+            }
+            is_news
+        });
+        self.tell.changed.notify_one();
     }
 
     /// An answer that nobody waits for any more is dropped: the work is done all the same.
@@ -288,7 +314,10 @@ impl Task {
             }
         }
         let (passed, manager) = (&self.passed, &self.manager);
-        self.failures.retain(|uid, _| manager.pod(uid).is_some() || passed.values().any(|one| one.uid == *uid));
+        let known = self.known.borrow().clone();
+        let runs = |uid: &str| known.running.iter().any(|running| running.uid == uid);
+        self.failures
+            .retain(|uid, _| manager.pod(uid).is_some() || passed.values().any(|one| one.uid == *uid) || runs(uid));
         let enrolled: HashSet<String> = manager.pods().iter().map(|pod| pod.sandbox().id).collect();
         self.asked.retain(|sandbox, _| passed.contains_key(sandbox) || enrolled.contains(sandbox));
     }
@@ -350,6 +379,53 @@ impl Task {
                 self.note(&uid, done);
             }
         }
+        self.follow_unannounced(&known).await;
+    }
+
+    /// Pods that ran before anybody announced them, as all do on a node that the mesh is new to.
+    async fn follow_unannounced(&mut self, known: &Known) {
+        for running in &known.running {
+            let is_announced = running
+                .uids
+                .iter()
+                .any(|uid| self.manager.pod(uid).is_some() || self.passed.values().any(|passed| passed.uid == *uid));
+            let named = PodName { namespace: &running.namespace, name: &running.name, uid: Some(&running.uid) };
+            if !is_announced
+                && !running.ends
+                && matches!(known.knowledge.decide(named, &NOBODY), Decision::Enrol(why) if why.is_certain())
+                && self.is_due(&running.uid)
+            {
+                let (uid, namespace, name) = (&running.uid, &running.namespace, &running.name);
+                tracing::info!(pod = uid, name, namespace, "runs and was never announced; to be enrolled");
+                let done = self.enrol_found(running.clone()).await;
+                self.note(uid, done);
+            }
+        }
+    }
+
+    async fn enrol_found(&self, pod: Running) -> Result<(), String> {
+        let uids = pod.uids.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let Found { open, path, inode } = found::find(&uids).map_err(|error| error.to_string())?;
+            let netns = File::open(&open).map_err(|error| format!("{}: {error}", open.display()))?;
+            match netns.metadata() {
+                Ok(opened) if opened.ino() == inode => Ok((netns, path)),
+                _ => Err(String::from("its process ended while its namespace was looked for")),
+            }
+        });
+        let (netns, path) = opened.await.map_err(|error| error.to_string())??;
+        // As the runtime will name it.
+        let uid = pod.uids.last().cloned().unwrap_or(pod.uid);
+        let info = PodInfo {
+            uid,
+            name: pod.name,
+            namespace: pod.namespace,
+            service_account: pod.service_account,
+            addresses: pod.addresses,
+        };
+        let info = PodInfo::try_from(Some(info.to_wire())).map_err(|error| error.to_string())?;
+        let sandbox = Sandbox { id: String::new(), path };
+        self.manager.enrol(info, netns.into(), sandbox).await.map_err(|error| error.to_string())
     }
 
     /// A pod that runs has lost its label.

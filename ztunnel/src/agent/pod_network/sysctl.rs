@@ -2,16 +2,27 @@
 
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::PodNetworkError;
 
+/// Where the switches are written. In a container /proc/sys can only be read.
+static PROC: OnceLock<PathBuf> = OnceLock::new();
+
 /// Makes replies to a marked SYN carry its mark, so that they go back to the proxy. For both families.
-const ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const ACCEPT: &str = "sys/net/ipv4/tcp_fwmark_accept";
 /// The same for answers that no socket gives: without it the reset for a port on which nobody listens would be sent out
 /// of the pod to the real client, and the proxy would wait for its connection in vain.
-const REFLECT_V4: &str = "/proc/sys/net/ipv4/fwmark_reflect";
+const REFLECT_V4: &str = "sys/net/ipv4/fwmark_reflect";
 /// The same for IPv6.
-const REFLECT_V6: &str = "/proc/sys/net/ipv6/fwmark_reflect";
+const REFLECT_V6: &str = "sys/net/ipv6/fwmark_reflect";
+
+/// From now on the switches are found below this mount of proc. Only the first call counts.
+pub fn use_proc(path: &Path) {
+    // A second one is that of another test in the same process.
+    let _ = PROC.set(path.to_owned());
+}
 
 /// What was there before, to be restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -59,12 +70,16 @@ pub fn write(to: Before) -> Result<(), PodNetworkError> {
 }
 
 fn get(path: &'static str) -> Result<bool, PodNetworkError> {
-    let text = fs::read_to_string(path).map_err(at(path))?;
+    let text = fs::read_to_string(below_proc(path)).map_err(at(path))?;
     Ok(text.trim() != "0")
 }
 
 fn set(path: &'static str, on: bool) -> Result<(), PodNetworkError> {
-    fs::write(path, if on { "1" } else { "0" }).map_err(at(path))
+    fs::write(below_proc(path), if on { "1" } else { "0" }).map_err(at(path))
+}
+
+fn below_proc(path: &'static str) -> PathBuf {
+    PROC.get().map_or(Path::new("/proc"), PathBuf::as_path).join(path)
 }
 
 fn at(path: &'static str) -> impl FnOnce(io::Error) -> PodNetworkError {

@@ -1,0 +1,84 @@
+//! The source of labels that the configuration asks for.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use tokio::sync::watch;
+
+use super::{Directory, DirectoryError, Known, Kubernetes, Source};
+use crate::agent::config::Config;
+
+/// Why there is no source.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The directory.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// The file that says where the API is.
+    #[error("{} (--kubeconfig): {source}", path.display())]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Box<KubeconfigError>,
+    },
+    /// This is no pod of a cluster.
+    #[error("--kubernetes: no service account is found here ({0}); run as a pod, or give --kubeconfig")]
+    InCluster(#[from] kube::config::InClusterError),
+    /// The client cannot be made.
+    #[error("--kubernetes: {0}")]
+    Client(#[source] Box<kube::Error>),
+}
+
+/// One of the sources.
+#[derive(Debug)]
+pub enum AnySource {
+    /// A directory of YAML.
+    Directory(Directory),
+    /// The Kubernetes API.
+    Kubernetes(Kubernetes),
+}
+
+impl AnySource {
+    /// The source that the configuration asks for, if any. An API server that is away is no error: it is waited for.
+    ///
+    /// # Errors
+    /// When it cannot be one.
+    pub async fn open(config: &Config) -> Result<Option<Self>, SourceError> {
+        if let Some(dir) = &config.source_dir {
+            return Ok(Some(Self::Directory(Directory::open(dir.clone(), config.node_name.clone())?)));
+        }
+        let Some(node) = config.node_name.clone().filter(|_| config.kubernetes) else { return Ok(None) };
+        let settings = match &config.kubeconfig {
+            Some(path) => {
+                let wrong = |source| SourceError::Kubeconfig { path: path.clone(), source: Box::new(source) };
+                let file = Kubeconfig::read_from(path).map_err(wrong)?;
+                let options = KubeConfigOptions::default();
+                kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrong)?
+            }
+            None => kube::Config::incluster()?,
+        };
+        let client = kube::Client::try_from(settings).map_err(|error| SourceError::Client(Box::new(error)))?;
+        Ok(Some(Self::Kubernetes(Kubernetes::new(client, node))))
+    }
+
+    /// The Kubernetes API, if that is the source.
+    #[must_use]
+    pub const fn kubernetes(&self) -> Option<&Kubernetes> {
+        match self {
+            Self::Directory(_) => None,
+            Self::Kubernetes(source) => Some(source),
+        }
+    }
+}
+
+impl Source for AnySource {
+    async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
+        match self {
+            Self::Directory(source) => source.run(knowledge).await,
+            Self::Kubernetes(source) => source.run(knowledge).await,
+        }
+    }
+}
