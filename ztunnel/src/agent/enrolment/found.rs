@@ -43,7 +43,7 @@ pub fn find(uids: &[String]) -> Result<Found, NotFound> {
     let own = inode(Path::new("/proc/self/ns/net"));
     let mut found: BTreeMap<u64, PathBuf> = BTreeMap::new();
     for process in fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok) {
-        if !process.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok()) {
+        if process.file_name().to_str().is_none_or(|name| name.parse::<u32>().is_err()) {
             continue;
         }
         let path = process.path();
@@ -55,11 +55,11 @@ pub fn find(uids: &[String]) -> Result<Found, NotFound> {
             found.entry(inode).or_insert(netns);
         }
     }
-    choose(found, &made_by_runtimes())
+    choose(&found, &made_by_runtimes())
 }
 
 /// Those that a runtime made are the pods'; of one alone there is no question.
-fn choose(found: BTreeMap<u64, PathBuf>, made: &BTreeMap<u64, PathBuf>) -> Result<Found, NotFound> {
+fn choose(found: &BTreeMap<u64, PathBuf>, made: &BTreeMap<u64, PathBuf>) -> Result<Found, NotFound> {
     let all = found.len();
     let place = |inode: &u64| made.get(inode).cloned().unwrap_or_default();
     let mut of_runtimes = found.iter().filter(|(inode, _)| made.contains_key(*inode));
@@ -136,7 +136,7 @@ mod tests {
         let process = |inode: u64| (inode, PathBuf::from(format!("/proc/{inode}/ns/net")));
         let made: BTreeMap<u64, PathBuf> =
             [(1, PathBuf::from("/run/netns/cni-1")), (9, "/run/netns/cni-9".into())].into();
-        let choose = |inodes: &[u64]| choose(inodes.iter().copied().map(process).collect(), &made);
+        let choose = |inodes: &[u64]| choose(&inodes.iter().copied().map(process).collect(), &made);
         let found = choose(&[1, 2]).unwrap();
         assert_eq!((found.inode, found.path.to_str().unwrap()), (1, "/run/netns/cni-1"));
         assert_eq!(choose(&[3]).unwrap().path, PathBuf::new(), "of one alone there is no question");

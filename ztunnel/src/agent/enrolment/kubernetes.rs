@@ -316,7 +316,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(name: &str, uid: &str, more: serde_json::Value) -> Pod {
+    fn pod(name: &str, uid: &str, more: &serde_json::Value) -> Pod {
         let mut object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": name, "namespace": "shop", "uid": uid, "labels": {} },
@@ -353,7 +353,7 @@ mod tests {
         let mut cluster = Cluster::default();
         assert!(cluster.known().is_none());
         cluster.pod(Event::Init);
-        cluster.pod(Event::InitApply(pod("a", "u1", json!({}))));
+        cluster.pod(Event::InitApply(pod("a", "u1", &json!({}))));
         cluster.pod(Event::InitDone);
         cluster.namespace(Event::Init);
         assert!(cluster.known().is_none());
@@ -363,13 +363,13 @@ mod tests {
 
     #[test]
     fn list_anew_forgets_what_vanished_and_holds_the_old_until_it_is_whole() {
-        let mut cluster = listed(vec![pod("a", "u1", json!({})), pod("b", "u2", json!({}))]);
+        let mut cluster = listed(vec![pod("a", "u1", &json!({})), pod("b", "u2", &json!({}))]);
         cluster.pod(Event::Init);
-        cluster.pod(Event::InitApply(pod("b", "u2", json!({}))));
+        cluster.pod(Event::InitApply(pod("b", "u2", &json!({}))));
         assert_eq!(cluster.known().unwrap().knowledge.pods["shop"].len(), 2);
         cluster.pod(Event::InitDone);
         assert_eq!(cluster.known().unwrap().knowledge.pods["shop"].keys().collect::<Vec<_>>(), ["b"]);
-        cluster.pod(Event::Delete(pod("b", "u2", json!({}))));
+        cluster.pod(Event::Delete(pod("b", "u2", &json!({}))));
         assert!(cluster.known().unwrap().knowledge.pods.is_empty());
     }
 
@@ -381,7 +381,7 @@ mod tests {
                 "annotations": { STATIC_UID: "hash", REDIRECTION: ENABLED },
             },
         });
-        let known = listed(vec![pod("a", "u1", more)]).known().unwrap();
+        let known = listed(vec![pod("a", "u1", &more)]).known().unwrap();
         let read = &known.knowledge.pods["shop"]["a"];
         assert_eq!((read.uids.as_slice(), read.mode), (&["u1".into(), "hash".into()][..], Mode::None));
         let running = &known.running[0];
@@ -391,7 +391,7 @@ mod tests {
             (json!({}), json!({ "phase": "Succeeded" })),
             (json!({}), json!({ "podIPs": [] })),
         ] {
-            let known = listed(vec![pod("a", "u1", json!({ "spec": spec, "status": status }))]).known().unwrap();
+            let known = listed(vec![pod("a", "u1", &json!({ "spec": spec, "status": status }))]).known().unwrap();
             assert!(known.running.is_empty(), "{spec} {status}");
             assert_eq!(known.knowledge.pods["shop"].len(), 1);
         }
@@ -400,11 +400,11 @@ mod tests {
     #[test]
     fn label_that_means_nothing_keeps_the_last_good_one() {
         let wrong = || json!({ "metadata": { "labels": { DATAPLANE_MODE: "sidecar" } } });
-        let mut cluster = listed(vec![pod("a", "u1", json!({})), pod("b", "u2", wrong())]);
+        let mut cluster = listed(vec![pod("a", "u1", &json!({})), pod("b", "u2", &wrong())]);
         assert!(!cluster.known().unwrap().knowledge.pods["shop"].contains_key("b"), "never had a good one");
-        cluster.pod(Event::Apply(pod("a", "u1", wrong())));
+        cluster.pod(Event::Apply(pod("a", "u1", &wrong())));
         assert_eq!(cluster.known().unwrap().knowledge.pods["shop"]["a"].mode, Mode::Unset);
-        cluster.pod(Event::Apply(pod("a", "u9", wrong())));
+        cluster.pod(Event::Apply(pod("a", "u9", &wrong())));
         assert!(cluster.known().unwrap().knowledge.pods.is_empty(), "another pod of the same name");
         cluster.namespace(Event::Apply(namespace("shop", Some("Ambient"))));
         assert_eq!(cluster.known().unwrap().knowledge.namespaces["shop"], Mode::Ambient);
