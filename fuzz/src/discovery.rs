@@ -44,7 +44,7 @@ fn ask(snapshot: &Snapshot) {
     for workload in snapshot.workloads() {
         assert!(snapshot.workload_by_uid(&workload.uid).is_some());
         for ip in &workload.addresses {
-            let _ = snapshot.workload_destination(&workload.network, *ip);
+            let _ = snapshot.workload_destination(&workload.location.network, *ip);
             let facts = |identity| ConnectionFacts {
                 destination: workload,
                 identity,

@@ -107,7 +107,7 @@ pub fn objects_of(pins: &Path, agent: u32) -> Result<BTreeSet<Object>, Error> {
     for link in ids(LINK_GET_NEXT_ID)? {
         // It may be gone by now.
         let Ok(fd) = open(LINK_GET_FD_BY_ID, link) else { continue };
-        if described_fd(&fd)?.iter().any(|object| found.contains(object)) {
+        if described_fd(&fd).during(|| format!("reading link {link}"))?.iter().any(|object| found.contains(object)) {
             found.insert(("link_id", link));
         }
     }

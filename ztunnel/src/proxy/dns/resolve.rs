@@ -221,7 +221,7 @@ impl<'a> Resolver<'a> {
 
     /// What [`Self::endpoint`] knows an endpoint as.
     fn label(&self, workload: &Workload) -> Option<String> {
-        let by_name = format!("{}//Pod/{}/{}", self.from.cluster_id, workload.namespace, workload.name);
+        let by_name = format!("{}//Pod/{}/{}", self.from.cluster_id, workload.origin.namespace, workload.name);
         if is_ordinal(workload) && *workload.uid == *by_name {
             return Some(workload.name.to_string());
         }
