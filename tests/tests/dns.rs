@@ -163,7 +163,7 @@ fn resolvers_on_loopback_and_on_the_node_keep_working() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder");
     let nothing = Arc::new(Directory::create(folder.path(), Families::V4)?);
     let local: IpAddr = [127, 0, 0, 53].into();
-    let in_pod = Resolver::start(stage.client.network(), &[local], Arc::clone(&nothing))?;
+    let in_pod = Resolver::start(stage.client.network(), &[local], nothing.clone())?;
     in_pod.add("outside.example", &[[192, 0, 2, 1].into()]);
     in_pod.add("web.default.svc.cluster.local", &[[192, 0, 2, 2].into()]);
     for (name, expected) in [("outside.example", "192.0.2.1"), ("web.default.svc.cluster.local", "192.0.2.2")] {

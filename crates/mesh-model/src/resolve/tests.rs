@@ -25,10 +25,10 @@ fn tries(mode: Mode, preference: &[Scope], endpoints: &[(&str, &str)]) -> String
     let (mut tried, mut order) = (Vec::new(), Vec::new());
     let mut random = fastrand::Rng::with_seed(9);
     while let Some(endpoint) = snapshot.select(service, 80, &from, &mut random, &tried) {
-        let Workload { uid, locality, node, .. } = &**endpoint.workload;
+        let Workload { uid, location, .. } = &**endpoint.workload;
         assert!(!tried.contains(uid), "{uid} again");
         tried.push(Arc::clone(uid));
-        order.push(format!("{}/{node}", locality.zone));
+        order.push(format!("{}/{}", location.locality.zone, location.node));
     }
     assert!(snapshot.select_any(service, &from, &mut random, &tried).is_none(), "whatever the ports are");
     order.join(" ")
