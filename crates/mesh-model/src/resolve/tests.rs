@@ -4,9 +4,12 @@ use mesh_proto::workload::load_balancing::{Mode, Scope};
 use super::*;
 use crate::fixture::{in_service, pod, service, snapshot};
 
+/// Zone and node.
+type Place = (&'static str, &'static str);
+
 /// Where the endpoints are that one connection of a client in zone `z1` on node `n1` tries, in their order, as long as each
 /// fails.
-fn tries(mode: Mode, preference: &[Scope], endpoints: &[(&str, &str)]) -> String {
+fn tries(mode: Mode, preference: &[Scope], endpoints: &[Place]) -> String {
     let ports = &[(80, 8080)][..];
     let endpoint = |(number, (zone, node)): (usize, &(&str, &str))| {
         let at = pod(&format!("{zone}-{number}"), &[&format!("10.0.0.{}", number + 1)]);
@@ -37,8 +40,8 @@ fn tries(mode: Mode, preference: &[Scope], endpoints: &[(&str, &str)]) -> String
 #[test]
 fn an_endpoint_that_fails_is_followed_by_the_next_nearest() {
     let both = &[Scope::Zone, Scope::Node][..];
-    let (here, zone, far) = (("z1", "n1"), ("z1", "n2"), ("z2", "n3"));
-    let cases: &[(Mode, &[Scope], &[(&str, &str)], &str)] = &[
+    let [here, zone, far]: [Place; 3] = [("z1", "n1"), ("z1", "n2"), ("z2", "n3")];
+    let cases: &[(Mode, &[Scope], &[Place], &str)] = &[
         (Mode::Failover, both, &[far, zone, here], "z1/n1 z1/n2 z2/n3"),
         (Mode::Failover, both, &[far, zone, here, far, zone, here], "z1/n1 z1/n1 z1/n2 z1/n2 z2/n3 z2/n3"),
         (Mode::Failover, both, &[far, far], "z2/n3 z2/n3"),
