@@ -73,7 +73,7 @@ impl Resolver {
     ///
     /// # Errors
     /// A port cannot be had.
-    pub fn start(network: &NetNs, addresses: &[IpAddr], services: Arc<dyn Names>) -> Result<Self, Error> {
+    pub fn start(network: &NetNs, addresses: &[IpAddr], services: Arc<impl Names + 'static>) -> Result<Self, Error> {
         let (names, asked) = (Mutex::default(), Mutex::default());
         let state = Arc::new(State { stop: AtomicBool::new(false), services, names, asked });
         let mut own = Self { state, threads: Vec::new() };

@@ -37,6 +37,11 @@ fn left(mark: &str) -> BTreeSet<String> {
         }
     }
     for entry in fs::read_dir("/proc").unwrap().flatten() {
+        // Dead ones that the machine's first process has yet to take note of are not the cluster's.
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        if stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with(['Z', 'X'])) {
+            continue;
+        }
         let group = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         note("process", &format!("{} {} {group}", entry.path().display(), String::from_utf8_lossy(&line)));

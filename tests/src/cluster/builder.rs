@@ -198,7 +198,7 @@ impl Builder {
         let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
         let mounts = MountNs::create(&nodes.iter().map(Node::bpffs).collect::<Vec<_>>())?;
         let directory = Arc::new(Directory::create(folder.join("source"), self.families)?);
-        let resolver = Resolver::start(&fabric, &self.families_of_resolver(), Arc::<Directory>::clone(&directory))?;
+        let resolver = Resolver::start(&fabric, &self.families_of_resolver(), Arc::clone(&directory))?;
         Ok(Shared {
             // A process that enters other mounts loses its working folder.
             bins: std::path::absolute(self.bins.clone().map_or_else(bin_dir, Ok)?)
