@@ -193,14 +193,13 @@ impl Pod {
                 self.mend_maps(host, entry, found)?;
                 listeners.map_or(Ok(()), |listeners| self.mend_listeners(&listeners, found))
             }
-            (false, Some(listeners)) => {
-                if host.capture.enrolled(self.netns.cookie())? != Some(entry) {
-                    found.push(Drift::Entry);
-                }
+            (false, listeners) => {
+                // Whether the programs can be attached or not.
+                self.mend_entry(host, entry, found)?;
+                let listeners = listeners.ok_or(EnrolError::NoListeners)?;
                 *self.told() = attach(host, &self.info, &self.netns, &listeners)?.1;
                 Ok(())
             }
-            (false, None) => Err(EnrolError::NoListeners),
         }
     }
 
@@ -234,11 +233,17 @@ impl Pod {
             }
             Err(error) => return Err(error.into()),
         }
-        if host.capture.enrolled(self.netns.cookie())? != Some(entry) {
-            found.push(Drift::Entry);
-            host.capture.enrol(self.netns.cookie(), entry)?;
+        self.mend_entry(host, entry, found)
+    }
+
+    fn mend_entry(&self, host: &Host, entry: PodEntry, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
+        if host.capture.enrolled(self.netns.cookie())? == Some(entry) {
+            return Ok(());
         }
-        Ok(())
+        if self.told().entry == entry {
+            found.push(Drift::Entry);
+        }
+        Ok(host.capture.enrol(self.netns.cookie(), entry)?)
     }
 
     fn mend_listeners(&self, listeners: &ListenerSet, found: &mut Vec<Drift>) -> Result<(), EnrolError> {
