@@ -81,7 +81,7 @@ impl ListenerSet {
                 outbound: listen(PORT_OUTBOUND, true, Serving::Both)?,
                 inbound_plaintext: listen(PORT_INBOUND_PLAINTEXT, true, Serving::Both)?,
                 inbound_hbone: listen(PORT_INBOUND_HBONE, false, Serving::Both)?,
-                dns: if dns { Some(DnsListeners::open_here(Serving::Both)?) } else { None },
+                dns: if dns { Some(DnsListeners::open_here()?) } else { None },
                 v6: Vec::new(),
             })
         })?
@@ -109,10 +109,10 @@ impl ListenerSet {
             if port_found != port || found.r#type().ok()? != wanted {
                 return None;
             }
-            if serves_only_v6(&socket) {
-                v6.push((kind, socket));
-            } else {
+            if !serves_only_v6(&socket) {
                 *slot = Some(socket);
+            } else if !v6.iter().any(|(known, _)| *known == kind) {
+                v6.push((kind, socket));
             }
         }
         let dns = dns_udp.zip(dns_tcp).map(|(udp, tcp)| DnsListeners { udp, tcp });
@@ -132,7 +132,7 @@ impl ListenerSet {
         let duplicate = |socket: BorrowedFd<'_>| socket.try_clone_to_owned().map_err(failed("duplicate a listener"));
         let dns = match &listeners.dns {
             Some(dns) => Some(DnsListeners { udp: duplicate(dns.udp.as_fd())?, tcp: duplicate(dns.tcp.as_fd())? }),
-            None if needs.dns => Some(netns.run(|| DnsListeners::open_here(Serving::Both))??),
+            None if needs.dns => Some(netns.run(DnsListeners::open_here)??),
             None => None,
         };
         let v6 = listeners.v6.iter().map(|(kind, socket)| Ok((*kind, duplicate(socket.as_fd())?)));
@@ -206,8 +206,8 @@ impl ListenerSet {
 }
 
 impl DnsListeners {
-    fn open_here(serving: Serving) -> Result<Self, SocketError> {
-        Ok(Self { udp: open_dns_udp(serving)?, tcp: listen(PORT_DNS, true, serving)? })
+    fn open_here() -> Result<Self, SocketError> {
+        Ok(Self { udp: open_dns_udp(Serving::Both)?, tcp: listen(PORT_DNS, true, Serving::Both)? })
     }
 }
 
