@@ -48,6 +48,9 @@ const FLUSH_STEP: Duration = Duration::from_millis(5);
 /// Pause after a failed accept, which is a shortage of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Connections that are accepted in one go; then others have their turn.
+const ACCEPTED_IN_A_ROW: usize = 16;
+
 /// What all threads share.
 pub struct Shared {
     /// What discovery has brought.
@@ -294,7 +297,13 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
         () = &mut ended => return,
         () = worker.shared.state.complete() => {}
     }
+    let mut in_a_row = 0;
     loop {
+        if in_a_row == ACCEPTED_IN_A_ROW {
+            in_a_row = 0;
+            tokio::task::yield_now().await;
+        }
+        in_a_row += 1;
         let next = async {
             // The permit first: a connection over the limit stays in the kernel's queue.
             let permit = match port {
