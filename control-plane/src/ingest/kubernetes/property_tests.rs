@@ -45,6 +45,8 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
         metadata["namespace"] = json!(format!("x{}", variant % 2));
     }
     let port = if variant == 5 { 70_000 } else { 8000 + u32::from(variant) };
+    // A service without one has the endpoints of slices.
+    let selector = if variant == 4 { json!(null) } else { json!({"app": format!("a{}", variant % 2)}) };
     let more = match kind {
         Kind::Namespace => json!({"spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}}),
         Kind::Node => {
@@ -64,7 +66,7 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
         }),
         Kind::Service => json!({"spec": {
             "type": "ClusterIP", "clusterIP": format!("10.96.0.{}", name + 1), "clusterIPs": [format!("10.96.0.{}", name + 1)],
-            "selector": {"app": format!("a{}", variant % 2)}, "ports": [{"name": "http", "port": port, "targetPort": "web", "protocol": "TCP"}],
+            "selector": selector, "ports": [{"name": "http", "port": port, "targetPort": "web", "protocol": "TCP"}],
         }}),
         Kind::EndpointSlice => {
             metadata["labels"] = json!({"kubernetes.io/service-name": format!("x{}", variant % 3)});
@@ -215,7 +217,7 @@ fn the_edits_make_something() {
     let objects = [
         object(Kind::Namespace, 0, 2, 1),
         object(Kind::Pod, 0, 2, 2),
-        object(Kind::Service, 1, 2, 3),
+        object(Kind::Service, 1, 4, 3),
         object(Kind::EndpointSlice, 0, 4, 4),
     ];
     both.list(&objects.into_iter().map(|object| (key(&object), object)).collect());
