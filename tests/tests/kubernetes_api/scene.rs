@@ -1,0 +1,358 @@
+//! A cluster's API without nodes behind it, and culvertd beside it.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::{Value, json};
+use tests::interop::xds_client::{NodeInfo, Session};
+use tests::interop::{self, Identity, ca_client};
+use tests::kubernetes::ApiServer;
+use tests::process::{Process, Spec};
+use tests::{http, wait};
+use tonic::Code;
+
+use super::LONG;
+
+/// What culvertd may do in the whole cluster.
+const WATCHED: [(&str, &str); 6] = [
+    ("", "namespaces"),
+    ("", "nodes"),
+    ("", "pods"),
+    ("", "services"),
+    ("", "serviceaccounts"),
+    ("discovery.k8s.io", "endpointslices"),
+];
+
+pub struct Scene {
+    folder: tempfile::TempDir,
+    server: ApiServer,
+}
+
+impl Scene {
+    /// An API server with the namespace `culvert-system` in it.
+    pub fn new() -> Self {
+        let scene = Self { folder: tempfile::tempdir().unwrap(), server: ApiServer::start().unwrap() };
+        scene.namespace("culvert-system", json!({}));
+        scene
+    }
+
+    pub fn server(&self) -> &ApiServer {
+        &self.server
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Gives culvertd its rights.
+    pub fn allow(&self) {
+        self.allow_all_but("");
+    }
+
+    pub fn allow_all_but(&self, missing: &str) {
+        let rule = |group: &str, resource: &str, verbs: &[&str], names: &[&str]| json!({"apiGroups": [group], "resources": [resource], "verbs": verbs, "resourceNames": names});
+        let watched = WATCHED.iter().filter(|(_, resource)| *resource != missing);
+        let mut rules: Vec<Value> =
+            watched.map(|(group, resource)| rule(group, resource, &["list", "watch"], &[])).collect();
+        rules.push(rule("authentication.k8s.io", "tokenreviews", &["create"], &[]));
+        let registrations = "validatingwebhookconfigurations";
+        rules.push(rule("admissionregistration.k8s.io", registrations, &["get", "patch"], &["culvert-validation"]));
+        let own = [
+            rule("", "secrets", &["get"], &["cacerts", "culvert-ca-root"]),
+            rule("", "secrets", &["create"], &[]),
+            rule("", "configmaps", &["get", "patch"], &["culvert-ca-root-cert"]),
+            rule("", "configmaps", &["create"], &[]),
+        ];
+        let group = "/apis/rbac.authorization.k8s.io/v1";
+        let role = |kind: &str, namespace: Option<&str>, rules: &[Value]| {
+            let metadata = json!({"name": "culvertd", "namespace": namespace});
+            let base =
+                namespace.map_or_else(|| group.to_owned(), |namespace| format!("{group}/namespaces/{namespace}"));
+            let plural = kind.to_ascii_lowercase();
+            let api = "rbac.authorization.k8s.io/v1";
+            self.apply(
+                &format!("{base}/{plural}s/culvertd"),
+                &json!({"apiVersion": api, "kind": kind, "metadata": metadata, "rules": rules}),
+            );
+            self.apply(
+                &format!("{base}/{plural}bindings/culvertd"),
+                &json!({
+                    "apiVersion": api, "kind": format!("{kind}Binding"), "metadata": metadata,
+                    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": "culvertd"},
+                    "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "culvertd"}],
+                }),
+            );
+        };
+        role("ClusterRole", None, &rules);
+        role("Role", Some("culvert-system"), &own);
+    }
+
+    pub fn get(&self, path: &str) -> Value {
+        self.find(path).unwrap_or_else(|| panic!("there is no {path}"))
+    }
+
+    pub fn find(&self, path: &str) -> Option<Value> {
+        self.server.api().get(path).unwrap()
+    }
+
+    pub fn create(&self, path: &str, object: &Value) {
+        self.server.api().create(path, object).unwrap();
+    }
+
+    pub fn apply(&self, path: &str, object: &Value) -> Value {
+        self.server.api().apply(path, object).unwrap()
+    }
+
+    pub fn patch(&self, path: &str, patch: &Value) {
+        let answer = self.server.api().request("PATCH", path, Some(("application/merge-patch+json", patch))).unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+
+    pub fn delete(&self, path: &str) {
+        let options = json!({"gracePeriodSeconds": 0});
+        let answer = self.server.api().request("DELETE", path, Some(("application/json", &options))).unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+
+    pub fn namespace(&self, name: &str, labels: Value) {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        self.create("/api/v1/namespaces", &object);
+    }
+
+    pub fn node(&self, name: &str) {
+        let labels = json!({"topology.kubernetes.io/zone": "zone-a"});
+        let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}});
+        self.create("/api/v1/nodes", &object);
+    }
+
+    pub fn service(&self, namespace: &str, name: &str, spec: &Value) {
+        let metadata = json!({"name": name, "namespace": namespace});
+        let object = json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec});
+        self.create(&format!("/api/v1/namespaces/{namespace}/services"), &object);
+    }
+
+    /// Makes a pod, with its service account, and shows it as running. Returns it.
+    pub fn pod(&self, pod: &Value, status: &Value) -> Value {
+        let (namespace, name) =
+            (pod["metadata"]["namespace"].as_str().unwrap(), pod["metadata"]["name"].as_str().unwrap());
+        let account = json!({
+            "apiVersion": "v1", "kind": "ServiceAccount",
+            "metadata": {"name": pod["spec"]["serviceAccountName"], "namespace": namespace},
+        });
+        let base = format!("/api/v1/namespaces/{namespace}");
+        self.create(&format!("{base}/serviceaccounts"), &account);
+        self.create(&format!("{base}/pods"), pod);
+        self.patch(&format!("{base}/pods/{name}/status"), &json!({"status": status}));
+        self.get(&format!("{base}/pods/{name}"))
+    }
+
+    pub fn label(&self, namespace: &str, pod: &str, labels: Value) {
+        self.patch(&format!("/api/v1/namespaces/{namespace}/pods/{pod}"), &json!({"metadata": {"labels": labels}}));
+    }
+
+    /// What the node's agent writes.
+    pub fn annotate(&self, namespace: &str, pod: &str, redirection: &str) {
+        let annotations = json!({"ambient.istio.io/redirection": redirection});
+        self.patch(
+            &format!("/api/v1/namespaces/{namespace}/pods/{pod}"),
+            &json!({"metadata": {"annotations": annotations}}),
+        );
+    }
+
+    /// A token for culvertd, bound to a pod if one is given.
+    pub fn token(&self, namespace: &str, account: &str, pod: Option<&Value>) -> String {
+        self.token_for(namespace, account, pod, &["istio-ca"])
+    }
+
+    pub fn token_for(&self, namespace: &str, account: &str, pod: Option<&Value>, audiences: &[&str]) -> String {
+        let bound = pod.map(|pod| {
+            json!({"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]})
+        });
+        let request = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+            "spec": {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": bound},
+        });
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token");
+        let answer = self.server.api().request("POST", &path, Some(("application/json", &request))).unwrap();
+        let answer: Value = serde_json::from_str(&answer.body).unwrap();
+        answer["status"]["token"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+    }
+
+    /// The roots that culvertd has published.
+    pub fn root(&self) -> String {
+        let path = "/api/v1/namespaces/culvert-system/configmaps/culvert-ca-root-cert";
+        let map = wait::until("the roots", LONG, || self.find(path)).unwrap();
+        map["data"]["root-cert.pem"].as_str().unwrap().to_owned()
+    }
+
+    /// Starts a culvertd, and waits until its pages are there.
+    pub fn culvertd(&self) -> Culvertd {
+        let kubeconfig = self.server.kubeconfig_for("culvertd", "culvertd", None).unwrap();
+        let name = format!("culvertd-{}", fresh());
+        let log = self.folder().join(format!("{name}.log"));
+        let program = tests::cluster::bin_dir().unwrap().join("culvertd");
+        let mut spec = Spec::new(name, program, &log).args(["--source=kubernetes", "--confirmation-timeout=1h"]);
+        spec = spec.args([std::ffi::OsStr::new("--kubeconfig"), kubeconfig.as_os_str()]);
+        for page in ["xds", "metrics", "ready", "admin", "webhook"] {
+            spec = spec.args([format!("--{page}-addr=127.0.0.1:0")]);
+        }
+        let process = spec.start().unwrap();
+        let bound = || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(process.running(), "culvertd ended:\n{text}");
+            let line = text.lines().find(|line| line.contains("listening"))?.to_owned();
+            let at = |key: &str| {
+                let (_, rest) = line.split_once(&format!(" {key}="))?;
+                rest.split_whitespace().next()?.parse::<SocketAddr>().ok()
+            };
+            Some((at("xds")?, at("admin")?, at("metrics")?, at("ready")?, at("webhook")?))
+        };
+        let (xds, admin, metrics, ready, webhook) = wait::until("culvertd's addresses", LONG, bound).unwrap();
+        Culvertd { process, xds, admin, metrics, ready, webhook, log }
+    }
+
+    /// Starts a culvertd, and waits until it serves.
+    pub fn ready_culvertd(&self) -> Culvertd {
+        let culvertd = self.culvertd();
+        wait::until("readiness", LONG, || culvertd.is_ready().then_some(())).unwrap();
+        culvertd
+    }
+}
+
+pub struct Culvertd {
+    pub process: Process,
+    xds: SocketAddr,
+    admin: SocketAddr,
+    metrics: SocketAddr,
+    ready: SocketAddr,
+    pub webhook: SocketAddr,
+    log: PathBuf,
+}
+
+impl Culvertd {
+    pub fn is_ready(&self) -> bool {
+        page(self.ready, "/healthz/ready").is_ok_and(|answer| answer.status == 200)
+    }
+
+    pub fn metrics(&self) -> String {
+        page(self.metrics, "/metrics").unwrap().body
+    }
+
+    pub fn status(&self) -> Value {
+        serde_json::from_str(&page(self.admin, "/status").unwrap().body).unwrap()
+    }
+
+    pub fn status_until(&self, what: &str, done: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        wait::until(what, LONG, || {
+            last = self.status();
+            done(&last).then(|| last.clone())
+        })
+        .unwrap_or_else(|error| panic!("{error}: {last:#}\n{}", std::fs::read_to_string(&self.log).unwrap()))
+    }
+
+    pub async fn eventually(&self, what: &str, mut done: impl AsyncFnMut() -> bool) {
+        let deadline = tokio::time::Instant::now() + LONG;
+        while !done().await {
+            let log = || std::fs::read_to_string(&self.log).unwrap();
+            assert!(tokio::time::Instant::now() < deadline, "not in time: {what}\n{}", log());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// A discovery stream.
+    pub async fn session(&self, root: &str, token: &str) -> Result<Session, interop::Error> {
+        let node = NodeInfo {
+            ip: [10, 244, 0, 2].into(),
+            pod: "ztunnel-1".to_owned(),
+            namespace: "culvert-system".to_owned(),
+            node: "node-1".to_owned(),
+        };
+        let mut session = Session::open(self.xds, root, token, &node).await?;
+        session.subscribe_wildcard(tests::interop::xds_client::AUTHORIZATION_TYPE, &[]).await?;
+        Ok(session)
+    }
+
+    /// The identity in the certificate that is given for `identity`, asked for by name if `impersonate`.
+    pub async fn certificate(
+        &self,
+        root: &str,
+        token: &str,
+        identity: &str,
+        impersonate: bool,
+    ) -> Result<String, Code> {
+        let asked = impersonate.then_some(identity);
+        let issued =
+            ca_client::request(self.xds, root, token, identity, asked).await.map_err(|status| status.code())?;
+        Ok(Identity::from_issued(&issued).unwrap().spiffe().unwrap())
+    }
+
+    /// The chain of the caller's own certificate.
+    pub async fn chain(&self, root: &str, token: &str) -> Result<Vec<String>, Code> {
+        let issued = ca_client::request(self.xds, root, token, "spiffe://cluster.local/ns/x/sa/x", None).await;
+        issued.map(|issued| issued.chain).map_err(|status| status.code())
+    }
+}
+
+pub fn pod(namespace: &str, name: &str, account: &str, node: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": account}},
+        "spec": {
+            "serviceAccountName": account, "nodeName": node,
+            "containers": [{"name": "main", "image": "none", "ports": [{"containerPort": 8080}]}],
+        },
+    })
+}
+
+pub fn pod_status(address: &str) -> Value {
+    json!({
+        "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    })
+}
+
+/// An endpoint of a service that is no pod.
+pub fn slice(service: &str, address: &str) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": format!("{service}-by-hand"), "labels": {"kubernetes.io/service-name": service}},
+        "endpoints": [{"addresses": [address], "conditions": {"ready": true}}], "ports": [{"port": 8080}],
+    })
+}
+
+/// The registration of the webhook at `at`, as it is installed: without the roots that culvertd adds.
+pub fn registration(at: SocketAddr) -> Value {
+    json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": "culvert-validation"},
+        "webhooks": [{
+            "name": "validation.culvert.dev", "failurePolicy": "Ignore", "sideEffects": "None", "timeoutSeconds": 5,
+            "admissionReviewVersions": ["v1"],
+            "clientConfig": {"url": format!("https://localhost:{}/validate", at.port())},
+            "rules": [{
+                "apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"],
+                "resources": ["namespaces", "pods", "services"],
+            }],
+        }],
+    })
+}
+
+/// A value of a Secret.
+pub fn text(value: &Value) -> String {
+    String::from_utf8(BASE64.decode(value.as_str().unwrap()).unwrap()).unwrap()
+}
+
+fn page(at: SocketAddr, path: &str) -> Result<http::Answer, tests::Error> {
+    let stream = std::net::TcpStream::connect_timeout(&at, Duration::from_secs(10))
+        .map_err(|error| tests::Error::io("culvertd", error))?;
+    http::exchange(stream, "GET", &at.to_string(), path)
+}
+
+fn fresh() -> u32 {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
