@@ -13,7 +13,7 @@ use crate::ingest::Cluster;
 use crate::ingest::kubernetes::describe;
 
 /// The registration, which is installed with the manifests; without it nobody asks.
-const REGISTRATION: &str = "culvert-validation";
+const REGISTRATION: &str = "culvertd";
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_secs(15);
 /// Time for one request.

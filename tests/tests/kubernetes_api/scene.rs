@@ -11,20 +11,10 @@ use tests::interop::xds_client::{NodeInfo, Session};
 use tests::interop::{self, Identity, ca_client};
 use tests::kubernetes::ApiServer;
 use tests::process::{Process, Spec};
-use tests::{http, wait};
+use tests::{http, kube, wait};
 use tonic::Code;
 
 use super::LONG;
-
-/// What culvertd may do in the whole cluster.
-const WATCHED: [(&str, &str); 6] = [
-    ("", "namespaces"),
-    ("", "nodes"),
-    ("", "pods"),
-    ("", "services"),
-    ("", "serviceaccounts"),
-    ("discovery.k8s.io", "endpointslices"),
-];
 
 pub struct Scene {
     folder: tempfile::TempDir,
@@ -47,47 +37,37 @@ impl Scene {
         self.folder.path()
     }
 
-    /// Gives culvertd its rights.
+    /// Gives culvertd the rights that it is installed with.
     pub fn allow(&self) {
         self.allow_all_but("");
     }
 
     pub fn allow_all_but(&self, missing: &str) {
-        let rule = |group: &str, resource: &str, verbs: &[&str], names: &[&str]| json!({"apiGroups": [group], "resources": [resource], "verbs": verbs, "resourceNames": names});
-        let watched = WATCHED.iter().filter(|(_, resource)| *resource != missing);
-        let mut rules: Vec<Value> =
-            watched.map(|(group, resource)| rule(group, resource, &["list", "watch"], &[])).collect();
-        rules.push(rule("authentication.k8s.io", "tokenreviews", &["create"], &[]));
-        let registrations = "validatingwebhookconfigurations";
-        rules.push(rule("admissionregistration.k8s.io", registrations, &["get", "patch"], &["culvert-validation"]));
-        let own = [
-            rule("", "secrets", &["get"], &["cacerts", "culvert-ca-root"]),
-            rule("", "secrets", &["create"], &[]),
-            rule("", "configmaps", &["get", "patch"], &["culvert-ca-root-cert"]),
-            rule("", "configmaps", &["create"], &[]),
-        ];
         let group = "/apis/rbac.authorization.k8s.io/v1";
-        let role = |kind: &str, namespace: Option<&str>, rules: &[Value]| {
-            let metadata = json!({"name": "culvertd", "namespace": namespace});
-            let base =
-                namespace.map_or_else(|| group.to_owned(), |namespace| format!("{group}/namespaces/{namespace}"));
+        for mut role in manifest("10-rbac.yaml").into_iter().filter(|object| object["metadata"]["name"] == "culvertd") {
+            let kind = role["kind"].as_str().unwrap().to_owned();
+            if !["ClusterRole", "Role"].contains(&kind.as_str()) {
+                continue;
+            }
+            for rule in role["rules"].as_array_mut().unwrap() {
+                rule["resources"].as_array_mut().unwrap().retain(|resource| resource != missing);
+            }
+            role["rules"].as_array_mut().unwrap().retain(|rule| rule["resources"] != json!([]));
+            let base = match role["metadata"]["namespace"].as_str() {
+                Some(namespace) => format!("{group}/namespaces/{namespace}"),
+                None => group.to_owned(),
+            };
             let plural = kind.to_ascii_lowercase();
-            let api = "rbac.authorization.k8s.io/v1";
-            self.apply(
-                &format!("{base}/{plural}s/culvertd"),
-                &json!({"apiVersion": api, "kind": kind, "metadata": metadata, "rules": rules}),
-            );
+            self.apply(&format!("{base}/{plural}s/culvertd"), &role);
             self.apply(
                 &format!("{base}/{plural}bindings/culvertd"),
                 &json!({
-                    "apiVersion": api, "kind": format!("{kind}Binding"), "metadata": metadata,
+                    "apiVersion": role["apiVersion"], "kind": format!("{kind}Binding"), "metadata": role["metadata"],
                     "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": "culvertd"},
                     "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "culvertd"}],
                 }),
             );
-        };
-        role("ClusterRole", None, &rules);
-        role("Role", Some("culvert-system"), &own);
+        }
     }
 
     pub fn get(&self, path: &str) -> Value {
@@ -324,21 +304,18 @@ pub fn slice(service: &str, address: &str) -> Value {
     })
 }
 
-/// The registration of the webhook at `at`, as it is installed: without the roots that culvertd adds.
+/// The registration of the webhook as it is installed, without the roots that culvertd adds; but at this address.
 pub fn registration(at: SocketAddr) -> Value {
-    json!({
-        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
-        "metadata": {"name": "culvert-validation"},
-        "webhooks": [{
-            "name": "validation.culvert.dev", "failurePolicy": "Ignore", "sideEffects": "None", "timeoutSeconds": 5,
-            "admissionReviewVersions": ["v1"],
-            "clientConfig": {"url": format!("https://localhost:{}/validate", at.port())},
-            "rules": [{
-                "apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"],
-                "resources": ["namespaces", "pods", "services"],
-            }],
-        }],
-    })
+    let mut registration = manifest("25-webhook.yaml").remove(0);
+    let path = registration["webhooks"][0]["clientConfig"]["service"]["path"].as_str().unwrap().to_owned();
+    registration["webhooks"][0]["clientConfig"] = json!({"url": format!("https://localhost:{}{path}", at.port())});
+    registration
+}
+
+/// The objects of one of the mesh's own manifests.
+fn manifest(name: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/culvert").join(name);
+    kube::parse(name, &std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// A value of a Secret.
