@@ -405,14 +405,7 @@ impl Task {
 
     async fn enrol_found(&self, pod: Running) -> Result<(), String> {
         let uids = pod.uids.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let Found { open, path, inode } = found::find(&uids).map_err(|error| error.to_string())?;
-            let netns = File::open(&open).map_err(|error| format!("{}: {error}", open.display()))?;
-            match netns.metadata() {
-                Ok(opened) if opened.ino() == inode => Ok((netns, path)),
-                _ => Err(String::from("its process ended while its namespace was looked for")),
-            }
-        });
+        let opened = tokio::task::spawn_blocking(move || open_found(&uids));
         let (netns, path) = opened.await.map_err(|error| error.to_string())??;
         // As the runtime will name it.
         let uid = pod.uids.last().cloned().unwrap_or(pod.uid);
@@ -450,16 +443,9 @@ impl Task {
 
     /// A pod that runs has got the label.
     async fn enrol_late(&mut self, passed: Passed, service_account: String) -> Result<(), String> {
-        let path = passed.netns_path.clone();
-        if path.as_os_str().is_empty() || inode_at(&path) != Some(passed.netns_inode) {
-            return Err(String::from(
-                "its network namespace is not known or not at its path any more; restart the pod",
-            ));
-        }
-        let netns = File::open(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        if netns.metadata().map_err(|error| error.to_string())?.ino() != passed.netns_inode {
-            return Err(String::from("its network namespace was replaced"));
-        }
+        let Passed { netns_path, netns_inode, uid, .. } = passed.clone();
+        let opened = tokio::task::spawn_blocking(move || namespace_of(netns_path, netns_inode, uid));
+        let (netns, path) = opened.await.map_err(|error| error.to_string())??;
         let info = PodInfo {
             uid: passed.uid,
             name: passed.name,
@@ -502,6 +488,34 @@ fn named(passed: &Passed) -> PodName<'_> {
 /// Whether a namespace has left its path and no process is in it. What cannot be found out counts as no.
 async fn has_left(path: PathBuf, inode: u64) -> bool {
     tokio::task::spawn_blocking(move || is_gone(Path::new(&path), inode)).await.unwrap_or(false)
+}
+
+/// The namespace of a pod that was announced, and its path: where it was said to be, else where the pod's processes are.
+/// Blocks.
+fn namespace_of(path: PathBuf, inode: u64, uid: String) -> Result<(File, PathBuf), String> {
+    if inode_at(&path) == Some(inode) {
+        let netns = File::open(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        return match netns.metadata() {
+            Ok(opened) if opened.ino() == inode => Ok((netns, path)),
+            _ => Err(String::from("its network namespace was replaced")),
+        };
+    }
+    let unknown = |error| format!("its network namespace is not known or not at its path any more: {error}");
+    let (netns, path) = open_found(&[uid]).map_err(unknown)?;
+    match netns.metadata() {
+        Ok(opened) if inode == 0 || opened.ino() == inode => Ok((netns, path)),
+        _ => Err(unknown(String::from("its processes are in another; restart the pod"))),
+    }
+}
+
+/// The namespace that the processes of a pod are in, and its path. Blocks.
+fn open_found(uids: &[String]) -> Result<(File, PathBuf), String> {
+    let Found { open, path, inode } = found::find(uids).map_err(|error| error.to_string())?;
+    let netns = File::open(&open).map_err(|error| format!("{}: {error}", open.display()))?;
+    match netns.metadata() {
+        Ok(opened) if opened.ino() == inode => Ok((netns, path)),
+        _ => Err(String::from("its process ended while its namespace was looked for")),
+    }
 }
 
 fn address(bytes: &[u8]) -> Option<std::net::IpAddr> {
