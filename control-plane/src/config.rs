@@ -29,7 +29,7 @@ pub struct CommandLine {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve discovery and certificates (the default)
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Print a service-account token signed by the local authority
     Token(TokenArgs),
     /// Check manifests and report every mistake

@@ -11,7 +11,7 @@ use tests::interop::xds_client::{NodeInfo, Session};
 use tests::interop::{self, Identity, ca_client};
 use tests::kubernetes::ApiServer;
 use tests::process::{Process, Spec};
-use tests::{http, kube, wait};
+use tests::{http, wait};
 use tonic::Code;
 
 use super::LONG;
@@ -315,7 +315,7 @@ pub fn registration(at: SocketAddr) -> Value {
 /// The objects of one of the mesh's own manifests.
 fn manifest(name: &str) -> Vec<Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/culvert").join(name);
-    kube::parse(name, &std::fs::read_to_string(path).unwrap()).unwrap()
+    tests::kube::parse(name, &std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// A value of a Secret.
