@@ -36,7 +36,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -393,15 +393,23 @@ impl Kubernetes {
     /// # Errors
     /// It fails; what it said is in the error.
     pub fn kubectl<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<String, Error> {
-        let mut command = Command::new(self.programs.path("kubectl"));
-        // Its cache of what the API server has goes to the cluster's folder.
-        command.args(args).env("KUBECONFIG", &self.kubeconfig).env("HOME", &self.folder);
-        let done = command.output().during(|| "running kubectl".to_owned())?;
+        let done = self.kubectl_output(args)?;
         if done.status.success() {
             return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
         }
         let log = format!(": {}", String::from_utf8_lossy(&done.stderr).trim());
         Err(Error::Exited { name: "kubectl".to_owned(), status: done.status, log })
+    }
+
+    /// Runs `kubectl`, however it ends.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn kubectl_output<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<Output, Error> {
+        let mut command = Command::new(self.programs.path("kubectl"));
+        // Its cache of what the API server has goes to the cluster's folder.
+        command.args(args).env("KUBECONFIG", &self.kubeconfig).env("HOME", &self.folder);
+        command.output().during(|| "running kubectl".to_owned())
     }
 
     /// Applies objects, as `kubectl apply --server-side` does. `name` names the text in the cluster's folder.

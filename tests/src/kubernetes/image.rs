@@ -55,6 +55,12 @@ impl Recipe {
     }
 }
 
+/// The name by which containerd knows an image: one without a host is one of its default registry.
+fn full_name(name: &str) -> String {
+    let has_host = name.split_once('/').is_some_and(|(host, _)| host.contains(['.', ':']));
+    if has_host { name.to_owned() } else { format!("docker.io/{name}") }
+}
+
 /// A blob: in memory, or a file.
 #[derive(Debug)]
 struct Blob {
@@ -88,7 +94,7 @@ impl Images {
             let manifest = own.add_image(recipe)?;
             let mut entry = own.add(serde_json::to_vec(&manifest).unwrap_or_default(), MANIFEST);
             // containerd calls the image by this name.
-            entry["annotations"] = json!({"io.containerd.image.name": format!("docker.io/{}", recipe.name)});
+            entry["annotations"] = json!({"io.containerd.image.name": full_name(&recipe.name)});
             manifests.push(entry);
         }
         own.index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});

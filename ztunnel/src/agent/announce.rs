@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_proto::node::{self, pod_request};
+use mesh_runtime::ready::Readiness;
 use mesh_runtime::seqpacket::{self, Listener, Socket};
 use prost::Message as _;
 use tokio::sync::Semaphore;
@@ -32,14 +33,14 @@ const PAUSE: Duration = Duration::from_millis(200);
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Serves requests until the task is aborted.
-pub async fn serve(listener: Listener, enrolment: Enrolment) {
+pub async fn serve(listener: Listener, enrolment: Enrolment, readiness: Readiness) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let socket = accept(&listener).await;
-        let enrolment = enrolment.clone();
+        let (enrolment, readiness) = (enrolment.clone(), readiness.clone());
         tokio::spawn(async move {
-            match tokio::time::timeout(IDLE * 10, connection(&socket, &enrolment)).await {
+            match tokio::time::timeout(IDLE * 10, connection(&socket, &enrolment, &readiness)).await {
                 Ok(Ok(()) | Err(seqpacket::Error::Closed)) | Err(_) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "connection of an announcer ended"),
             }
@@ -61,7 +62,7 @@ pub(super) async fn accept(listener: &Listener) -> Socket {
     }
 }
 
-async fn connection(socket: &Socket, enrolment: &Enrolment) -> Result<(), seqpacket::Error> {
+async fn connection(socket: &Socket, enrolment: &Enrolment, readiness: &Readiness) -> Result<(), seqpacket::Error> {
     let uid = socket.peer()?.uid;
     if uid != 0 {
         tracing::warn!(uid, "only root may announce pods");
@@ -71,7 +72,7 @@ async fn connection(socket: &Socket, enrolment: &Enrolment) -> Result<(), seqpac
         let Ok(received) = tokio::time::timeout(IDLE, socket.recv(MAX_MESSAGE)).await else { return Ok(()) };
         let (bytes, fds) = received?;
         let response = match node::PodRequest::decode(bytes) {
-            Ok(request) => respond(request, fds, enrolment).await,
+            Ok(request) => respond(request, fds, enrolment, readiness).await,
             Err(error) => refusal(format!("not a request: {error}")),
         };
         let bytes = fit(response).encode_to_vec();
@@ -80,7 +81,12 @@ async fn connection(socket: &Socket, enrolment: &Enrolment) -> Result<(), seqpac
     }
 }
 
-async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, enrolment: &Enrolment) -> node::PodResponse {
+async fn respond(
+    request: node::PodRequest,
+    fds: Vec<OwnedFd>,
+    enrolment: &Enrolment,
+    readiness: &Readiness,
+) -> node::PodResponse {
     match request.kind {
         Some(pod_request::Kind::Enrol(request)) => match enrol(request, fds, enrolment.manager()).await {
             Ok(()) => response(Vec::new()),
@@ -110,7 +116,10 @@ async fn respond(request: node::PodRequest, fds: Vec<OwnedFd>, enrolment: &Enrol
                 Err(error) => refusal(error.to_string()),
             }
         }
-        Some(pod_request::Kind::Ping(node::Ping {})) => response(Vec::new()),
+        Some(pod_request::Kind::Ping(node::Ping {})) => match readiness.pending().as_slice() {
+            [] => response(Vec::new()),
+            pending => refusal(format!("not ready yet: {}", pending.join(", "))),
+        },
         None => refusal(String::from("a request of an unknown kind")),
     }
 }

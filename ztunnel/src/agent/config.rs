@@ -7,7 +7,7 @@ use nix::sys::statfs;
 use serde_json::json;
 
 use super::plugin::Plugin;
-use crate::cni::decide::SYSTEM_NAMESPACE;
+use crate::cni::decide::{Exclusions, SYSTEM_NAMESPACE};
 
 /// Options of `ztunnel agent`.
 #[derive(clap::Args, Clone, Debug)]
@@ -125,6 +125,12 @@ impl Config {
             statfs::statfs(path).is_ok_and(|found| found.filesystem_type() == statfs::CGROUP2_SUPER_MAGIC)
         };
         if !is_v2(&self.cgroup_root) && is_v2(&beside) { beside } else { self.cgroup_root.clone() }
+    }
+
+    /// Which pods pass whatever their labels say: as the CNI plugin is told that this agent installs.
+    #[must_use]
+    pub fn exclusions(&self) -> Exclusions {
+        Exclusions::or_default(self.system_namespace.clone(), self.excluded_namespaces.clone())
     }
 
     /// The CNI plugin, if the agent is to install it.

@@ -110,10 +110,14 @@ impl Host {
     /// whether something was missing.
     ///
     /// # Errors
-    /// When the kernel refuses, or there is no such cgroup as the kubelet's.
+    /// When the kernel refuses.
     pub fn mend_hooks(&self) -> Result<bool, CaptureError> {
         let missing = self.capture.mend_node()?;
-        self.capture.follow_kubelet(self.choices.kubelet.as_deref())?;
+        match self.capture.follow_kubelet(self.choices.kubelet.as_deref()) {
+            // Said at start; a node whose kubelet has another cgroup captures as well as any.
+            Err(error) if error.is_absence() => {}
+            followed => followed?,
+        }
         Ok(missing)
     }
 

@@ -57,6 +57,9 @@ pub enum ManagerError {
     /// The agent shuts down.
     #[error("the agent is shutting down")]
     Stopping,
+    /// The check of the pods failed as a whole.
+    #[error("the pods could not be checked; see the agent's log")]
+    Unchecked,
 }
 
 /// One pod, as `ListPods` shows it.
@@ -90,7 +93,7 @@ struct Connected {
 enum Command {
     Enrol { info: PodInfo, netns: OwnedFd, sandbox: Sandbox, done: oneshot::Sender<Result<(), ManagerError>> },
     Withdraw { uid: String, sandbox: String, done: oneshot::Sender<Result<(), ManagerError>> },
-    List { done: oneshot::Sender<Vec<Listed>> },
+    List { done: oneshot::Sender<Option<Vec<Listed>>> },
     Join { id: u64, joining: Joining, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
     Leave { id: u64 },
     Answered { proxy: u64, uid: String, error: String },
@@ -143,7 +146,7 @@ impl Manager {
     /// # Errors
     /// When the agent stops.
     pub async fn list(&self) -> Result<Vec<Listed>, ManagerError> {
-        self.ask(|done| Command::List { done }).await
+        self.ask(|done| Command::List { done }).await?.ok_or(ManagerError::Unchecked)
     }
 
     /// A proxy connected: what it has to be told from now on.
@@ -422,7 +425,8 @@ impl Task {
         }
     }
 
-    async fn list(&self) -> Vec<Listed> {
+    /// `None`: they could not be checked, which says nothing about any of them.
+    async fn list(&self) -> Option<Vec<Listed>> {
         let (host, pods) = (Arc::clone(&self.host), self.all());
         let checked = tokio::task::spawn_blocking(move || {
             pods.into_iter()
@@ -433,7 +437,7 @@ impl Task {
                 })
                 .collect::<Vec<_>>()
         });
-        let mut listed = checked.await.unwrap_or_default();
+        let Ok(mut listed) = checked.await else { return None };
         for listed in listed.iter_mut().filter(|listed| listed.reason.is_empty()) {
             if let Some(error) = self.refusals.reason(self.proxies.keys().copied(), &listed.info.uid) {
                 listed.reason = format!("captured, but the proxy does not serve it: {error}");
@@ -445,7 +449,7 @@ impl Task {
             weaker: String::new(),
             sandbox: saved.sandbox.clone(),
         }));
-        listed
+        Some(listed)
     }
 
     async fn join(&mut self, id: u64, Joining { kept, dns }: Joining) -> mpsc::Receiver<Notice> {

@@ -170,10 +170,12 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
         tasks.spawn(async move { host.capture.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
     }
     let source = AnySource::open(config).await?;
-    let manager = start(run_dir, config.proxy_uid, &host, source, &mut tasks)?;
-    if let Some(plugin) = config.plugin() {
+    // Before the sockets are there: what is not registered yet is not waited for.
+    let plugin = config.plugin().map(|plugin| (plugin, readiness.register("the CNI plugin is chained")));
+    let manager = start(run_dir, config.proxy_uid, &host, source, &readiness, &mut tasks)?;
+    if let Some((plugin, ready)) = plugin {
         tasks.spawn(async move {
-            plugin.keep().await;
+            plugin.keep(ready).await;
             Ok(())
         });
     }
@@ -209,6 +211,7 @@ fn start(
     proxy_uid: u32,
     host: &Arc<Host>,
     source: Option<AnySource>,
+    readiness: &Readiness,
     tasks: &mut Tasks,
 ) -> Result<Manager, Error> {
     let maker = Maker::start(Arc::clone(host)).map_err(Error::Start)?;
@@ -231,8 +234,9 @@ fn start(
             Ok(())
         });
     }
+    let readiness = readiness.clone();
     tasks.spawn(async move {
-        announce::serve(announcers, enrolment).await;
+        announce::serve(announcers, enrolment, readiness).await;
         Ok(())
     });
     Ok(manager)

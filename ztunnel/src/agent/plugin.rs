@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_runtime::ready::Pending;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -20,6 +21,8 @@ use crate::cni::chain::{self, ChainError, TYPE};
 
 /// The folder is looked through this often, told or not.
 const POLL: Duration = Duration::from_secs(5);
+/// Shortest time between two looks.
+const PAUSE: Duration = Duration::from_millis(200);
 /// Largest network configuration, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 /// What is behind the name of a configuration with a single plugin while a list stands in its place.
@@ -125,8 +128,10 @@ impl Plugin {
         remove(&self.bin_dir.join(TYPE))
     }
 
-    /// Keeps the plugin in its place until the agent ends; never returns by itself.
-    pub async fn keep(self) {
+    /// Keeps the plugin in its place until the agent ends; never returns by itself. `ready` is done when it is there for
+    /// the first time: before that pods could start without it.
+    pub async fn keep(self, ready: Pending) {
+        let mut ready = Some(ready);
         let changed = Arc::new(Notify::new());
         let _watcher = watch(&self.conf_dir, Arc::clone(&changed));
         let plugin = Arc::new(self);
@@ -138,6 +143,9 @@ impl Plugin {
             match done {
                 Ok(Installed { program, configuration }) => {
                     complaint.clear();
+                    if let Some(ready) = ready.take() {
+                        ready.done();
+                    }
                     if let Some(path) = configuration {
                         tracing::info!(configuration = %path.display(), "the CNI plugin is chained");
                     }
@@ -153,6 +161,8 @@ impl Plugin {
                     complaint = text;
                 }
             }
+            // What cannot be written, or is fought over with somebody, must not keep the node busy.
+            tokio::time::sleep(PAUSE).await;
             // Either way it is time to look again.
             let _ = timeout_at(Instant::now() + POLL, changed.notified()).await;
         }
@@ -258,7 +268,12 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
 /// Starts inotify. Without it changes are still found, only later.
 fn watch(folder: &Path, changed: Arc<Notify>) -> Option<RecommendedWatcher> {
     let told = move |event: notify::Result<notify::Event>| {
-        if !matches!(&event, Ok(event) if event.kind.is_access()) {
+        // Files with a dot are half-written ones, of ours too.
+        let is_hidden = |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let is_nothing = |event: &notify::Event| {
+            event.kind.is_access() || (!event.paths.is_empty() && event.paths.iter().all(is_hidden))
+        };
+        if !matches!(&event, Ok(event) if is_nothing(event)) {
             changed.notify_one();
         }
     };
@@ -353,7 +368,9 @@ mod tests {
     #[tokio::test]
     async fn what_a_cni_takes_out_is_put_back() {
         let node = Node::new();
-        let keeping = tokio::spawn(node.plugin.clone().keep());
+        let readiness = mesh_runtime::ready::Readiness::new();
+        let keeping = tokio::spawn(node.plugin.clone().keep(readiness.register("plugin")));
+        assert!(!readiness.is_ready(), "pods would start without it");
         for round in 0..3 {
             // First there is none, then it is written anew.
             node.write("10-net.conflist", &network());
@@ -364,6 +381,7 @@ mod tests {
             };
             tokio::time::timeout(Duration::from_secs(30), chained).await.unwrap_or_else(|_| panic!("round {round}"));
         }
+        assert!(readiness.is_ready());
         keeping.abort();
     }
 

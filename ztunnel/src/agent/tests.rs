@@ -50,7 +50,7 @@ impl Agent {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut tasks = Tasks::new();
         let guard = runtime.enter();
-        super::start(&run_dir, 65534, &host, None, &mut tasks).unwrap();
+        super::start(&run_dir, 65534, &host, None, &Readiness::new(), &mut tasks).unwrap();
         drop(guard);
         Self { runtime: Some(runtime), _run_dir: run_dir, _tasks: tasks, host, run }
     }

@@ -79,11 +79,7 @@ impl Own {
     /// Which pods pass whatever their labels say.
     #[must_use]
     pub fn exclusions(&self) -> Exclusions {
-        let namespaces = self.excluded_namespaces.clone();
-        Exclusions {
-            system_namespace: self.system_namespace.clone(),
-            namespaces: namespaces.unwrap_or_else(|| vec!["kube-system".into(), self.system_namespace.clone()]),
-        }
+        Exclusions::or_default(self.system_namespace.clone(), self.excluded_namespaces.clone())
     }
 
     /// The agent's folder.

@@ -53,6 +53,15 @@ pub struct Exclusions {
     pub namespaces: Vec<String>,
 }
 
+impl Exclusions {
+    /// These namespaces; if none are named, `kube-system` and the mesh's own.
+    #[must_use]
+    pub fn or_default(system_namespace: String, namespaces: Option<Vec<String>>) -> Self {
+        let namespaces = namespaces.unwrap_or_else(|| vec![String::from("kube-system"), system_namespace.clone()]);
+        Self { system_namespace, namespaces }
+    }
+}
+
 /// What a pod's own object says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PodFacts {
@@ -172,6 +181,13 @@ pub fn decide(facts: &Facts<'_>) -> Decision {
         (Mode::Unset, Some(Mode::Unset)) => Decision::Pass(Pass::NotLabelled),
         (Mode::Unset, None) => Decision::Enrol(Why::UnknownNamespace),
     }
+}
+
+/// Whether a pod passes whatever its labels say.
+#[must_use]
+pub fn is_excluded(namespace: &str, name: &str, exclusions: &Exclusions) -> bool {
+    let facts = Facts { namespace, name, exclusions, pod: None, namespace_mode: None };
+    matches!(decide(&facts), Decision::Pass(Pass::Own | Pass::ExcludedNamespace))
 }
 
 /// By name: a DaemonSet's pod is called as it, with five characters behind.

@@ -64,7 +64,7 @@ impl NodeCapture {
     /// Attaches the connect hooks to `cgroup_root` and pins them under `bpffs`, or adopts what an earlier agent left
     /// there.
     ///
-    /// `kubelet`: the cgroup whose connections to pods are left alone, if any. `log`: whether newly loaded programs make
+    /// `kubelet`: the cgroup whose connections to pods are left alone, if any; it may be missing yet. `log`: whether newly loaded programs make
     /// log records (programs that are adopted keep their setting).
     ///
     /// # Errors
@@ -94,7 +94,11 @@ impl NodeCapture {
         };
         // Hooks that an earlier agent left may use other maps than those that are pinned.
         capture.mend_node()?;
-        capture.follow_kubelet(kubelet)?;
+        match capture.follow_kubelet(kubelet) {
+            // It may come later, and is looked for again; until then its probes are plaintext from outside.
+            Err(error) if error.is_absence() => tracing::warn!(%error, "no such cgroup as the kubelet's"),
+            followed => followed?,
+        }
         Ok(capture)
     }
 

@@ -65,7 +65,8 @@ fn choose(found: &BTreeMap<u64, PathBuf>, made: &BTreeMap<u64, PathBuf>) -> Resu
     let mut of_runtimes = found.iter().filter(|(inode, _)| made.contains_key(*inode));
     let chosen = match (of_runtimes.next(), of_runtimes.next()) {
         (Some(one), None) => Some(one),
-        (None, None) if all == 1 => found.iter().next(),
+        // Where runtimes keep theirs elsewhere.
+        (None, None) if all == 1 && made.is_empty() => found.iter().next(),
         (None | Some(_), _) => None,
     };
     let none = if all == 0 { NotFound::NoProcess } else { NotFound::Several(all) };
@@ -81,17 +82,15 @@ fn made_by_runtimes() -> BTreeMap<u64, PathBuf> {
 /// Whether a process's cgroups (`/proc/PID/cgroup`) are those of a pod with one of these UIDs: a part of a path is
 /// `pod<uid>`, or, as systemd has it, ends in `pod<uid>.slice` with `_` for `-`.
 fn is_of(cgroups: &str, uids: &[String]) -> bool {
-    let part_is_of = |part: &str| {
-        uids.iter().any(|uid| {
-            part.strip_prefix("pod").is_some_and(|rest| rest == uid)
-                || part
-                    .strip_suffix(".slice")
-                    .and_then(|part| part.rsplit('-').next())
-                    .and_then(|part| part.strip_prefix("pod"))
-                    .is_some_and(|rest| rest == uid.replace('-', "_"))
-        })
+    let uid_in = |part: &str| {
+        let by_systemd =
+            || Some(part.strip_suffix(".slice")?.rsplit('-').next()?.strip_prefix("pod")?.replace('_', "-"));
+        part.strip_prefix("pod").map(str::to_owned).filter(|_| !part.ends_with(".slice")).or_else(by_systemd)
     };
-    cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2)).any(|path| path.split('/').any(part_is_of))
+    // The first that looks like a pod's: a pod may make what groups it likes below its own.
+    let pod_of = |path: &str| path.split('/').find_map(uid_in);
+    let paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    paths.filter_map(pod_of).any(|found| uids.contains(&found))
 }
 
 /// `None`: the process is gone.
@@ -129,6 +128,9 @@ mod tests {
         for text in ["0::/\n", "", "0::/system.slice/kubelet.service\n", &format!("0::/kubepods/pod{UID}x/1\n")] {
             assert!(!is_of(text, &uids), "{text}");
         }
+        for text in [format!("0::/kubepods/podanother/1/pod{UID}\n")] {
+            assert!(!is_of(&text, &uids), "{text}");
+        }
     }
 
     #[test]
@@ -139,7 +141,9 @@ mod tests {
         let choose = |inodes: &[u64]| choose(&inodes.iter().copied().map(process).collect(), &made);
         let found = choose(&[1, 2]).unwrap();
         assert_eq!((found.inode, found.path.to_str().unwrap()), (1, "/run/netns/cni-1"));
-        assert_eq!(choose(&[3]).unwrap().path, PathBuf::new(), "of one alone there is no question");
+        assert_eq!(choose(&[3]), Err(NotFound::Several(1)), "its own namespace has no process");
+        let alone = super::choose(&[process(3)].into(), &BTreeMap::new()).unwrap();
+        assert_eq!((alone.inode, alone.path), (3, PathBuf::new()), "of one alone there is no question");
         assert_eq!(choose(&[]), Err(NotFound::NoProcess));
         assert_eq!(choose(&[2, 3]), Err(NotFound::Several(2)));
         assert_eq!(choose(&[1, 9, 3]), Err(NotFound::Several(3)));

@@ -22,11 +22,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{Known, Origin, Running, Source};
-use crate::cni::decide::{DATAPLANE_MODE, Mode};
+use crate::cni::decide::{DATAPLANE_MODE, Exclusions, Mode, is_excluded};
 use crate::cni::knowledge::{Knowledge, KnownPod};
 
 /// Annotation of a static pod's object: the UID that the kubelet, and so the runtime, knows it by.
 const STATIC_UID: &str = "kubernetes.io/config.hash";
+/// Annotation of an object that stands for a static pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+/// How long one watch lasts, in seconds: a connection that is dead without a word is not waited for longer.
+const WATCH: u32 = 30;
 /// Annotation of a pod whose capture was checked in the kernel.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Its value.
@@ -39,6 +43,7 @@ const BATCH: usize = 1024;
 pub struct Kubernetes {
     client: kube::Client,
     node: String,
+    exclusions: Exclusions,
 }
 
 /// What of a pod's `spec` decides.
@@ -67,20 +72,21 @@ struct PodIp {
 type Pod = Object<Spec, Status>;
 
 impl Kubernetes {
-    /// A source that reads the pods of this node.
+    /// A source that reads the pods of this node. Those that the plugin lets pass unseen are not enrolled while they run
+    /// either.
     #[must_use]
-    pub const fn new(client: kube::Client, node: String) -> Self {
-        Self { client, node }
+    pub const fn new(client: kube::Client, node: String, exclusions: Exclusions) -> Self {
+        Self { client, node, exclusions }
     }
 
     fn namespaces(&self) -> impl Stream<Item = watcher::Result<Event<PartialObjectMeta<Namespace>>>> + use<> {
         let api: Api<PartialObjectMeta<Namespace>> = Api::all(self.client.clone());
-        watcher::watcher(api, watcher::Config::default()).default_backoff()
+        watcher::watcher(api, watcher::Config::default().timeout(WATCH)).default_backoff()
     }
 
     fn pods(&self) -> impl Stream<Item = watcher::Result<Event<Pod>>> + use<> {
         let api: Api<Pod> = Api::all_with(self.client.clone(), &ApiResource::erase::<ApiPod>(&()));
-        let config = watcher::Config::default().fields(&format!("spec.nodeName={}", self.node));
+        let config = watcher::Config::default().timeout(WATCH).fields(&format!("spec.nodeName={}", self.node));
         watcher::watcher(api, config).default_backoff()
     }
 }
@@ -88,7 +94,7 @@ impl Kubernetes {
 impl Source for Kubernetes {
     async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
         let (mut namespaces, mut pods) = (pin!(self.namespaces().fuse()), pin!(self.pods().fuse()));
-        let mut cluster = Cluster::default();
+        let mut cluster = Cluster { exclusions: self.exclusions.clone(), ..Cluster::default() };
         let mut trouble = Trouble::default();
         loop {
             tokio::select! {
@@ -185,6 +191,7 @@ struct Cluster {
     pods: Kind<(String, String), (KnownPod, Option<Running>)>,
     /// What was complained of, so that it is said once.
     complaints: BTreeSet<String>,
+    exclusions: Exclusions,
 }
 
 impl Cluster {
@@ -258,7 +265,9 @@ impl Cluster {
         for ((namespace, name), (known, _)) in &self.pods.objects {
             pods.entry(namespace.clone()).or_default().insert(name.clone(), known.clone());
         }
-        let running = self.pods.objects.values().filter_map(|(_, running)| running.clone()).collect();
+        let is_seen = |running: &&Running| !is_excluded(&running.namespace, &running.name, &self.exclusions);
+        let running = self.pods.objects.values().filter_map(|(_, running)| running.as_ref());
+        let running = running.filter(is_seen).cloned().collect();
         let knowledge = Knowledge { namespaces: self.namespaces.objects.clone(), pods };
         Some(Known { knowledge, origin: Origin::Source, running })
     }
@@ -279,7 +288,9 @@ fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
     let annotation = |name| meta.annotations.as_ref().and_then(|all| all.get(name)).map(String::as_str);
     let uid = meta.uid.clone().unwrap_or_default();
     let account = Some(pod.spec.service_account_name.as_str()).filter(|account| !account.is_empty());
-    let uids = [Some(uid.as_str()), annotation(STATIC_UID)].into_iter().flatten().filter(|uid| !uid.is_empty());
+    // Anybody may write the one; only the kubelet makes a pod with both, the mirror of a static one.
+    let static_uid = annotation(MIRROR).and(annotation(STATIC_UID));
+    let uids = [Some(uid.as_str()), static_uid].into_iter().flatten().filter(|uid| !uid.is_empty());
     let known = KnownPod {
         uids: uids.map(str::to_owned).collect(),
         mode: mode(meta)?,
@@ -378,7 +389,7 @@ mod tests {
         let more = json!({
             "metadata": {
                 "labels": { DATAPLANE_MODE: "none" },
-                "annotations": { STATIC_UID: "hash", REDIRECTION: ENABLED },
+                "annotations": { STATIC_UID: "hash", MIRROR: "hash", REDIRECTION: ENABLED },
             },
         });
         let known = listed(vec![pod("a", "u1", &more)]).known().unwrap();
@@ -395,6 +406,15 @@ mod tests {
             assert!(known.running.is_empty(), "{spec} {status}");
             assert_eq!(known.knowledge.pods["shop"].len(), 1);
         }
+    }
+
+    #[test]
+    fn pod_is_not_believed_to_be_a_static_one_and_excluded_ones_are_not_seen() {
+        let claims = json!({ "metadata": { "annotations": { STATIC_UID: "u7" } } });
+        let mut cluster = listed(vec![pod("a", "u1", &claims)]);
+        assert_eq!(cluster.known().unwrap().running[0].uids, ["u1"]);
+        cluster.exclusions = Exclusions { system_namespace: String::new(), namespaces: vec!["shop".into()] };
+        assert!(cluster.known().unwrap().running.is_empty());
     }
 
     #[test]

@@ -61,7 +61,7 @@ impl AnySource {
             None => kube::Config::incluster()?,
         };
         let client = kube::Client::try_from(settings).map_err(|error| SourceError::Client(Box::new(error)))?;
-        Ok(Some(Self::Kubernetes(Kubernetes::new(client, node))))
+        Ok(Some(Self::Kubernetes(Kubernetes::new(client, node, config.exclusions()))))
     }
 
     /// The Kubernetes API, if that is the source.

@@ -1,5 +1,5 @@
 //! Tells the Kubernetes API what became of this node's pods: the annotation `ambient.istio.io/redirection: enabled` on
-//! those whose capture was just checked in the kernel, and on no others, and an event where a pod is not as its labels
+//! those whose capture was checked in the kernel, until they are enrolled no more, and an event where a pod is not as its labels
 //! say.
 
 use std::collections::{BTreeMap, HashMap};
@@ -107,11 +107,12 @@ impl Report {
         let patch = json!({ "metadata": { "uid": pod.uid, "annotations": { REDIRECTION: value } } });
         let patch = Patch::Merge(&patch);
         let parameters = PatchParams::default();
-        let patched = timeout(PATIENCE, api.patch_metadata(&pod.name, &parameters, &patch)).await;
+        // Of the status, where the API server takes no change of the pod's specification.
+        let patched = timeout(PATIENCE, api.patch_status(&pod.name, &parameters, &patch)).await;
         let (namespace, name) = (&pod.namespace, &pod.name);
         match patched {
             Ok(Ok(_)) => tracing::info!(namespace, name, is_confirmed, "its annotation says whether it is captured"),
-            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {}
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => {}
             Ok(Err(error)) => tracing::warn!(namespace, name, %error, "its annotation cannot be written; trying again"),
             Err(_) => tracing::warn!(namespace, name, "its annotation cannot be written: no answer; trying again"),
         }
@@ -124,10 +125,11 @@ fn plan<'a>(running: &'a [Running], reasons: &BTreeMap<&str, &'a str>, problems:
     for pod in running {
         let reason = pod.uids.iter().find_map(|uid| reasons.get(uid.as_str()));
         let is_captured = reason.is_some_and(|reason| reason.is_empty());
-        match (is_captured, pod.is_confirmed) {
-            (true, false) if !pod.ends => plan.confirm.push(pod),
-            (false, true) => plan.revoke.push(pod),
-            (true | false, _) => {}
+        if is_captured && !pod.is_confirmed && !pod.ends {
+            plan.confirm.push(pod);
+        } else if reason.is_none() && pod.is_confirmed {
+            // Not where something of an enrolled pod is amiss: without the annotation peers would send it plaintext.
+            plan.revoke.push(pod);
         }
         let not_wholly = reason.copied().filter(|reason| !reason.is_empty());
         let problem = || pod.uids.iter().find_map(|uid| problems.get(uid)).map(String::as_str);
@@ -219,7 +221,7 @@ mod tests {
         let problems = Problems::from([(String::from("not enrolled"), String::from("no namespace"))]);
         let plan = plan(&running, &reasons.into(), &problems);
         assert_eq!(names(&plan.confirm), ["captured"]);
-        assert_eq!(names(&plan.revoke), ["broken, confirmed", "not enrolled, confirmed"]);
+        assert_eq!(names(&plan.revoke), ["not enrolled, confirmed"], "peers would send plaintext to the others");
         let complaints: Vec<_> = plan.complain.iter().map(|(pod, why)| (pod.uid.as_str(), *why)).collect();
         assert_eq!(
             complaints,

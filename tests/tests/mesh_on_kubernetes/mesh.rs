@@ -1,0 +1,166 @@
+//! A cluster with the mesh on it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::capture::{LinkKind, Recorder};
+use tests::cluster::bin_dir;
+use tests::kubernetes::Kubernetes;
+use tests::kubernetes::image::Recipe;
+use tests::{Error, wait};
+
+pub const BOUND: Duration = Duration::from_secs(120);
+/// Namespace of the mesh's own pods.
+pub const SYSTEM: &str = "culvert-system";
+/// What says that a pod is captured.
+const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
+
+/// The mesh, installed as a user installs it.
+pub struct Mesh {
+    pub cluster: Kubernetes,
+    /// Everything between the nodes.
+    pub wire: Recorder,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// One cluster at a time: each wants the machine for itself.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Mesh {
+    /// Starts a cluster whose wire is watched for the markers, and applies the manifests.
+    pub fn install(markers: &[&str]) -> Self {
+        let turn = alone();
+        let begun = Instant::now();
+        let cluster = Kubernetes::builder().images(Recipe::mesh(&bin_dir().unwrap())).start().unwrap();
+        let markers: Vec<String> = markers.iter().map(|marker| (*marker).to_owned()).collect();
+        let wire = Recorder::start(&markers).unwrap();
+        for (index, node) in cluster.nodes().iter().enumerate() {
+            wire.add(node.network(), "eth0", LinkKind::Node { node: index + 1 }).unwrap();
+        }
+        let ready = begun.elapsed();
+        let mesh = Self { cluster, wire, _turn: turn };
+        mesh.apply_manifests();
+        mesh.rolled_out();
+        eprintln!("cluster after {ready:.1?}, mesh after {:.1?}", begun.elapsed());
+        mesh
+    }
+
+    /// The shipped manifests; only the kubelet's cgroup is another one here than where systemd starts it.
+    fn apply_manifests(&self) {
+        let kubelet = "/host/cgroup/system.slice/kubelet.service";
+        for path in manifests("culvert") {
+            let text = fs::read_to_string(&path).unwrap();
+            let here = format!("/host/cgroup/{}/$(NODE_NAME)/kubelet", self.kubelets());
+            let name = path.file_name().unwrap().to_str().unwrap();
+            self.cluster.apply(name, &text.replace(kubelet, &here)).unwrap();
+        }
+    }
+
+    /// The group that those of all nodes are in, below the mount of the cgroups.
+    fn kubelets(&self) -> String {
+        let kubelet = self.cluster.nodes()[0].kubelet.pid().unwrap();
+        let groups = fs::read_to_string(format!("/proc/{kubelet}/cgroup")).unwrap();
+        let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).expect("cgroup v2");
+        let top = own.strip_suffix("/node1/kubelet").unwrap_or_else(|| panic!("{own}"));
+        let beside = Path::new("/sys/fs/cgroup/unified").is_dir();
+        if beside { format!("unified/{top}") } else { top.to_owned() }
+    }
+
+    /// Waits until every part of the mesh runs everywhere in its newest version.
+    pub fn rolled_out(&self) {
+        for part in ["deployment/culvertd", "daemonset/culvert-node", "daemonset/ztunnel"] {
+            let wait = ["rollout", "status", part, "--namespace", SYSTEM, "--timeout=120s"];
+            self.kubectl(&wait).unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
+        }
+    }
+
+    pub fn kubectl(&self, args: &[&str]) -> Result<String, Error> {
+        self.cluster.kubectl(args)
+    }
+
+    /// Pods of a namespace.
+    pub fn pods(&self, namespace: &str) -> Vec<Value> {
+        self.cluster.api().list(&format!("/api/v1/namespaces/{namespace}/pods")).unwrap()
+    }
+
+    /// Waits until all pods of a namespace are Ready, and said to be captured or not.
+    pub fn until_pods(&self, namespace: &str, captured: bool) {
+        let what = format!("pods of {namespace} Ready, and captured: {captured}");
+        let settled = wait::until(&what, BOUND, || {
+            let pods = self.pods(namespace);
+            let good = |pod: &Value| {
+                let is_captured = pod.pointer(REDIRECTION).is_some_and(|value| value == "enabled");
+                is_ready(pod) && is_captured == captured && pod.pointer("/metadata/deletionTimestamp").is_none()
+            };
+            (!pods.is_empty() && pods.iter().all(good)).then_some(())
+        });
+        settled.unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
+    }
+
+    /// The name of the one pod of a namespace with that label `app`.
+    pub fn pod_of(&self, namespace: &str, app: &str) -> Value {
+        let path = format!("/api/v1/namespaces/{namespace}/pods?labelSelector=app%3D{app}");
+        self.cluster.api().list(&path).unwrap().into_iter().next().unwrap_or_else(|| panic!("no pod {app}"))
+    }
+
+    /// What `culvert-app` prints in a pod, also where it fails.
+    pub fn run(&self, namespace: &str, app: &str, args: &[&str]) -> Value {
+        let pod = text(&self.pod_of(namespace, app), "/metadata/name");
+        let command = ["exec", "--namespace", namespace, pod.as_str(), "--", "culvert-app"];
+        let done = self.cluster.kubectl_output([&command[..], args].concat()).unwrap();
+        let said = String::from_utf8_lossy(&done.stdout);
+        let line = said.lines().find(|line| line.starts_with('{')).unwrap_or_default();
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{args:?}: {error}: {done:?}"))
+    }
+
+    /// The pod of a DaemonSet of the mesh on a node.
+    pub fn part_on(&self, name: &str, node: &str) -> String {
+        let path = format!(
+            "/api/v1/namespaces/{SYSTEM}/pods?labelSelector=app.kubernetes.io%2Fname%3D{name}&\
+             fieldSelector=spec.nodeName%3D{node}"
+        );
+        let pods = self.cluster.api().list(&path).unwrap();
+        let pod = pods.iter().find(|pod| is_ready(pod)).unwrap_or_else(|| panic!("no {name} on {node}"));
+        text(pod, "/metadata/name")
+    }
+
+    /// The pods that a node's agent has in force, as it answers `ztunnel pods`.
+    pub fn enrolled_on(&self, node: &str) -> Vec<Value> {
+        let agent = self.part_on("culvert-node", node);
+        let ask = ["exec", "--namespace", SYSTEM, agent.as_str(), "--", "ztunnel", "pods", "--output", "json"];
+        serde_json::from_str(&self.kubectl(&ask).unwrap()).unwrap()
+    }
+
+    /// For a test that fails: what there is, and what the mesh said last.
+    pub fn state(&self) -> String {
+        let mut said = self.kubectl(&["get", "pods", "--all-namespaces", "--output", "wide"]).unwrap_or_default();
+        for part in ["deployment/culvertd", "daemonset/culvert-node", "daemonset/ztunnel"] {
+            let log = ["logs", part, "--namespace", SYSTEM, "--all-pods", "--tail=20"];
+            said += &self.kubectl(&log).unwrap_or_else(|error| error.to_string());
+        }
+        said + &self.kubectl(&["get", "events", "--all-namespaces"]).unwrap_or_default()
+    }
+}
+
+/// The files of a folder of manifests, in the order in which they are applied.
+pub fn manifests(folder: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests").join(folder);
+    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+pub fn text(object: &Value, at: &str) -> String {
+    object.pointer(at).and_then(Value::as_str).unwrap_or_else(|| panic!("no {at} in {object}")).to_owned()
+}
+
+fn is_ready(pod: &Value) -> bool {
+    let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
+    conditions.is_some_and(|all| all.iter().any(|one| one["type"] == "Ready" && one["status"] == "True"))
+}
