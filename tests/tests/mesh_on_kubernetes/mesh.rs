@@ -115,7 +115,7 @@ impl Mesh {
         let command = ["exec", "--namespace", namespace, pod.as_str(), "--", "culvert-app"];
         let done = self.cluster.kubectl_output([&command[..], args].concat()).unwrap();
         let said = String::from_utf8_lossy(&done.stdout);
-        let line = said.lines().find(|line| line.starts_with('{')).unwrap_or_default();
+        let line = said.lines().rfind(|line| line.starts_with('{')).unwrap_or_default();
         serde_json::from_str(line).unwrap_or_else(|error| panic!("{args:?}: {error}: {done:?}"))
     }
 
