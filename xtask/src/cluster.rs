@@ -16,15 +16,20 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
         println!("{}", kubernetes::programs(root)?.display());
         return Ok(());
     }
+    let starts = action == "up" && !args.iter().any(|arg| arg == "--help" || arg == "-h");
+    // What is missing is said before anything is built.
+    let kubernetes = if starts {
+        prerequisites::check()?;
+        Some(kubernetes::programs(root)?)
+    } else {
+        None
+    };
     let built = build::folder(root, Profile::Dev);
     // What takes a cluster down must not depend on whether the checkout compiles.
     let needs_build = !["down", "status"].contains(&action) || !built.join("culvert-cluster").exists();
     let programs = if needs_build { build::programs(root, Profile::Dev)? } else { built };
     let mut command = Command::new(programs.join("culvert-cluster"));
     command.args(args).arg("--bin-dir").arg(&programs);
-    if action == "up" && !args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        prerequisites::check()?;
-        command.env(kubernetes::VARIABLE, kubernetes::programs(root)?);
-    }
+    command.envs(kubernetes.map(|folder| (kubernetes::VARIABLE, folder)));
     call(&mut command)
 }

@@ -51,7 +51,7 @@ pub fn run(root: &Path, version: &str, args: &[String]) -> Result<(), Failure> {
     }
     let started = Instant::now();
     let cache = cache().join("kernels");
-    let debian = Debian::open(&cache)?;
+    let debian = Debian::open(&cache, "amd64")?;
     let kernels = debian.kernels()?;
     if version == "list" {
         return list(&kernels);

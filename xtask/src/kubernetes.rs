@@ -17,7 +17,9 @@ pub const VARIABLE: &str = "KUBERNETES_BIN_DIR";
 /// Folders with a `go.mod` of their own.
 const KUBERNETES: &str = "tests/kubernetes";
 const NODE: &str = "tests/kubernetes/node";
-const GO: (u32, u32) = (1, 26);
+
+/// Filesystems of containerd that need C libraries are left out.
+const TAGS: &str = "no_btrfs no_devmapper no_zfs";
 
 /// Built together: what they are called, and the package that each is built from.
 struct Set {
@@ -68,23 +70,11 @@ const PACKAGES: [&str; 2] = ["runc", "nftables"];
 /// # Errors
 /// No Go, no network, or a build that failed.
 pub fn programs(root: &Path) -> Result<PathBuf, Failure> {
-    if let Some(folder) = std::env::var_os(VARIABLE) {
-        return Ok(folder.into());
-    }
-    let mut recipe = String::new();
-    for file in
-        [KUBERNETES, NODE].iter().flat_map(|folder| ["go.mod", "go.sum"].map(|file| root.join(folder).join(file)))
-    {
-        recipe += &fs::read_to_string(&file).map_err(|error| failed(&file, &error))?;
-    }
-    for set in SETS {
-        recipe += &format!("{}{:?}", set.flags, set.packages);
-    }
-    let folder = cache().join(format!("kubernetes-{}", short(&recipe)));
-    if folder.exists() {
+    let (folder, there) = place(root)?;
+    if there {
         return Ok(folder);
     }
-    go()?;
+    go(root)?;
     println!("building the programs of a Kubernetes cluster into {} (once, some minutes)", folder.display());
     // Two tasks do not build the same.
     let scratch = cache().join("kubernetes.new");
@@ -104,24 +94,73 @@ pub fn programs(root: &Path) -> Result<PathBuf, Failure> {
     Ok(folder)
 }
 
-fn go() -> Result<(), Failure> {
+/// As [`programs`], if they are there: nothing is built.
+///
+/// # Errors
+/// The checkout cannot be read.
+pub fn existing(root: &Path) -> Result<Option<PathBuf>, Failure> {
+    let (folder, there) = place(root)?;
+    Ok(there.then_some(folder))
+}
+
+/// The folder of the programs, and whether it is there. That in the cache is named after all that goes into it.
+fn place(root: &Path) -> Result<(PathBuf, bool), Failure> {
+    if let Some(folder) = std::env::var_os(VARIABLE) {
+        return Ok((folder.into(), true));
+    }
+    let mut recipe = format!("{TAGS}{SUITE}{PACKAGES:?}{}{}", std::env::consts::ARCH, nft_script("", ""));
+    for file in
+        [KUBERNETES, NODE].iter().flat_map(|folder| ["go.mod", "go.sum"].map(|file| root.join(folder).join(file)))
+    {
+        recipe += &fs::read_to_string(&file).map_err(|error| failed(&file, &error))?;
+    }
+    for set in SETS {
+        recipe += &format!("{}{:?}", set.flags, set.packages);
+    }
+    let folder = cache().join(format!("kubernetes-{}", short(&recipe)));
+    let there = folder.exists();
+    Ok((folder, there))
+}
+
+/// Checks that Go is there, as new as the modules want it.
+fn go(root: &Path) -> Result<(), Failure> {
+    let mut wanted = (0, 0, 0);
+    for folder in [KUBERNETES, NODE] {
+        let file = root.join(folder).join("go.mod");
+        let text = fs::read_to_string(&file).map_err(|error| failed(&file, &error))?;
+        let version = wanted_go(&text).ok_or_else(|| Failure(format!("{}: no `go` line", file.display())))?;
+        wanted = wanted.max(version);
+    }
     let remedy = format!(
-        "Go {}.{} or newer builds a Kubernetes cluster's programs: get it from https://go.dev/dl/ (or `apt-get install -t \
-         trixie-backports golang-go`), or name a folder that has them in {VARIABLE}",
-        GO.0, GO.1
+        "Go {}.{}.{} or newer builds a Kubernetes cluster's programs: get it from https://go.dev/dl/ (or `apt-get install \
+         -t trixie-backports golang-go`, if that is as new), or name a folder that has them in {VARIABLE}",
+        wanted.0, wanted.1, wanted.2
     );
     let said =
         output(Command::new("go").arg("version").env("GOTOOLCHAIN", "local")).map_err(|_| Failure(remedy.clone()))?;
     match go_version(&said) {
-        Some(version) if version >= GO => Ok(()),
+        Some(version) if version >= wanted => Ok(()),
         _ => Err(Failure(format!("{remedy}; this is {}", said.trim()))),
     }
 }
 
+/// What a `go.mod` asks for.
+fn wanted_go(text: &str) -> Option<(u32, u32, u32)> {
+    numbers(text.lines().find_map(|line| line.strip_prefix("go "))?)
+}
+
 /// Of `go version go1.26.8 linux/amd64`.
-fn go_version(said: &str) -> Option<(u32, u32)> {
-    let mut numbers = said.split(' ').nth(2)?.strip_prefix("go")?.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+fn go_version(said: &str) -> Option<(u32, u32, u32)> {
+    numbers(said.split(' ').nth(2)?.strip_prefix("go")?)
+}
+
+/// A candidate for a release, such as `1.27rc1`, counts as its first one.
+fn numbers(version: &str) -> Option<(u32, u32, u32)> {
+    let mut parts = version.trim().split('.').map(|part| {
+        let digits = part.find(|c: char| !c.is_ascii_digit()).map_or(part, |end| &part[..end]);
+        digits.parse().ok()
+    });
+    Some((parts.next()??, parts.next()??, parts.next().flatten().unwrap_or(0)))
 }
 
 fn build(root: &Path, set: &Set, into: &Path) -> Result<(), Failure> {
@@ -130,8 +169,7 @@ fn build(root: &Path, set: &Set, into: &Path) -> Result<(), Failure> {
     for (name, package) in set.packages {
         let mut command = Command::new("go");
         command.args(["build", "-buildvcs=false", "-trimpath", "-ldflags", set.flags]);
-        // Of containerd: filesystems that need C libraries.
-        command.args(["-tags", "no_btrfs no_devmapper no_zfs", "-o"]).arg(into.join(name)).arg(package);
+        command.args(["-tags", TAGS, "-o"]).arg(into.join(name)).arg(package);
         command.env("CGO_ENABLED", "0").env("GOTOOLCHAIN", "local").env_remove("GOFLAGS");
         crate::call(command.current_dir(root.join(set.folder)))?;
     }
@@ -140,24 +178,40 @@ fn build(root: &Path, set: &Set, into: &Path) -> Result<(), Failure> {
 }
 
 fn from_debian(into: &Path) -> Result<(), Failure> {
-    if !Path::new(KEYRING).exists() {
+    let Some((architecture, triple, loader)) = names(std::env::consts::ARCH).filter(|_| Path::new(KEYRING).exists())
+    else {
         return from_system(into);
-    }
+    };
     println!("· taking runc and nft from Debian's packages");
     let unpacked = into.join("debian");
-    Debian::open(&cache().join("kernels"))?.unpack_set(SUITE, &PACKAGES, &unpacked)?;
+    Debian::open(&cache().join("kernels"), architecture)?.unpack_set(SUITE, &PACKAGES, &unpacked)?;
     // It starts itself anew by /proc/self/exe, so that it must be started without a loader of its own.
     let runc = into.join("runc");
     fs::copy(unpacked.join("usr/sbin/runc"), &runc).map_err(|error| failed(&runc, &error))?;
     output(Command::new(&runc).arg("--version"))
         .map_err(|Failure(why)| Failure(format!("{why}; `apt-get install libseccomp2`")))?;
     let nft = into.join("nft");
-    let script = "#!/bin/sh\nhere=$(dirname \"$0\")/debian\nlibraries=lib/x86_64-linux-gnu\n\
-                  exec \"$here/$libraries/ld-linux-x86-64.so.2\" --library-path \"$here/$libraries:$here/usr/$libraries\" \
-                  \"$here/usr/sbin/nft\" \"$@\"\n";
-    fs::write(&nft, script).map_err(|error| failed(&nft, &error))?;
+    fs::write(&nft, nft_script(triple, loader)).map_err(|error| failed(&nft, &error))?;
     executable(&nft)?;
     output(Command::new(&nft).arg("--version")).map(drop)
+}
+
+/// What Debian calls an architecture, the folder of its libraries, and the loader in that folder.
+fn names(architecture: &str) -> Option<(&'static str, &'static str, &'static str)> {
+    match architecture {
+        "x86_64" => Some(("amd64", "x86_64-linux-gnu", "ld-linux-x86-64.so.2")),
+        "aarch64" => Some(("arm64", "aarch64-linux-gnu", "ld-linux-aarch64.so.1")),
+        _ => None,
+    }
+}
+
+/// Starts nft with the libraries that came with it.
+fn nft_script(triple: &str, loader: &str) -> String {
+    format!(
+        "#!/bin/sh\nhere=$(dirname \"$0\")/debian\nlibraries=lib/{triple}\n\
+         exec \"$here/$libraries/{loader}\" --library-path \"$here/$libraries:$here/usr/$libraries\" \
+         \"$here/usr/sbin/nft\" \"$@\"\n"
+    )
 }
 
 /// Where there are no packages of Debian's, those of the machine.
@@ -182,9 +236,21 @@ mod tests {
 
     #[test]
     fn versions_of_go_are_read() {
-        assert_eq!(go_version("go version go1.26.8 linux/amd64\n"), Some((1, 26)));
-        assert_eq!(go_version("go version go1.27rc1 linux/amd64\n"), Some((1, 27)));
+        assert_eq!(go_version("go version go1.26.8 linux/amd64\n"), Some((1, 26, 8)));
+        assert_eq!(go_version("go version go1.27rc1 linux/amd64\n"), Some((1, 27, 0)));
         assert_eq!(go_version("nothing"), None);
+        assert_eq!(wanted_go("module m\n\ngo 1.26.8\n\ntool x\n"), Some((1, 26, 8)));
+        assert_eq!(wanted_go("module m\n"), None);
+        assert!(go_version("go version go1.26.7 linux/amd64") < wanted_go("go 1.26.8"));
+    }
+
+    #[test]
+    fn the_modules_say_which_go_they_want() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        for folder in [KUBERNETES, NODE] {
+            let text = fs::read_to_string(root.join(folder).join("go.mod")).unwrap();
+            assert!(wanted_go(&text) >= Some((1, 26, 0)), "{folder}");
+        }
     }
 
     #[test]

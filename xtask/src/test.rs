@@ -18,13 +18,17 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
         return kernel::run(root, version, rest);
     }
     prerequisites::check()?;
-    // The tests on a real cluster need it. Who asks for some tests by name may do without.
-    let kubernetes = match kubernetes::programs(root) {
-        Err(Failure(why)) if !args.is_empty() => {
-            println!("tests on a real Kubernetes cluster will fail: {why}");
+    // The tests on a real cluster need it. Who asks for others by name does without, if it would have to be built.
+    let kubernetes = match kubernetes::existing(root)? {
+        None if asks_for_kubernetes(args) => Some(kubernetes::programs(root)?),
+        None => {
+            println!(
+                "Kubernetes' programs are not there, and tests that need them will fail: `cargo xtask cluster programs` \
+                 builds them, once"
+            );
             None
         }
-        programs => Some(programs?),
+        there => there,
     };
     let programs = build::programs(root, Profile::Dev)?;
     let mut command = cargo();
@@ -34,4 +38,21 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     command.env("CULVERT_BIN_DIR", programs).current_dir(root);
     command.envs(kubernetes.map(|folder| (kubernetes::VARIABLE, folder)));
     call(&mut command)
+}
+
+/// True of all tests, and of a filter that names those on a real cluster.
+fn asks_for_kubernetes(args: &[String]) -> bool {
+    args.is_empty() || args.iter().any(|arg| arg.contains("kubernetes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kubernetes_is_built_for_who_asks_for_it() {
+        let asks = |args: &[&str]| asks_for_kubernetes(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
+        assert!(asks(&[]) && asks(&["kubernetes_api"]) && asks(&["-p", "tests", "--test", "kubernetes"]));
+        assert!(!asks(&["two_nodes"]) && !asks(&["-p", "tests", "--test", "dns"]));
+    }
 }

@@ -51,32 +51,33 @@ impl Kernel {
 }
 
 impl Debian {
-    /// Brings the lists up to date where they are older than a day. Without a network old lists will do.
+    /// Packages of an architecture (as Debian calls it). Brings the lists up to date where they are older than a day.
+    /// Without a network old lists will do.
     ///
     /// # Errors
     /// This is not a machine with apt and Debian's keys, or there are no lists.
-    pub fn open(cache: &Path) -> Result<Self, Failure> {
+    pub fn open(cache: &Path, architecture: &str) -> Result<Self, Failure> {
         if !Path::new(KEYRING).exists() {
             return Err(Failure(format!("there is no {KEYRING}: `apt-get install debian-archive-keyring`")));
         }
-        let folder = cache.join("apt");
+        let folder = cache.join(format!("apt-{architecture}"));
         for part in ["state/lists/partial", "cache/archives/partial", "none"] {
             fs::create_dir_all(folder.join(part)).map_err(|error| failed(&folder, &error))?;
         }
         let lock = fs::File::create(folder.join("lock")).map_err(|error| failed(&folder, &error))?;
         lock.lock().map_err(|error| failed(&folder, &error))?;
         let debian = Self { folder, _lock: lock };
-        debian.configure()?;
+        debian.configure(architecture)?;
         debian.update()?;
         Ok(debian)
     }
 
-    fn configure(&self) -> Result<(), Failure> {
+    fn configure(&self, architecture: &str) -> Result<(), Failure> {
         let write = |name: &str, text: String| {
             fs::write(self.folder.join(name), text).map_err(|error| failed(&self.folder.join(name), &error))
         };
         let sources = format!(
-            "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: {SUITES}\nComponents: main\nArchitectures: amd64\n\
+            "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: {SUITES}\nComponents: main\nArchitectures: {architecture}\n\
              Signed-By: {KEYRING}\n"
         );
         write("debian.sources", sources)?;
@@ -97,7 +98,7 @@ impl Debian {
             ("Acquire::GzipIndexes", "true".to_owned()),
             ("Acquire::Languages", "none".to_owned()),
             ("Acquire::IndexTargets::deb::DEP-11::DefaultEnabled", "false".to_owned()),
-            ("APT::Architecture", "amd64".to_owned()),
+            ("APT::Architecture", architecture.to_owned()),
             ("APT::Sandbox::User", "root".to_owned()),
         ] {
             config += &format!("{name} \"{value}\";\n");
