@@ -8,6 +8,10 @@ use crate::api::{Outcome, Problem, read_served};
 /// The group and version that is spoken.
 const API_VERSION: &str = "admission.k8s.io/v1";
 const KIND: &str = "AdmissionReview";
+/// Most maps in a body. The smallest map takes a hundred times the memory of its text; real objects have some thousands.
+const MAX_MAPS: usize = 64 * 1024;
+/// Mistakes that a warning tells of, at most; API servers cut long ones.
+const MAX_WARNINGS: usize = 5;
 
 /// Why a question has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +19,9 @@ pub(super) enum NotAReview {
     /// It cannot be read.
     #[error("the body is no AdmissionReview: {0}")]
     Malformed(#[from] serde_json::Error),
+    /// Its parts are too many.
+    #[error("the body has more than {MAX_MAPS} maps")]
+    TooManyMaps,
     /// It is of another version.
     #[error("{0:?} is not read here; send {API_VERSION} {KIND}")]
     Version(String),
@@ -34,6 +41,9 @@ struct Request {
     /// The object as it would be stored; null for a deletion.
     #[serde(default)]
     object: Value,
+    /// The object as it is stored; null for a creation.
+    #[serde(default, rename = "oldObject")]
+    old_object: Value,
 }
 
 /// The answer, as it goes back.
@@ -86,12 +96,19 @@ impl Answer {
 }
 
 /// Answers a question.
+///
+/// What is stored already, from before this was installed or while it was away, must not be stuck: an update is refused
+/// for the mistakes that it adds, and none of an object that is being deleted, whose finalizers must come off.
 pub(super) fn answer(body: &[u8]) -> Result<Answer, NotAReview> {
+    // Of strings as well: it is a bound, not a count.
+    if body.iter().filter(|byte| **byte == b'{').count() > MAX_MAPS {
+        return Err(NotAReview::TooManyMaps);
+    }
     let review: Review = serde_json::from_slice(body)?;
     if review.api_version != API_VERSION || review.kind != KIND {
         return Err(NotAReview::Version(format!("{} {}", review.api_version, review.kind)));
     }
-    let Request { uid, object } = review.request;
+    let Request { uid, object, old_object } = review.request;
     let mut response = Response { uid, allowed: true, status: None, warnings: Vec::new() };
     // A deletion is always allowed.
     if !object.is_null() {
@@ -99,12 +116,30 @@ pub(super) fn answer(body: &[u8]) -> Result<Answer, NotAReview> {
             Outcome::Object(_) | Outcome::Ignored { .. } => {}
             Outcome::Unsupported { label, problem } => response.warnings.push(format!("{label}: {}", problem.message)),
             Outcome::Refused { label, problems, .. } => {
-                response.allowed = false;
-                response.status = Some(refusal(&label, &problems));
+                let (old, new) = divide(problems, &object, &old_object);
+                let warnings = old.iter().map(|problem| format!("{label} does not take effect: {problem}"));
+                response.warnings.extend(warnings.take(MAX_WARNINGS));
+                if !new.is_empty() {
+                    response.allowed = false;
+                    response.status = Some(refusal(&label, &new));
+                }
             }
         }
     }
     Ok(Answer { api_version: API_VERSION, kind: KIND, response })
+}
+
+/// Divides the mistakes of an object into those that are let pass and those that are refused.
+fn divide(problems: Vec<Problem>, object: &Value, old_object: &Value) -> (Vec<Problem>, Vec<Problem>) {
+    let is_being_deleted = object.pointer("/metadata/deletionTimestamp").is_some_and(|time| !time.is_null());
+    if is_being_deleted {
+        return (problems, Vec::new());
+    }
+    let known = match read_served(old_object) {
+        Outcome::Refused { problems, .. } => problems,
+        Outcome::Object(_) | Outcome::Ignored { .. } | Outcome::Unsupported { .. } => Vec::new(),
+    };
+    problems.into_iter().partition(|problem| known.contains(problem))
 }
 
 fn refusal(label: &str, problems: &[Problem]) -> Status {
@@ -131,9 +166,13 @@ mod tests {
     use crate::api::Kind;
 
     fn ask(object: &Value) -> Value {
+        ask_update(&Value::Null, object)
+    }
+
+    fn ask_update(old_object: &Value, object: &Value) -> Value {
         let review = json!({
             "apiVersion": API_VERSION, "kind": KIND,
-            "request": {"uid": "u1", "operation": "UPDATE", "object": object, "oldObject": null, "dryRun": false},
+            "request": {"uid": "u1", "operation": "UPDATE", "object": object, "oldObject": old_object, "dryRun": false},
         });
         serde_json::to_value(answer(review.to_string().as_bytes()).unwrap()).unwrap()
     }
@@ -175,6 +214,36 @@ mod tests {
         let answer = ask(&policy);
         assert_eq!(answer["response"]["allowed"], true);
         assert!(answer["response"]["warnings"][0].as_str().unwrap().contains("not in force"));
+    }
+
+    #[test]
+    fn what_is_stored_with_a_mistake_can_be_changed_and_deleted() {
+        let bad = labelled(Kind::Namespace, "sideways");
+        let mut changed = bad.clone();
+        changed["metadata"]["annotations"] = json!({"a": "b"});
+        let answer = ask_update(&bad, &changed);
+        assert_eq!(answer["response"]["allowed"], true);
+        let warning = answer["response"]["warnings"][0].as_str().unwrap();
+        assert!(warning.contains("istio.io/dataplane-mode"), "{warning}");
+        // Another mistake is a new one, also beside the old one; so is the first.
+        changed["metadata"]["labels"]["a key"] = json!("b");
+        let causes = ask_update(&bad, &changed)["response"]["status"]["details"]["causes"].clone();
+        assert_eq!(causes.as_array().unwrap().len(), 1, "{causes}");
+        for old in [labelled(Kind::Namespace, "upside-down"), labelled(Kind::Namespace, "ambient")] {
+            assert_eq!(ask_update(&old, &bad)["response"]["allowed"], false);
+        }
+        // Its finalizers must come off, whatever else it says.
+        let mut deleted = bad;
+        deleted["metadata"]["deletionTimestamp"] = json!("2026-01-02T03:04:05Z");
+        let answer = ask_update(&labelled(Kind::Namespace, "ambient"), &deleted);
+        assert_eq!(answer["response"]["allowed"], true);
+        assert_eq!(answer["response"]["warnings"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_body_of_nothing_but_maps_is_not_read() {
+        let body = format!("[{}{{}}]", "{},".repeat(MAX_MAPS));
+        assert!(matches!(answer(body.as_bytes()), Err(NotAReview::TooManyMaps)));
     }
 
     #[test]

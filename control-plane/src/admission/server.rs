@@ -16,13 +16,16 @@ use crate::serve::accept;
 
 /// Where AdmissionReviews are answered.
 pub const PATH: &str = "/validate";
-/// Bounds of one connection; etcd takes no object of more than 1.5 MB, and a review holds two.
+/// Reviews at a time. Anybody who reaches the port may send one, and its values are larger in memory than their text.
+const MAX_REVIEWS: usize = 4;
+/// Bounds of the port, which only API servers need. etcd takes no object of more than 1.5 MiB, and a review holds two.
 const LIMITS: Limits = Limits {
-    max_connections: 0,
-    max_body: 8 << 20,
+    max_connections: 128,
+    max_body: 3 << 20,
     max_head: 16 << 10,
-    head_timeout: Duration::from_secs(120),
-    body_timeout: Duration::from_secs(10),
+    head_timeout: Duration::from_secs(30),
+    // A slow body keeps others from their turn.
+    body_timeout: Duration::from_secs(3),
     max_life: Duration::from_secs(3600),
 };
 
@@ -31,7 +34,7 @@ pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Wa
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     let router = Arc::new(routes());
-    let mut connections = accept(listener, TlsAcceptor::from(Arc::new(tls)), watcher.clone());
+    let mut connections = accept(listener, TlsAcceptor::from(Arc::new(tls)), LIMITS.max_connections, watcher.clone());
     while let Some(accepted) = connections.next().await {
         let Ok(stream) = accepted else { continue };
         let (router, watcher) = (router.clone(), watcher.clone());
@@ -46,7 +49,7 @@ pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Wa
 }
 
 fn routes() -> Router {
-    let mut routes = Router::new();
+    let mut routes = Router::new().at_most(MAX_REVIEWS);
     routes.post(PATH, "answers an AdmissionReview", |request| async move {
         match review::answer(&request.body) {
             Ok(answer) => {

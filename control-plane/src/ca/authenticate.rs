@@ -1,5 +1,6 @@
 //! Who calls: the bearer token of a gRPC request.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_identity::Clock;
@@ -31,6 +32,9 @@ pub enum AuthenticationError {
         /// What it says.
         reason: String,
     },
+    /// Too many tokens from one address that nobody knows yet.
+    #[error("too many tokens to check from this address, retry later")]
+    TooOften,
     /// Nobody can say now whether it is good.
     #[error("the token cannot be checked now, retry")]
     Unavailable,
@@ -45,6 +49,7 @@ impl From<AuthenticationError> for Status {
             | AuthenticationError::Scheme
             | AuthenticationError::Token(_)
             | AuthenticationError::NotAccepted { .. } => Self::unauthenticated(message),
+            AuthenticationError::TooOften => Self::resource_exhausted(message),
             AuthenticationError::Unavailable => Self::unavailable(message),
         }
     }
@@ -74,15 +79,19 @@ impl Authenticator {
         Self(Judge::Reviewer(reviewer))
     }
 
-    /// Says who sent a request with this metadata.
+    /// Says who sent a request with this metadata from the address `peer`, as far as that is known.
     ///
     /// # Errors
     /// When there is no token, it is not good, or nobody can say.
-    pub async fn authenticate(&self, metadata: &MetadataMap) -> Result<Caller, AuthenticationError> {
+    pub async fn authenticate(
+        &self,
+        metadata: &MetadataMap,
+        peer: Option<IpAddr>,
+    ) -> Result<Caller, AuthenticationError> {
         let token = bearer(metadata)?;
         match &self.0 {
             Judge::Key(key, clock) => Ok(key.verify(token, AUDIENCE, clock.now())?),
-            Judge::Reviewer(reviewer) => reviewer.review(token).await,
+            Judge::Reviewer(reviewer) => reviewer.review(token, peer).await,
         }
     }
 }

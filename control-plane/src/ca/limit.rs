@@ -1,38 +1,37 @@
-//! How often one caller may ask.
+//! How often one caller, or one address, may ask.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::token::Caller;
+/// Most who are remembered at one time; those that have been quiet are forgotten first.
+const MAX_KEYS: usize = 16 * 1024;
 
-/// Most callers that are remembered at one time; those that have been quiet are forgotten first.
-const MAX_CALLERS: usize = 16 * 1024;
-
-/// A bucket per caller (generic cell rate algorithm): `burst` requests at once, then one per `interval`.
+/// A bucket per key, which is who asks (generic cell rate algorithm): `burst` requests at once, then one per `interval`.
 #[derive(Debug)]
-pub(super) struct Limiter {
+pub(super) struct Limiter<K> {
     interval: Duration,
     burst: u32,
-    /// When each caller's bucket will be full again.
-    callers: Mutex<HashMap<String, Instant>>,
+    /// When each bucket will be full again.
+    full: Mutex<HashMap<K, Instant>>,
 }
 
-impl Limiter {
+impl<K: Eq + Hash> Limiter<K> {
     pub(super) fn new(interval: Duration, burst: u32) -> Self {
-        Self { interval, burst, callers: Mutex::default() }
+        Self { interval, burst, full: Mutex::default() }
     }
 
-    /// Counts one request of `caller`; false if it is one too many.
-    pub(super) fn admit(&self, caller: &Caller, now: Instant) -> bool {
-        let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
-        if callers.len() >= MAX_CALLERS {
-            callers.retain(|_, full| *full > now);
-            if callers.len() >= MAX_CALLERS {
+    /// Counts one request of `key`; false if it is one too many.
+    pub(super) fn admit(&self, key: K, now: Instant) -> bool {
+        let mut buckets = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        if buckets.len() >= MAX_KEYS {
+            buckets.retain(|_, full| *full > now);
+            if buckets.len() >= MAX_KEYS && !buckets.contains_key(&key) {
                 return false;
             }
         }
-        let full = callers.entry(caller.to_string()).or_insert(now);
+        let full = buckets.entry(key).or_insert(now);
         let next = (*full).max(now) + self.interval;
         if next.duration_since(now) > self.interval * self.burst {
             return false;
@@ -46,19 +45,15 @@ impl Limiter {
 mod tests {
     use super::*;
 
-    fn caller(name: &str) -> Caller {
-        Caller { namespace: "a".to_owned(), service_account: name.to_owned(), pod: None, node: None }
-    }
-
     #[test]
-    fn a_burst_then_one_per_interval_for_each_caller() {
+    fn a_burst_then_one_per_interval_for_each_key() {
         let limiter = Limiter::new(Duration::from_secs(1), 3);
         let now = Instant::now();
-        let admitted = (0..5).filter(|_| limiter.admit(&caller("b"), now)).count();
+        let admitted = (0..5).filter(|_| limiter.admit("b", now)).count();
         assert_eq!(admitted, 3);
-        assert!(limiter.admit(&caller("c"), now));
-        assert!(!limiter.admit(&caller("b"), now + Duration::from_millis(999)));
-        assert!(limiter.admit(&caller("b"), now + Duration::from_secs(1)));
-        assert!(!limiter.admit(&caller("b"), now + Duration::from_secs(1)));
+        assert!(limiter.admit("c", now));
+        assert!(!limiter.admit("b", now + Duration::from_millis(999)));
+        assert!(limiter.admit("b", now + Duration::from_secs(1)));
+        assert!(!limiter.admit("b", now + Duration::from_secs(1)));
     }
 }

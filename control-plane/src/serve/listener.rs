@@ -17,21 +17,20 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tracing::{debug, warn};
 
-/// Connections at a time; a node proxy has two.
-const MAX_CONNECTIONS: usize = 8192;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Pause after a failed accept, which mostly means that descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts until `watcher` drains.
+/// Accepts until `watcher` drains, at most `max_connections` at a time.
 pub(crate) fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
+    max_connections: usize,
     watcher: drain::Watcher,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(max_connections));
         loop {
             let accepted = async {
                 // The permit first: a connection over the limit stays in the kernel's queue.

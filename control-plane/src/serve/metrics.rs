@@ -253,7 +253,7 @@ mod tests {
         let catalog = Arc::new(Catalog::new());
         let discovery = server::Service::new(
             catalog.clone(),
-            |_| async { Err(tonic::Status::unauthenticated("nobody")) },
+            |_, _| async { Err(tonic::Status::unauthenticated("nobody")) },
             server::Options::default(),
         );
         let mut registry = Registry::default();

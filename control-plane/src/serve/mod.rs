@@ -7,6 +7,7 @@ pub mod metrics;
 mod pipeline;
 mod status;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,14 +25,17 @@ pub use metrics::Metrics;
 pub use pipeline::{Pipeline, View};
 pub use status::mount;
 
+/// Connections at a time; a node proxy has two.
+const MAX_CONNECTIONS: usize = 8192;
 /// Time that open calls have to end when the process does.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// The discovery service over a catalog, for whoever has a valid token.
 pub fn discovery(catalog: Arc<Catalog>, authenticator: Authenticator) -> server::Service {
-    let authenticate = move |metadata: &tonic::metadata::MetadataMap| {
+    let authenticate = move |metadata: &tonic::metadata::MetadataMap, peer: Option<SocketAddr>| {
+        let peer = peer.map(|peer| peer.ip());
         let (authenticator, metadata) = (authenticator.clone(), metadata.clone());
-        async move { Ok(Client { name: authenticator.authenticate(&metadata).await?.to_string() }) }
+        async move { Ok(Client { name: authenticator.authenticate(&metadata, peer).await?.to_string() }) }
     };
     server::Service::new(catalog, authenticate, server::Options::default())
 }
@@ -49,7 +53,7 @@ pub async fn grpc(
     metrics: &Metrics,
     watcher: drain::Watcher,
 ) -> Result<(), Error> {
-    let incoming = listener::accept(listener, acceptor, watcher.clone());
+    let incoming = listener::accept(listener, acceptor, MAX_CONNECTIONS, watcher.clone());
     let limit = server::Options::default().max_request;
     let served = server::transport()
         .add_service(MeteredDiscovery::new(discovery.clone(), metrics).into_server(limit))

@@ -131,12 +131,22 @@ struct Route {
 #[derive(Default)]
 pub struct Router {
     routes: BTreeMap<&'static str, BTreeMap<&'static str, Route>>,
+    /// Turns to read and answer a request; none for as many as there are connections.
+    turns: Option<Semaphore>,
 }
 
 impl Router {
     /// No routes.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same routes for at most `requests` at a time, over all connections. A request waits for its turn before its body
+    /// is read, so that those who wait hold no more than a head; for as long as its body may take, then it is answered 503.
+    #[must_use]
+    pub fn at_most(mut self, requests: usize) -> Self {
+        self.turns = Some(Semaphore::new(requests));
+        self
     }
 
     /// Answers `GET path` (and HEAD). `help` is shown on the index page. A later route replaces an earlier one.
@@ -288,17 +298,32 @@ async fn exchange(
     limits: &Limits,
     local_only: bool,
 ) -> hyper::Response<Full<Bytes>> {
-    let reply = match read(request, limits).await {
-        Ok(request) if local_only && is_foreign(&request) => {
-            Reply::text("only for clients on this machine\n").with_status(StatusCode::FORBIDDEN)
-        }
-        Ok(request) => router.reply(request).await,
-        Err(refused) => refused,
-    };
+    let reply = answer(request, router, limits, local_only).await.unwrap_or_else(|refused| refused);
     let mut response = hyper::Response::new(Full::new(reply.body));
     *response.status_mut() = reply.status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
     response
+}
+
+async fn answer(
+    request: hyper::Request<Incoming>,
+    router: &Router,
+    limits: &Limits,
+    local_only: bool,
+) -> Result<Reply, Reply> {
+    let _turn = match &router.turns {
+        // Never closed.
+        Some(turns) => tokio::time::timeout(limits.body_timeout, turns.acquire())
+            .await
+            .map(Some)
+            .map_err(|_| Reply::text("too many requests at a time\n").with_status(StatusCode::SERVICE_UNAVAILABLE))?,
+        None => None,
+    };
+    let request = read(request, limits).await?;
+    if local_only && is_foreign(&request) {
+        return Err(Reply::text("only for clients on this machine\n").with_status(StatusCode::FORBIDDEN));
+    }
+    Ok(router.reply(request).await)
 }
 
 async fn read(request: hyper::Request<Incoming>, limits: &Limits) -> Result<Request, Reply> {

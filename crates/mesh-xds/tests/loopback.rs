@@ -31,7 +31,7 @@ struct Control {
 }
 
 async fn control(catalog: Arc<Catalog>, address: &str, options: server::Options) -> Control {
-    let authenticate = |metadata: &tonic::metadata::MetadataMap| {
+    let authenticate = |metadata: &tonic::metadata::MetadataMap, _peer: Option<SocketAddr>| {
         let is = |key: &str, value: &str| metadata.get(key).is_some_and(|found| found == value);
         let is_known = is("authorization", "Bearer secret") && is("clusterid", "Kubernetes");
         async move {

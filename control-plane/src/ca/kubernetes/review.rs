@@ -1,8 +1,9 @@
 //! Who a token belongs to, by the API server's word (TokenReview).
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use jsonwebtoken::dangerous::insecure_decode_claims;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::reviewed::{Answer, Reviewed};
+use crate::ca::limit::Limiter;
 use crate::ca::token::{Audience, MAX_TOKEN_BYTES, SUBJECT_PREFIX, TokenError};
 use crate::ca::{AuthenticationError, BoundPod, Caller};
 use crate::ingest::Cluster;
@@ -22,6 +24,10 @@ use crate::ingest::kubernetes::describe;
 const MAX_REVIEWS: usize = 32;
 /// Time for an answer, the wait for a turn included.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Reviews for one address: as many at once as could share a node's, or a gateway's, then five per second. Each asks again
+/// once a minute at most for a token that is good.
+const BURST: u32 = 100;
+const INTERVAL: Duration = Duration::from_millis(200);
 /// How long after its end the API server may still accept a token, for clocks that differ.
 const LEEWAY: Duration = Duration::from_secs(60);
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
@@ -37,6 +43,7 @@ struct Inner {
     audiences: Vec<String>,
     reviewed: Reviewed,
     turns: Semaphore,
+    limiter: Limiter<IpAddr>,
     clock: Clock,
 }
 
@@ -49,27 +56,36 @@ impl std::fmt::Debug for TokenReviewer {
 impl TokenReviewer {
     /// Accepts tokens of service accounts of `cluster` for one of `audiences`.
     pub fn new(cluster: &Cluster, audiences: Vec<String>, clock: Clock) -> Self {
+        Self::with(Api::all(cluster.client()), audiences, clock)
+    }
+
+    fn with(api: Api<TokenReview>, audiences: Vec<String>, clock: Clock) -> Self {
         Self(Arc::new(Inner {
-            api: Api::all(cluster.client()),
+            api,
             audiences,
             reviewed: Reviewed::default(),
             turns: Semaphore::new(MAX_REVIEWS),
+            limiter: Limiter::new(INTERVAL, BURST),
             clock,
         }))
     }
 
-    /// Says whose token this is.
+    /// Says whose token this is, which came from `peer`.
     ///
     /// # Errors
-    /// The API server does not accept it, or cannot be asked.
-    pub async fn review(&self, token: &str) -> Result<Caller, AuthenticationError> {
+    /// The API server does not accept it, or cannot be asked, or has been asked too often for this peer.
+    pub async fn review(&self, token: &str, peer: Option<IpAddr>) -> Result<Caller, AuthenticationError> {
         let now = self.0.clock.now();
         let expires = glance(token, &self.0.audiences, now)?;
         let slot = self.0.reviewed.slot(token, now);
         let answer = slot.get_or_init(|| async {
+            // Anybody may send tokens that nobody has signed: the API server must not pay for all of them.
+            if !self.0.limiter.admit(network(peer), Instant::now()) {
+                return Answer::failed(AuthenticationError::TooOften, now);
+            }
             match self.0.ask(token).await {
                 Ok(caller) => Answer::accepted(caller, now, expires),
-                Err(error) => Answer::failed(error),
+                Err(error) => Answer::failed(error, now),
             }
         });
         answer.await.result.clone()
@@ -95,6 +111,15 @@ impl Inner {
         let answer = answer.await.map_err(|_| unavailable(format!("no answer within {TIMEOUT:?}")))?;
         let status = answer.map_err(|error| unavailable(describe(&error)))?.status.unwrap_or_default();
         caller(&status, &self.audiences).map_err(|reason| AuthenticationError::NotAccepted { reason })
+    }
+}
+
+/// Whose reviews are counted together: those of one IPv4 address, or of one IPv6 /64, which a host may use all of.
+fn network(peer: Option<IpAddr>) -> IpAddr {
+    match peer.map(|peer| peer.to_canonical()) {
+        Some(IpAddr::V6(address)) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & (!0 << 64))),
+        Some(address @ IpAddr::V4(_)) => address,
+        None => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     }
 }
 
@@ -168,6 +193,8 @@ fn one(extra: &BTreeMap<String, Vec<String>>, key: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use k8s_openapi::api::authentication::v1::UserInfo;
 
     use super::*;
@@ -235,6 +262,80 @@ mod tests {
             let status = accepted(name, &[]);
             assert!(caller(&status, &audiences()).unwrap_err().contains("service account"), "{name}");
         }
+    }
+
+    /// A reviewer with an API server that accepts no token, and how often that was asked.
+    fn refusing() -> (TokenReviewer, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let service = Refusing(asked.clone());
+        let api = Api::all(kube::Client::new(service, "default"));
+        (TokenReviewer::with(api, audiences(), Clock::system()), asked)
+    }
+
+    #[derive(Clone)]
+    struct Refusing(Arc<AtomicUsize>);
+
+    impl tower_service::Service<http::Request<kube::client::Body>> for Refusing {
+        type Response = http::Response<kube::client::Body>;
+        type Error = std::convert::Infallible;
+        type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+        fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+            std::task::Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: http::Request<kube::client::Body>) -> Self::Future {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            let review = TokenReview {
+                status: Some(TokenReviewStatus { authenticated: Some(false), ..TokenReviewStatus::default() }),
+                ..TokenReview::default()
+            };
+            let body = serde_json::to_vec(&review).unwrap();
+            std::future::ready(Ok(http::Response::new(kube::client::Body::from(body))))
+        }
+    }
+
+    fn token(account: &str) -> String {
+        let (name, minute) = (account.to_owned(), Duration::from_secs(60));
+        let caller = Caller { namespace: "a".to_owned(), service_account: name, pod: None, node: None };
+        TokenKey::generate().unwrap().mint(&caller, AUDIENCE, minute, SystemTime::now()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_not_accepted_is_asked_about_once_in_a_while() {
+        let (reviewer, asked) = refusing();
+        let token = token("b");
+        for _ in 0..5 {
+            let error = reviewer.review(&token, None).await.unwrap_err();
+            assert!(matches!(error, AuthenticationError::NotAccepted { .. }), "{error}");
+        }
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn an_address_cannot_have_the_api_server_asked_without_end() {
+        let (reviewer, asked) = refusing();
+        let (noisy, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let mut too_often = 0;
+        for number in 0..3 * BURST {
+            let error = reviewer.review(&token(&number.to_string()), Some(noisy)).await.unwrap_err();
+            too_often += usize::from(error == AuthenticationError::TooOften);
+        }
+        assert!(too_often > 0);
+        let before = asked.load(Ordering::SeqCst);
+        assert_eq!(before + too_often, 3 * BURST as usize);
+        let error = reviewer.review(&token("c"), Some(other)).await.unwrap_err();
+        assert!(matches!(error, AuthenticationError::NotAccepted { .. }), "{error}");
+        assert_eq!(asked.load(Ordering::SeqCst), before + 1);
+    }
+
+    #[test]
+    fn a_network_of_ipv6_counts_as_one_peer() {
+        let of = |text: &str| network(Some(text.parse().unwrap()));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:0:0:2"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
+        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
     }
 
     #[test]

@@ -12,6 +12,8 @@ use crate::ca::{AuthenticationError, Caller};
 
 /// How long a token that was accepted is accepted without asking again, unless it expires before.
 pub(super) const KEPT: Duration = Duration::from_secs(60);
+/// How long a token that was not accepted is refused without asking again. Short: a service account may just have come.
+const REFUSED: Duration = Duration::from_secs(10);
 /// Most tokens that are remembered; a cluster has as many as it has nodes, waypoints and gateways.
 const MAX_TOKENS: usize = 16 * 1024;
 
@@ -28,9 +30,12 @@ impl Answer {
         Self { result: Ok(caller), until: (now + KEPT).min(expires) }
     }
 
-    /// Only those who wait already share a refusal or a failure; who asks later gets an answer of its own.
-    pub(super) fn failed(error: AuthenticationError) -> Self {
-        Self { result: Err(error), until: SystemTime::UNIX_EPOCH }
+    /// What went wrong at `now`. That a token is not accepted counts for a short while; any other failure is shared only by
+    /// those who wait already, and who asks later gets an answer of its own.
+    pub(super) fn failed(error: AuthenticationError, now: SystemTime) -> Self {
+        let is_refusal = matches!(error, AuthenticationError::NotAccepted { .. });
+        let until = if is_refusal { now + REFUSED } else { SystemTime::UNIX_EPOCH };
+        Self { result: Err(error), until }
     }
 }
 
@@ -54,7 +59,8 @@ impl Reviewed {
         }
         let slot = Slot::default();
         if slots.len() >= MAX_TOKENS {
-            slots.retain(|_, slot| slot.get().is_some_and(|answer| now < answer.until));
+            // Refusals go first: whoever makes tokens up must not push out those that are good.
+            slots.retain(|_, slot| slot.get().is_some_and(|answer| answer.result.is_ok() && now < answer.until));
         }
         // Too many that are all good, or all being asked about: this one is asked about each time.
         if slots.len() < MAX_TOKENS || slots.contains_key(&hash) {
@@ -89,12 +95,37 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_shared_only_by_those_who_wait() {
+    fn a_failure_is_shared_only_by_those_who_wait() {
         let reviewed = Reviewed::default();
-        let (first, second) = (reviewed.slot("bad", at(0)), reviewed.slot("bad", at(0)));
-        first.set(Answer::failed(AuthenticationError::Missing)).unwrap();
-        assert!(second.get().unwrap().result.is_err());
-        assert!(reviewed.slot("bad", at(0)).get().is_none());
+        for error in [AuthenticationError::Unavailable, AuthenticationError::TooOften] {
+            let (first, second) = (reviewed.slot("bad", at(0)), reviewed.slot("bad", at(0)));
+            first.set(Answer::failed(error, at(0))).unwrap();
+            assert!(second.get().unwrap().result.is_err());
+            assert!(reviewed.slot("bad", at(0)).get().is_none());
+        }
+    }
+
+    fn refused() -> Answer {
+        Answer::failed(AuthenticationError::NotAccepted { reason: String::new() }, at(0))
+    }
+
+    #[test]
+    fn a_refusal_counts_for_some_seconds() {
+        let reviewed = Reviewed::default();
+        reviewed.slot("bad", at(0)).set(refused()).unwrap();
+        assert!(reviewed.slot("bad", at(9)).get().unwrap().result.is_err());
+        assert!(reviewed.slot("bad", at(10)).get().is_none());
+    }
+
+    #[test]
+    fn refusals_do_not_push_out_what_is_good() {
+        let reviewed = Reviewed::default();
+        reviewed.slot("good", at(0)).set(Answer::accepted(caller(), at(0), at(3600))).unwrap();
+        for number in 0..2 * MAX_TOKENS {
+            let _ = reviewed.slot(&number.to_string(), at(0)).set(refused());
+            assert!(reviewed.0.lock().unwrap().len() <= MAX_TOKENS);
+        }
+        assert!(reviewed.slot("good", at(1)).get().is_some());
     }
 
     #[test]

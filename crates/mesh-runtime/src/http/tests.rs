@@ -33,7 +33,10 @@ struct Running {
 }
 
 async fn start(limits: Limits, local_only: bool) -> Running {
-    let mut router = Router::new();
+    start_with(Router::new(), limits, local_only).await
+}
+
+async fn start_with(mut router: Router, limits: Limits, local_only: bool) -> Running {
     router.get("/hello", "", |request| async move { Reply::text(format!("hello {}", request.query)) });
     router.post("/echo", "", |request| async move { Reply::text(request.body) });
     let mut server = Server::bind("127.0.0.1:0".parse().unwrap()).await.unwrap().with_limits(limits);
@@ -89,6 +92,20 @@ async fn slow_heads_are_cut_and_make_room() {
     let answer = raw(server.address, "GET /hello HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     assert!(!slow.await.unwrap().starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_request_without_a_turn_is_not_read() {
+    let limits = Limits { body_timeout: Duration::from_millis(50), ..Limits::default() };
+    let request = "POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n";
+    let server = start_with(Router::new().at_most(0), limits, false).await;
+    assert!(raw(server.address, request).await.starts_with("HTTP/1.1 503 "));
+    // A turn ends with its request, also with one whose body never comes.
+    let server = start_with(Router::new().at_most(1), limits, false).await;
+    assert!(raw(server.address, request).await.starts_with("HTTP/1.1 408 "));
+    for _ in 0..2 {
+        assert!(raw(server.address, &format!("{request}abc")).await.starts_with("HTTP/1.1 200 "));
+    }
 }
 
 #[tokio::test]

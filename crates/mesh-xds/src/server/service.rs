@@ -70,7 +70,7 @@ pub fn transport() -> tonic::transport::Server {
 }
 
 type Authenticated = Pin<Box<dyn Future<Output = Result<Client, Status>> + Send>>;
-type Authenticate = dyn Fn(&MetadataMap) -> Authenticated + Send + Sync;
+type Authenticate = dyn Fn(&MetadataMap, Option<SocketAddr>) -> Authenticated + Send + Sync;
 
 /// The discovery service over a [`Catalog`]. Cheap to clone; clones share the clients.
 ///
@@ -98,11 +98,11 @@ impl std::fmt::Debug for Service {
 }
 
 impl Service {
-    /// Serves `catalog` to the clients that `authenticate` accepts, by the metadata of their call. It may take its time,
-    /// but must bound that itself.
+    /// Serves `catalog` to the clients that `authenticate` accepts, by the metadata of their call and the address that it
+    /// comes from, if that is known. It may take its time, but must bound that itself.
     pub fn new<F>(
         catalog: Arc<Catalog>,
-        authenticate: impl Fn(&MetadataMap) -> F + Send + Sync + 'static,
+        authenticate: impl Fn(&MetadataMap, Option<SocketAddr>) -> F + Send + Sync + 'static,
         options: Options,
     ) -> Self
     where
@@ -110,7 +110,7 @@ impl Service {
     {
         Self(Arc::new(Inner {
             catalog,
-            authenticate: Box::new(move |metadata| Box::pin(authenticate(metadata))),
+            authenticate: Box::new(move |metadata, peer| Box::pin(authenticate(metadata, peer))),
             limits: Arc::new(options.limits.clone()),
             places: Arc::new(Semaphore::new(options.max_clients)),
             syncing: Arc::new(Semaphore::new(options.max_syncing)),
@@ -151,7 +151,7 @@ impl AggregatedDiscoveryService for Service {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let client = (self.0.authenticate)(request.metadata()).await?;
+        let client = (self.0.authenticate)(request.metadata(), request.remote_addr()).await?;
         let place = Arc::clone(&self.0.places)
             .try_acquire_owned()
             .map_err(|_| Status::resource_exhausted("too many discovery clients"))?;
