@@ -67,6 +67,9 @@ pub enum RootError {
         /// What is wrong.
         error: AuthorityError,
     },
+    /// The authority that was made elsewhere is not there any more. Neither is its key copied, nor another root trusted.
+    #[error("the Secret {PLUGGED} is gone; put it back, or start culvertd anew to use {OWN}")]
+    Vanished,
     /// A root cannot be made.
     #[error("cannot make a root: {0}")]
     Generate(AuthorityError),
@@ -77,6 +80,8 @@ pub enum RootError {
 pub struct Root {
     store: Store,
     authority: watch::Sender<Arc<Authority>>,
+    /// The Secret that the authority came from.
+    origin: &'static str,
     /// What is wrong now, so that it is said once.
     trouble: Option<String>,
 }
@@ -100,7 +105,7 @@ impl Root {
             clock,
         };
         let deadline = Instant::now() + PATIENCE;
-        let authority = loop {
+        let (origin, authority) = loop {
             match store.open().await {
                 Err(error @ RootError::Api { .. }) if Instant::now() < deadline => {
                     tracing::warn!(%error, "no authority yet; trying again");
@@ -110,7 +115,7 @@ impl Root {
             }
         };
         let (authority, authorities) = watch::channel(Arc::new(authority));
-        Ok((Self { store, authority, trouble: None }, authorities))
+        Ok((Self { store, authority, origin, trouble: None }, authorities))
     }
 
     /// Keeps the ConfigMap as it should be, and takes over what is edited in the Secret, for ever. What is not usable
@@ -125,14 +130,16 @@ impl Root {
 
     async fn look(&mut self) -> Result<(), RootError> {
         let current = self.authority.borrow().clone();
-        match self.store.stored().await? {
-            Some(stored) if is_same(&stored, &current) => {}
-            Some(stored) => {
-                tracing::info!("the authority was replaced");
-                self.authority.send_replace(Arc::new(stored));
+        match next(self.origin, self.store.stored().await?)? {
+            Next::Follow(origin, stored) => {
+                self.origin = origin;
+                if !is_same(&stored, &current) {
+                    tracing::info!(secret = origin, "the authority was replaced");
+                    self.authority.send_replace(stored);
+                }
             }
             // Another replica that starts now would make another root, and each half of the mesh trust only its own.
-            None => {
+            Next::PutBack => {
                 tracing::warn!(secret = OWN, "the root's Secret is gone; putting it back");
                 self.store.create(&current).await?;
             }
@@ -150,6 +157,27 @@ impl Root {
     }
 }
 
+/// What to do about what is stored.
+#[derive(Debug)]
+enum Next {
+    /// This is the authority, from the Secret of this name.
+    Follow(&'static str, Arc<Authority>),
+    /// Store the authority in force.
+    PutBack,
+}
+
+/// Decides about what is `stored`, with its Secret, while an authority from the Secret `origin` is in force. One that is
+/// plugged in takes over; that it vanished is no wish to have another.
+fn next(origin: &'static str, stored: Option<(&'static str, Authority)>) -> Result<Next, RootError> {
+    match stored {
+        Some((found, authority)) if found == PLUGGED || origin != PLUGGED => {
+            Ok(Next::Follow(found, Arc::new(authority)))
+        }
+        None if origin != PLUGGED => Ok(Next::PutBack),
+        Some(_) | None => Err(RootError::Vanished),
+    }
+}
+
 fn is_same(a: &Authority, b: &Authority) -> bool {
     secret::write(a) == secret::write(b)
 }
@@ -163,10 +191,10 @@ struct Store {
 }
 
 impl Store {
-    /// What is stored, made first if there is nothing.
-    async fn open(&self) -> Result<Authority, RootError> {
-        if let Some(authority) = self.stored().await? {
-            return Ok(authority);
+    /// What is stored and in which Secret, made first if there is nothing.
+    async fn open(&self) -> Result<(&'static str, Authority), RootError> {
+        if let Some(found) = self.stored().await? {
+            return Ok(found);
         }
         let made = Authority::generate(&self.trust_domain, self.clock.now()).map_err(RootError::Generate)?;
         self.create(&made).await?;
@@ -176,11 +204,12 @@ impl Store {
         self.stored().await?.ok_or(missing)
     }
 
-    async fn stored(&self) -> Result<Option<Authority>, RootError> {
+    async fn stored(&self) -> Result<Option<(&'static str, Authority)>, RootError> {
         for name in [PLUGGED, OWN] {
             let found = request(format!("read the Secret {name}"), self.secrets.get_opt(name)).await?;
             if let Some(found) = found {
-                return secret::read(name, &found.data.unwrap_or_default(), self.clock.now()).map(Some);
+                let authority = secret::read(name, &found.data.unwrap_or_default(), self.clock.now())?;
+                return Ok(Some((name, authority)));
             }
         }
         Ok(None)
@@ -229,5 +258,30 @@ async fn request<T>(action: String, asked: impl Future<Output = kube::Result<T>>
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(RootError::Api { action, reason: describe(&error) }),
         Err(_) => Err(RootError::Api { action, reason: format!("no answer within {TIMEOUT:?}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn authority() -> Authority {
+        Authority::generate("cluster.local", SystemTime::now()).unwrap()
+    }
+
+    #[test]
+    fn a_plugged_in_authority_that_vanishes_is_neither_copied_nor_replaced() {
+        assert!(matches!(next(PLUGGED, None), Err(RootError::Vanished)));
+        assert!(matches!(next(PLUGGED, Some((OWN, authority()))), Err(RootError::Vanished)));
+        assert!(matches!(next(PLUGGED, Some((PLUGGED, authority()))), Ok(Next::Follow(PLUGGED, _))));
+    }
+
+    #[test]
+    fn a_root_of_its_own_is_put_back_and_gives_way_to_one_that_is_plugged_in() {
+        assert!(matches!(next(OWN, None), Ok(Next::PutBack)));
+        assert!(matches!(next(OWN, Some((OWN, authority()))), Ok(Next::Follow(OWN, _))));
+        assert!(matches!(next(OWN, Some((PLUGGED, authority()))), Ok(Next::Follow(PLUGGED, _))));
     }
 }
