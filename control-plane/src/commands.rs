@@ -101,7 +101,7 @@ pub fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<bool, CommandError
             writeln!(out, "{text}")?;
         }
         Output::Text => {
-            for refusal in &report.refused {
+            for refusal in report.refused.iter() {
                 writeln!(out, "{refusal}")?;
             }
             for note in &notes {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// One mistake: where it is, what is wrong, and what to do about it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Problem {
     /// Path of the field in the object, such as `spec.ports[0].targetPort`; empty when the whole object is meant.
     pub field: String,

@@ -202,7 +202,7 @@ fn closes_writing(kind: notify::EventKind) -> bool {
 fn report(files: &Files, trouble: Option<&ScanError>) -> Report {
     let mut report = files.report();
     if let Some(error) = trouble {
-        report.refused.push(Refusal {
+        Arc::make_mut(&mut report.refused).push(Refusal {
             file: ".".to_owned(),
             line: 0,
             object: String::new(),

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::api::{Document, Object, ObjectId, Outcome, Problem};
 use crate::index::Event;
@@ -32,7 +32,7 @@ struct File {
 }
 
 /// Something that was not accepted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Refusal {
     /// The file, relative to the source's root; empty for an object of a cluster.
     pub file: String,
@@ -55,8 +55,14 @@ pub struct Report {
     pub accepted: usize,
     /// Objects of kinds that have nothing to do with the mesh.
     pub ignored: usize,
-    /// What was not accepted, by file and line.
-    pub refused: Vec<Refusal>,
+    /// What was not accepted, by file and line. Shared by the reports between which it does not change.
+    #[serde(serialize_with = "list")]
+    pub refused: Arc<Vec<Refusal>>,
+}
+
+/// Without the feature of serde that serializes any Arc, and what is shared as if it were not.
+fn list<S: Serializer>(refused: &Arc<Vec<Refusal>>, serializer: S) -> Result<S::Ok, S::Error> {
+    refused.as_slice().serialize(serializer)
 }
 
 impl Files {
@@ -141,16 +147,17 @@ impl Files {
     /// The source's account of itself.
     pub fn report(&self) -> Report {
         let mut report = Report { files: self.files.len(), accepted: self.holders.len(), ..Report::default() };
+        let mut refused = Vec::new();
         for file in self.files.values() {
             report.ignored += file.ignored;
-            report.refused.extend(file.refused.iter().cloned());
+            refused.extend(file.refused.iter().cloned());
         }
         for id in &self.contested {
             let mut holders = self.holders.get(id).into_iter().flatten();
             let Some(winner) = holders.next() else { continue };
             for path in holders {
                 let message = format!("is also in {winner}, which comes first and counts");
-                report.refused.push(Refusal {
+                refused.push(Refusal {
                     file: path.to_string(),
                     line: 0,
                     object: id.to_string(),
@@ -159,7 +166,8 @@ impl Files {
                 });
             }
         }
-        report.refused.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+        refused.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+        report.refused = Arc::new(refused);
         report
     }
 

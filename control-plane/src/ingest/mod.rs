@@ -9,6 +9,7 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -69,7 +70,11 @@ impl Source {
 fn log_refusals(before: Option<&Report>, now: &Report) {
     /// Lines at a time; the rest is in the status.
     const MAX_LINES: usize = 50;
-    let is_new = |refusal: &&Refusal| before.is_none_or(|before| !before.refused.contains(refusal));
+    if before.is_some_and(|before| Arc::ptr_eq(&before.refused, &now.refused)) {
+        return;
+    }
+    let known: HashSet<&Refusal> = before.iter().flat_map(|before| before.refused.iter()).collect();
+    let is_new = |refusal: &&Refusal| !known.contains(*refusal);
     for refusal in now.refused.iter().filter(is_new).take(MAX_LINES) {
         warn!(keeps_last_good = refusal.keeps_last_good, "refused: {refusal}");
     }

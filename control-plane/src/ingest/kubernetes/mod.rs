@@ -85,7 +85,7 @@ async fn gather(
 ) {
     let mut due: Option<Instant> = None;
     loop {
-        let is_full = gathered.is_synced() && gathered.pending.len() >= MAX_PENDING;
+        let is_full = gathered.pending.len() >= MAX_PENDING;
         let ready = async {
             if let Some(due) = due {
                 sleep_until(due).await;
@@ -117,6 +117,7 @@ struct Gathered {
     kinds: Vec<(Kind, Objects)>,
     /// Kinds without a complete list.
     unlisted: BTreeSet<Kind>,
+    /// Empty before every kind is listed: that some kind cannot be listed for long must not fill the memory.
     pending: Vec<Event>,
     /// None before the first batch.
     told: Option<Arc<Report>>,
@@ -136,19 +137,29 @@ impl Gathered {
     /// Takes in one step. Returns whether there is something to tell by now.
     fn take(&mut self, kind: Kind, step: &Step) -> bool {
         let Some((_, objects)) = self.kinds.iter_mut().find(|(known, _)| *known == kind) else { return false };
-        match step {
-            Step::Listing => objects.begin_list(),
-            Step::Present(raw) => self.pending.extend(objects.apply(raw)),
-            Step::Gone(raw) => self.pending.extend(objects.delete(raw)),
+        let was_synced = self.unlisted.is_empty();
+        let events = match step {
+            Step::Listing => {
+                objects.begin_list();
+                Vec::new()
+            }
+            Step::Present(raw) => objects.apply(raw).into_iter().collect(),
+            Step::Gone(raw) => objects.delete(raw).into_iter().collect(),
             Step::Listed => {
-                self.pending.extend(objects.end_list());
                 self.unlisted.remove(&kind);
+                objects.end_list()
             }
             Step::Absent => {
-                objects.begin_list();
-                self.pending.extend(objects.end_list());
                 self.unlisted.remove(&kind);
+                objects.begin_list();
+                objects.end_list()
             }
+        };
+        if was_synced {
+            self.pending.extend(events);
+        } else if self.is_synced() {
+            let in_force = self.kinds.iter().flat_map(|(_, objects)| objects.in_force());
+            self.pending = in_force.cloned().map(Event::Apply).collect();
         }
         // Also without an event: what is refused may have changed.
         self.is_synced() && !matches!(step, Step::Listing)
@@ -156,22 +167,32 @@ impl Gathered {
 
     /// What has not been told yet; none if that is nothing.
     fn batch(&mut self) -> Option<Batch> {
-        let report = Report {
-            files: 0,
-            accepted: self.kinds.iter().map(|(_, objects)| objects.accepted()).sum(),
-            ignored: 0,
-            refused: self.kinds.iter().flat_map(|(_, objects)| objects.refusals()).collect(),
-        };
-        if self.pending.is_empty() && self.told.as_deref() == Some(&report) {
+        let report = self.report();
+        if self.pending.is_empty() && self.told.as_ref().is_some_and(|told| Arc::ptr_eq(told, &report)) {
             return None;
         }
-        log_refusals(self.told.as_deref(), &report);
         if self.told.is_none() {
             info!(accepted = report.accepted, refused = report.refused.len(), "the cluster is read");
         }
-        let report = Arc::new(report);
         self.told = Some(report.clone());
         Some(Batch { events: std::mem::take(&mut self.pending), report })
+    }
+
+    /// The account of now. What was told is taken from as far as nothing has changed: refusals are few that change, but may
+    /// be many that stay.
+    fn report(&mut self) -> Arc<Report> {
+        let accepted = self.kinds.iter().map(|(_, objects)| objects.accepted()).sum();
+        // Each is asked, so that each starts anew.
+        let changed =
+            self.kinds.iter_mut().filter_map(|(_, objects)| objects.take_refused_changed().then_some(())).count();
+        let refused = match &self.told {
+            Some(told) if changed == 0 && told.accepted == accepted => return told.clone(),
+            Some(told) if changed == 0 => told.refused.clone(),
+            Some(_) | None => Arc::new(self.kinds.iter().flat_map(|(_, objects)| objects.refusals()).collect()),
+        };
+        let report = Report { files: 0, accepted, ignored: 0, refused };
+        log_refusals(self.told.as_deref(), &report);
+        Arc::new(report)
     }
 }
 

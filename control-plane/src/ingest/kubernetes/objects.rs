@@ -1,15 +1,22 @@
 //! Which objects of one kind are in force. Pure: what the watch says in, events out.
 //!
-//! - An object that is not valid keeps its last good version.
+//! - An object that is not valid keeps its last good version, if it still is the same one: not after another of its name
+//!   took its place, nor a pod that has ended. That a pod is being deleted, or captured, is known of any version.
 //! - A version that is known already, as most of a repeated list are, is not even looked at.
 //! - After a repeated list, whatever it did not show is gone.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use super::raw::Raw;
-use crate::api::{self, Kind, Object, ObjectId, Problem};
+use crate::api::{self, Kind, Object, ObjectId, Pod, Problem};
 use crate::index::Event;
 use crate::ingest::Refusal;
+
+/// Where a pod says that its traffic is captured (RFC 6901: `~1` is a slash).
+const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
 
 /// The objects of one kind.
 #[derive(Debug)]
@@ -17,7 +24,9 @@ pub(super) struct Objects {
     kind: Kind,
     known: HashMap<ObjectId, Known>,
     /// What is wrong with the newest version of objects that are not valid.
-    refused: BTreeMap<ObjectId, Vec<Problem>>,
+    refused: BTreeMap<ObjectId, Refused>,
+    /// `refused` is not as it was when it was last asked.
+    is_refused_changed: bool,
     /// How many objects are in force.
     accepted: usize,
     /// Number of the list that is being read, or was last.
@@ -28,15 +37,24 @@ pub(super) struct Objects {
 struct Known {
     /// The newest version, valid or not.
     version: Box<str>,
+    /// The unique id of the object in force.
+    uid: Box<str>,
     /// The version in force; none if there never was a valid one.
     object: Option<Object>,
     /// The last list that showed it.
     list: u64,
 }
 
+#[derive(Debug, PartialEq, Eq)]
+struct Refused {
+    problems: Vec<Problem>,
+    keeps_last_good: bool,
+}
+
 impl Objects {
     pub(super) fn new(kind: Kind) -> Self {
-        Self { kind, known: HashMap::new(), refused: BTreeMap::new(), accepted: 0, list: 0 }
+        let (known, refused) = (HashMap::new(), BTreeMap::new());
+        Self { kind, known, refused, is_refused_changed: false, accepted: 0, list: 0 }
     }
 
     /// A list begins. What it does not show by its end is gone.
@@ -54,8 +72,12 @@ impl Objects {
     /// The object is there, listed or changed.
     pub(super) fn apply(&mut self, raw: &Raw) -> Option<Event> {
         let id = raw.id(self.kind)?;
-        let known =
-            self.known.entry(id.clone()).or_insert_with(|| Known { version: Box::default(), object: None, list: 0 });
+        let known = self.known.entry(id.clone()).or_insert_with(|| Known {
+            version: Box::default(),
+            uid: Box::default(),
+            object: None,
+            list: 0,
+        });
         known.list = self.list;
         // A version is never empty.
         if *known.version == *raw.version() {
@@ -64,15 +86,28 @@ impl Objects {
         known.version = raw.version().into();
         match api::validate_served(self.kind, &raw.value) {
             Ok(object) => {
-                self.refused.remove(&id);
+                self.is_refused_changed |= self.refused.remove(&id).is_some();
                 self.accepted += usize::from(known.object.is_none());
+                known.uid = raw.uid().into();
                 let is_news = known.object.as_ref() != Some(&object);
                 known.object = Some(object.clone());
                 is_news.then_some(Event::Apply(object))
             }
             Err(problems) => {
-                self.refused.insert(id, problems);
-                None
+                let last = known.object.take();
+                known.object = last.as_ref().and_then(|last| still_good(last, &known.uid, raw));
+                let refused = Refused { problems, keeps_last_good: known.object.is_some() };
+                if self.refused.get(&id) != Some(&refused) {
+                    self.refused.insert(id.clone(), refused);
+                    self.is_refused_changed = true;
+                }
+                match &known.object {
+                    Some(kept) => (last.as_ref() != Some(kept)).then(|| Event::Apply(kept.clone())),
+                    None => last.map(|_| {
+                        self.accepted -= 1;
+                        Event::Delete(id)
+                    }),
+                }
             }
         }
     }
@@ -88,23 +123,47 @@ impl Objects {
         self.accepted
     }
 
+    /// The objects in force.
+    pub(super) fn in_force(&self) -> impl Iterator<Item = &Object> {
+        self.known.values().filter_map(|known| known.object.as_ref())
+    }
+
+    /// Whether something else is refused than when this was asked before.
+    pub(super) fn take_refused_changed(&mut self) -> bool {
+        std::mem::take(&mut self.is_refused_changed)
+    }
+
     /// What is not accepted, by name.
     pub(super) fn refusals(&self) -> impl Iterator<Item = Refusal> {
-        self.refused.iter().map(|(id, problems)| Refusal {
+        self.refused.iter().map(|(id, refused)| Refusal {
             file: String::new(),
             line: 0,
             object: id.to_string(),
-            problems: problems.clone(),
-            keeps_last_good: self.known.get(id).is_some_and(|known| known.object.is_some()),
+            problems: refused.problems.clone(),
+            keeps_last_good: refused.keeps_last_good,
         })
     }
 
     fn forget(&mut self, id: ObjectId, known: &Known) -> Option<Event> {
-        self.refused.remove(&id);
+        self.is_refused_changed |= self.refused.remove(&id).is_some();
         known.object.as_ref()?;
         self.accepted -= 1;
         Some(Event::Delete(id))
     }
+}
+
+/// What of the last good version `last`, of the object `uid`, holds beside the newest one, which is not valid.
+fn still_good(last: &Object, uid: &str, newest: &Raw) -> Option<Object> {
+    if newest.uid() != uid {
+        return None;
+    }
+    let Object::Pod(pod) = last else { return Some(last.clone()) };
+    let text = |path| newest.value.pointer(path).and_then(Value::as_str);
+    if matches!(text("/status/phase"), Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let (terminating, captured) = (text("/metadata/deletionTimestamp").is_some(), text(REDIRECTION) == Some("enabled"));
+    Some(Object::Pod(Arc::new(Pod { terminating, captured, ..Pod::clone(pod) })))
 }
 
 #[cfg(test)]
@@ -123,9 +182,9 @@ mod tests {
         matches!(event, Some(Event::Apply(object)) if &*object.id().name == name)
     }
 
-    fn deleted(events: &[Event]) -> Vec<&str> {
-        let name = |event| match event {
-            &Event::Delete(ref id) => Some(&*id.name),
+    fn deleted<'a>(events: &'a [Event]) -> Vec<&'a str> {
+        let name = |event: &'a Event| match event {
+            Event::Delete(id) => Some(&*id.name),
             Event::Apply(_) => None,
         };
         events.iter().filter_map(name).collect()
@@ -172,6 +231,71 @@ mod tests {
         objects.apply(&namespace("b", 5, "none"));
         assert_eq!(deleted(&objects.end_list()), ["a"]);
         assert!(objects.refusals().next().is_none());
+    }
+
+    /// A pod whose port is valid or not.
+    fn pod(uid: &str, version: u32, is_valid: bool) -> Value {
+        let port = if is_valid { 80 } else { 70_000 };
+        json!({
+            "metadata": {
+                "name": "a", "namespace": "shop", "uid": uid, "resourceVersion": version.to_string(),
+                "annotations": {"ambient.istio.io/redirection": "enabled"},
+            },
+            "spec": {"nodeName": "n", "containers": [{"name": "a", "ports": [{"name": "p", "containerPort": port}]}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1"},
+        })
+    }
+
+    fn apply(objects: &mut Objects, object: Value) -> Option<Event> {
+        objects.apply(&serde_json::from_value(object).unwrap())
+    }
+
+    #[test]
+    fn a_pod_that_is_another_or_has_ended_is_not_kept() {
+        let mut ended = pod("u1", 2, false);
+        ended["status"]["phase"] = json!("Failed");
+        for bad in [pod("u2", 2, false), ended] {
+            let mut objects = Objects::new(Kind::Pod);
+            assert!(is_applied(apply(&mut objects, pod("u1", 1, true)).as_ref(), "a"));
+            assert_eq!(deleted(apply(&mut objects, bad).as_slice()), ["a"]);
+            assert_eq!((objects.accepted(), objects.in_force().count()), (0, 0));
+            assert!(objects.refusals().all(|refusal| !refusal.keeps_last_good));
+            // Nothing is left to delete, and the next good one counts again.
+            assert!(apply(&mut objects, pod("u2", 3, false)).is_none());
+            assert!(is_applied(apply(&mut objects, pod("u2", 4, true)).as_ref(), "a"));
+            assert_eq!(objects.accepted(), 1);
+        }
+    }
+
+    #[test]
+    fn a_kept_pod_is_known_to_be_going_and_whether_it_is_captured() {
+        let mut objects = Objects::new(Kind::Pod);
+        apply(&mut objects, pod("u1", 1, true));
+        assert!(apply(&mut objects, pod("u1", 2, false)).is_none());
+        let mut going = pod("u1", 3, false);
+        going["metadata"]["deletionTimestamp"] = json!("2026-01-02T03:04:05Z");
+        let flags = |event| match event {
+            Some(Event::Apply(Object::Pod(pod))) => Some((pod.terminating, pod.captured)),
+            Some(_) | None => None,
+        };
+        assert_eq!(flags(apply(&mut objects, going.clone())), Some((true, true)));
+        going["metadata"]["resourceVersion"] = json!("4");
+        going["metadata"]["annotations"] = json!({});
+        assert_eq!(flags(apply(&mut objects, going)), Some((true, false)));
+        assert_eq!(objects.accepted(), 1);
+    }
+
+    #[test]
+    fn what_is_refused_counts_as_changed_only_when_it_is() {
+        let mut objects = Objects::new(Kind::Namespace);
+        objects.apply(&namespace("a", 1, "none"));
+        assert!(!objects.take_refused_changed());
+        objects.apply(&namespace("a", 2, "x"));
+        assert!(objects.take_refused_changed() && !objects.take_refused_changed());
+        objects.apply(&namespace("a", 3, "x"));
+        assert!(!objects.take_refused_changed());
+        objects.delete(&namespace("a", 4, "x"));
+        assert!(objects.take_refused_changed());
     }
 
     #[test]

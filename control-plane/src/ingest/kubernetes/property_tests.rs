@@ -35,7 +35,7 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
 fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
     let mode = ["none", "ambient", "ambient", "none", "ambient", "sideways"][usize::from(variant)];
     let mut metadata = json!({
-        "name": format!("x{name}"), "uid": format!("uid-{name}-{variant}"), "resourceVersion": version.to_string(),
+        "name": format!("x{name}"), "uid": format!("uid-{name}"), "resourceVersion": version.to_string(),
         "creationTimestamp": "2026-01-02T03:04:05Z",
         "labels": {"istio.io/dataplane-mode": mode, "app": format!("a{}", variant % 2)},
         "managedFields": [{"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",

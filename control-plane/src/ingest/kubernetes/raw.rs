@@ -31,7 +31,7 @@ const SKIPPED_DEPTH: u8 = 2;
 /// An object: the few fields by which it is told from others, and the whole of it.
 #[derive(Clone, Debug)]
 pub(super) struct Raw {
-    /// Only what the watcher looks at: name, namespace, version.
+    /// Only what the watcher looks at: name, namespace, version; and the unique id.
     meta: ObjectMeta,
     /// The object.
     pub(super) value: Value,
@@ -43,6 +43,11 @@ impl Raw {
         let name: Arc<str> = self.meta.name.as_deref()?.into();
         let namespace = if kind.is_cluster_scoped() { "" } else { self.meta.namespace.as_deref().unwrap_or_default() };
         Some(ObjectId { kind, namespace: namespace.into(), name })
+    }
+
+    /// Kubernetes' unique id of this very object; empty when it has none.
+    pub(super) fn uid(&self) -> &str {
+        self.meta.uid.as_deref().unwrap_or_default()
     }
 
     /// Which version of the object this is; opaque.
@@ -59,6 +64,7 @@ impl<'de> serde::Deserialize<'de> for Raw {
         let meta = ObjectMeta {
             name: text("name"),
             namespace: text("namespace"),
+            uid: text("uid"),
             resource_version: text("resourceVersion"),
             ..ObjectMeta::default()
         };
