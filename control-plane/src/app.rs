@@ -218,6 +218,7 @@ impl App {
                 Ok(Ok(())) => Err(AppError::Ended("the pipeline")),
                 Err(_) => Err(AppError::Ended("the source")),
             },
+            error = failed(&mut beside) => Err(error),
             result = &mut grpc => Err(result.err().map_or(AppError::Ended("the gRPC server"), AppError::from)),
         };
         if result.is_ok() {
@@ -297,6 +298,19 @@ impl InCluster {
     }
 }
 
+/// Waits until one of the tasks that run beside the servers ends, which none must: without the root's, the authority would
+/// not be followed any more, and nobody would know.
+async fn failed(beside: &mut JoinSet<()>) -> AppError {
+    match beside.join_next().await {
+        Some(ended) => {
+            tracing::error!(error = ended.err().map(tracing::field::display), "a part beside the servers ended");
+            AppError::Ended("a part that follows the cluster")
+        }
+        // Without a cluster there is nothing beside.
+        None => std::future::pending().await,
+    }
+}
+
 async fn bind(purpose: &'static str, option: &'static str, address: SocketAddr) -> Result<TcpListener, AppError> {
     TcpListener::bind(address).await.map_err(|error| AppError::Bind { purpose, option, address, error })
 }
@@ -319,4 +333,22 @@ fn local(
     bound: io::Result<SocketAddr>,
 ) -> Result<SocketAddr, AppError> {
     bound.map_err(|error| AppError::Bind { purpose, option, address, error })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_beside_the_servers_that_ends_is_an_error() {
+        for panics in [false, true] {
+            let mut beside = JoinSet::new();
+            beside.spawn(std::future::pending());
+            beside.spawn(async move { assert!(!panics, "as asked") });
+            assert!(matches!(failed(&mut beside).await, AppError::Ended(_)));
+        }
+        // Where there is none, none is missed.
+        let none = tokio::time::timeout(Duration::from_millis(10), failed(&mut JoinSet::new())).await;
+        assert!(none.is_err());
+    }
 }
