@@ -35,7 +35,7 @@ fn services(collected: &Collected, name: &str) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn discovery_follows_the_api_server_through_its_restarts() {
     let scene = Scene::new();
-    scene.namespace("shop", json!({"istio.io/dataplane-mode": "ambient"}));
+    scene.namespace("shop", &json!({"istio.io/dataplane-mode": "ambient"}));
     scene.node("node-1");
     let ztunnel = scene.pod(&pod("culvert-system", "ztunnel-1", "ztunnel", "node-1"), &pod_status("10.244.0.2"));
     scene.pod(&pod("shop", "web-1", "web", "node-1"), &pod_status("10.244.0.5"));
@@ -86,11 +86,11 @@ async fn discovery_follows_the_api_server_through_its_restarts() {
     session.collect_until(WORKLOAD_TYPE, |found| workload(found, outside).is_some()).await.unwrap();
 
     // A label that means nothing is reported, and the last good version stays.
-    scene.label("shop", "web-1", json!({"istio.io/dataplane-mode": "sideways"}));
+    scene.label("shop", "web-1", &json!({"istio.io/dataplane-mode": "sideways"}));
     let status =
         culvertd.status_until("the refusal", |status| status["source"]["refused"][0]["object"] == "Pod shop/web-1");
     assert_eq!(status["source"]["refused"][0]["keeps_last_good"], true);
-    scene.label("shop", "web-1", json!({"istio.io/dataplane-mode": null}));
+    scene.label("shop", "web-1", &json!({"istio.io/dataplane-mode": null}));
     culvertd.status_until("the correction", |status| status["source"]["refused"] == json!([]));
     assert!(workload(&session.collected(WORKLOAD_TYPE), WEB).is_some());
 
@@ -138,7 +138,7 @@ async fn discovery_follows_the_api_server_through_its_restarts() {
 async fn certificates_are_given_by_the_word_of_the_api_server() {
     let scene = Scene::new();
     scene.allow();
-    scene.namespace("shop", json!({"istio.io/dataplane-mode": "ambient"}));
+    scene.namespace("shop", &json!({"istio.io/dataplane-mode": "ambient"}));
     let ztunnel = scene.pod(&pod("culvert-system", "ztunnel-1", "ztunnel", "node-1"), &pod_status("10.244.0.2"));
     let other = scene.pod(&pod("culvert-system", "ztunnel-2", "ztunnel", "node-2"), &pod_status("10.244.1.2"));
     let web = scene.pod(&pod("shop", "web-1", "web", "node-1"), &pod_status("10.244.0.5"));

@@ -25,7 +25,7 @@ impl Scene {
     /// An API server with the namespace `culvert-system` in it.
     pub fn new() -> Self {
         let scene = Self { folder: tempfile::tempdir().unwrap(), server: ApiServer::start().unwrap() };
-        scene.namespace("culvert-system", json!({}));
+        scene.namespace("culvert-system", &json!({}));
         scene
     }
 
@@ -97,7 +97,7 @@ impl Scene {
         assert_eq!(answer.status, 200, "{}", answer.body);
     }
 
-    pub fn namespace(&self, name: &str, labels: Value) {
+    pub fn namespace(&self, name: &str, labels: &Value) {
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
         self.create("/api/v1/namespaces", &object);
     }
@@ -129,7 +129,7 @@ impl Scene {
         self.get(&format!("{base}/pods/{name}"))
     }
 
-    pub fn label(&self, namespace: &str, pod: &str, labels: Value) {
+    pub fn label(&self, namespace: &str, pod: &str, labels: &Value) {
         self.patch(&format!("/api/v1/namespaces/{namespace}/pods/{pod}"), &json!({"metadata": {"labels": labels}}));
     }
 
