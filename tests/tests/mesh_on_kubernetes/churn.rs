@@ -49,7 +49,7 @@ fn no_pod_starts_uncaptured_however_often_agents_are_killed() {
     // Those whose end no agent was told of are found to be gone.
     let pods = names(&mesh.pods("busy"), "/metadata/uid");
     wait::until("every pod is in force, and none that is gone", BOUND, || {
-        let enrolled = ["node1", "node2"].map(|node| mesh.enrolled_on(node)).concat();
+        let enrolled = [mesh.enrolled_on("node1")?, mesh.enrolled_on("node2")?].concat();
         (names(&enrolled, "/uid") == pods && enrolled.iter().all(|pod| pod["enrolled"] == true)).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));

@@ -130,11 +130,12 @@ impl Mesh {
         text(pod, "/metadata/name")
     }
 
-    /// The pods that a node's agent has in force, as it answers `ztunnel pods`.
-    pub fn enrolled_on(&self, node: &str) -> Vec<Value> {
+    /// The pods that a node's agent has in force, as it answers `ztunnel pods`; none while it is too busy to answer.
+    pub fn enrolled_on(&self, node: &str) -> Option<Vec<Value>> {
         let agent = self.part_on("culvert-node", node);
         let ask = ["exec", "--namespace", SYSTEM, agent.as_str(), "--", "ztunnel", "pods", "--output", "json"];
-        serde_json::from_str(&self.kubectl(&ask).unwrap()).unwrap()
+        let said = self.kubectl(&ask).ok()?;
+        Some(serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}")))
     }
 
     /// For a test that fails: what there is, and what the mesh said last.

@@ -20,9 +20,9 @@ use tokio::time::Instant;
 #[cfg(test)]
 mod tests;
 
-/// Longest time that a connection waits for a socket when the stock is empty. A tenth of it is plenty for the agent's
-/// answer, but not for its turn on a machine whose cores are all taken.
-pub const STOCK_WAIT: Duration = Duration::from_secs(1);
+/// Longest time that a connection waits for a socket when the stock is empty. A fiftieth of it is plenty for the agent's
+/// answer; but an agent that is rolled out is away for seconds, and what waits for the next one is not lost.
+pub const STOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// Most sockets of one kind that lie in stock for one pod.
 const SHELF_CAP: usize = 64;
