@@ -79,7 +79,12 @@ fn programs_that_were_taken_off_are_attached_again() {
     let scratch = Scratch::new();
     let (agent, a, b) = enrolled(&scratch);
     agent.host.capture.unpin_pod(UID).unwrap();
-    mended(&agent, &[Drift::Program, Drift::Guard]);
+    // They go one after the other: an agent that looks in between finds one missing, and attaches all.
+    let drift = |what| agent.host.drift.get(what) > 0;
+    let is_found = || (drift(Drift::Program) || drift(Drift::Guard)).then_some(());
+    eventually(is_found).expect("what was taken off is found");
+    let announcer = agent.announcer();
+    eventually(|| (announcer.list() == [(UID.into(), String::new())]).then_some(())).expect("in force again");
     let proxy = agent.proxy(Vec::new());
     let (_, listeners) = proxy.added();
     connect(&a, at(B, PORT)).unwrap();
