@@ -242,6 +242,19 @@ async fn replicas_share_a_root_and_follow_its_replacement() {
     let put_back = wait::until("the Secret", LONG, || scene.find(secret)).unwrap();
     assert_eq!(scene::text(&put_back["data"]["root-cert.pem"]), both);
     assert_eq!(scene::text(&put_back["data"]["ca-cert.pem"]), next.root());
+
+    // It is lost while nobody runs: no other root is made, which half of the mesh would not trust.
+    drop((one, another));
+    scene.delete(secret);
+    let (replica, log) = scene.launch();
+    let said = |text: &str| std::fs::read_to_string(&log).unwrap_or_default().contains(text).then_some(());
+    wait::until("the complaint", LONG, || said("put it back, or delete the ConfigMap")).unwrap();
+    assert!(scene.find(secret).is_none() && replica.running());
+    let metadata = json!({"name": "culvert-ca-root"});
+    let again = json!({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": put_back["data"]});
+    scene.create("/api/v1/namespaces/culvert-system/secrets", &again);
+    wait::until("the start", LONG, || said("listening")).unwrap();
+    assert_eq!(scene.root(), both);
 }
 
 #[tokio::test(flavor = "multi_thread")]

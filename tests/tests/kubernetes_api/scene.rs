@@ -168,8 +168,8 @@ impl Scene {
         map["data"]["root-cert.pem"].as_str().unwrap().to_owned()
     }
 
-    /// Starts a culvertd, and waits until its pages are there.
-    pub fn culvertd(&self) -> Culvertd {
+    /// Starts a culvertd. Returns it with its log.
+    pub fn launch(&self) -> (Process, PathBuf) {
         let kubeconfig = self.server.kubeconfig_for("culvertd", "culvertd", None).unwrap();
         let name = format!("culvertd-{}", fresh());
         let log = self.folder().join(format!("{name}.log"));
@@ -179,7 +179,12 @@ impl Scene {
         for page in ["xds", "metrics", "ready", "admin", "webhook"] {
             spec = spec.args([format!("--{page}-addr=127.0.0.1:0")]);
         }
-        let process = spec.start().unwrap();
+        (spec.start().unwrap(), log)
+    }
+
+    /// Starts a culvertd, and waits until its pages are there.
+    pub fn culvertd(&self) -> Culvertd {
+        let (process, log) = self.launch();
         let bound = || {
             let text = std::fs::read_to_string(&log).unwrap_or_default();
             assert!(process.running(), "culvertd ended:\n{text}");

@@ -61,6 +61,7 @@ fn rights_are_those_of_the_table_and_no_more() {
         ("culvert-node", &["patch", "pods", "--subresource=status", "--namespace=default"], true),
         ("culvert-node", &["patch", "pods", "--namespace=default"], false),
         ("culvert-node", &["watch", "namespaces"], true),
+        ("culvert-node", &["get", "namespaces"], true),
         ("culvert-node", &["create", "events.events.k8s.io", "--namespace=default"], true),
         ("culvert-node", &["get", "secrets", own], false),
         ("culvert-node", &["list", "secrets", "--all-namespaces"], false),

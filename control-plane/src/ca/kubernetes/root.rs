@@ -70,6 +70,12 @@ pub enum RootError {
     /// The authority that was made elsewhere is not there any more. Neither is its key copied, nor another root trusted.
     #[error("the Secret {PLUGGED} is gone; put it back, or start culvertd anew to use {OWN}")]
     Vanished,
+    /// The mesh has an authority, which is not stored any more. With another root half of the mesh would not trust the other.
+    #[error(
+        "the ConfigMap {PUBLISHED} has the roots of this mesh, but neither of the Secrets {PLUGGED} and {OWN} is there; put it \
+         back, or delete the ConfigMap to begin with a new root"
+    )]
+    Lost,
     /// A root cannot be made.
     #[error("cannot make a root: {0}")]
     Generate(AuthorityError),
@@ -88,7 +94,7 @@ pub struct Root {
 
 impl Root {
     /// Reads the authority from the namespace `namespace` of `cluster`: what was plugged in there, else what a replica
-    /// has made, else a root for `trust_domain` that is made now. Waits for the API server for a while.
+    /// has made, else, in a mesh that has no roots yet, a root for `trust_domain` that is made now. Waits for the API server for a while.
     ///
     /// # Errors
     /// The authority is not usable, or the API server does not give or take it.
@@ -107,7 +113,8 @@ impl Root {
         let deadline = Instant::now() + PATIENCE;
         let (origin, authority) = loop {
             match store.open().await {
-                Err(error @ RootError::Api { .. }) if Instant::now() < deadline => {
+                // A replica that runs puts back what was lost.
+                Err(error @ (RootError::Api { .. } | RootError::Lost)) if Instant::now() < deadline => {
                     tracing::warn!(%error, "no authority yet; trying again");
                     tokio::time::sleep(PAUSE).await;
                 }
@@ -196,6 +203,9 @@ impl Store {
         if let Some(found) = self.stored().await? {
             return Ok(found);
         }
+        if self.published().await?.is_some() {
+            return Err(RootError::Lost);
+        }
         let made = Authority::generate(&self.trust_domain, self.clock.now()).map_err(RootError::Generate)?;
         self.create(&made).await?;
         // Whether it was made here or another replica was faster: what is stored counts.
@@ -236,10 +246,14 @@ impl Store {
         Ok(())
     }
 
-    async fn publish(&self, roots: &str) -> Result<(), RootError> {
+    /// The roots that the ConfigMap tells of.
+    async fn published(&self) -> Result<Option<String>, RootError> {
         let found = request(format!("read the ConfigMap {PUBLISHED}"), self.config_maps.get_opt(PUBLISHED)).await?;
-        let data = found.and_then(|found| found.data).unwrap_or_default();
-        if data.get(ROOTS).is_some_and(|published| published == roots) {
+        Ok(found.and_then(|found| found.data?.remove(ROOTS)))
+    }
+
+    async fn publish(&self, roots: &str) -> Result<(), RootError> {
+        if self.published().await?.is_some_and(|published| published == roots) {
             return Ok(());
         }
         let patch = json!({

@@ -21,7 +21,7 @@ use kube::runtime::watcher::{self, Event};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{Known, Origin, Running, Source};
+use super::{Ask, Known, Origin, Running, Source};
 use crate::cni::decide::{DATAPLANE_MODE, Exclusions, Mode, is_excluded};
 use crate::cni::knowledge::{Knowledge, KnownPod};
 
@@ -92,6 +92,10 @@ impl Kubernetes {
 }
 
 impl Source for Kubernetes {
+    fn ask(&self) -> Option<Ask> {
+        Some(Ask::new(self.client.clone()))
+    }
+
     async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
         let (mut namespaces, mut pods) = (pin!(self.namespaces().fuse()), pin!(self.pods().fuse()));
         let mut cluster = Cluster { exclusions: self.exclusions.clone(), ..Cluster::default() };
@@ -277,7 +281,8 @@ fn key(meta: &ObjectMeta) -> (String, String) {
     (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
 }
 
-fn mode(meta: &ObjectMeta) -> Result<Mode, String> {
+/// What the label of an object says.
+pub(super) fn mode(meta: &ObjectMeta) -> Result<Mode, String> {
     let labels = meta.labels.as_ref();
     Mode::read(labels.and_then(|labels| labels.get(DATAPLANE_MODE)).map(String::as_str)).map_err(|e| e.to_string())
 }

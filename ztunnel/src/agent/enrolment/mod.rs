@@ -4,6 +4,7 @@
 
 mod directory;
 mod found;
+mod fresh;
 pub mod kubernetes;
 mod objects;
 mod source;
@@ -24,6 +25,7 @@ use mesh_proto::node;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 pub use directory::{Directory, DirectoryError};
+pub use fresh::Ask;
 pub use kubernetes::Kubernetes;
 pub use source::{AnySource, SourceError};
 
@@ -44,6 +46,11 @@ const MAX_AGE: Duration = Duration::from_hours(24);
 
 /// Where labels come from.
 pub trait Source: Send + 'static {
+    /// A way to ask for what a label says now, where there is one.
+    fn ask(&self) -> Option<Ask> {
+        None
+    }
+
     /// Publishes everything that it knows, each time that it changes. Ends when nobody listens any more.
     fn run(self, knowledge: watch::Sender<Arc<Known>>) -> impl Future<Output = ()> + Send;
 }
@@ -140,6 +147,9 @@ pub enum AdmissionError {
         }
     )]
     NoIdentity(bool),
+    /// The label of its namespace has changed, and the watch of namespaces does not say so yet.
+    #[error("the label of its namespace was set just now and is not known here yet; the runtime asks again")]
+    Behind,
     /// The agent could not do it.
     #[error(transparent)]
     Manager(#[from] ManagerError),
@@ -158,7 +168,7 @@ impl AdmissionError {
             Self::Manager(error) => {
                 !matches!(error, ManagerError::Pod(EnrolError::Invalid(_) | EnrolError::Netns(NetnsError::Host)))
             }
-            Self::Netns(_) => true,
+            Self::Behind | Self::Netns(_) => true,
         }
     }
 }
@@ -179,6 +189,7 @@ pub struct Enrolment {
     known: watch::Receiver<Arc<Known>>,
     manager: Manager,
     has_source: bool,
+    ask: Option<Ask>,
     problems: watch::Receiver<Problems>,
     changed: Arc<Notify>,
 }
@@ -190,6 +201,7 @@ impl Enrolment {
     pub fn start(run_dir: &Path, manager: Manager, source: Option<impl Source>) -> Self {
         let file = knowledge::path(run_dir);
         let has_source = source.is_some();
+        let ask = source.as_ref().and_then(Source::ask);
         let (publish, known) = watch::channel(Arc::new(earlier(&file, has_source)));
         if let Some(source) = source {
             tokio::spawn(source.run(publish));
@@ -200,7 +212,7 @@ impl Enrolment {
         let tell = Tell { problems: say, changed: Arc::clone(&changed) };
         let task = Task::new(manager.clone(), known.clone(), file, Folder::new(run_dir), has_source, tell);
         tokio::spawn(task.run(queue));
-        Self { commands, known, manager, has_source, problems, changed }
+        Self { commands, known, manager, has_source, ask, problems, changed }
     }
 
     /// Tells the Kubernetes API what becomes of this node's pods, until the agent ends.
@@ -231,6 +243,11 @@ impl Enrolment {
             });
             // Unknown: the task decides what to do about it.
             let _ = tokio::time::timeout(SOURCE_PATIENCE, told).await;
+        }
+        if let Some(ask) = &self.ask {
+            let now = ask.namespace(&admission.pod.namespace);
+            let settled = fresh::settle(&self.known, name(&admission), now, SOURCE_PATIENCE).await;
+            settled.map_err(|fresh::Behind| AdmissionError::Behind)?;
         }
         self.ask(|done| Command::Admit { admission: Box::new(admission), netns, done }).await?
     }

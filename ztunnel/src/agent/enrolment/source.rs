@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::watch;
 
-use super::{Directory, DirectoryError, Known, Kubernetes, Source};
+use super::{Ask, Directory, DirectoryError, Known, Kubernetes, Source};
 use crate::agent::config::Config;
 
 /// Why there is no source.
@@ -75,6 +75,13 @@ impl AnySource {
 }
 
 impl Source for AnySource {
+    fn ask(&self) -> Option<Ask> {
+        match self {
+            Self::Directory(source) => source.ask(),
+            Self::Kubernetes(source) => source.ask(),
+        }
+    }
+
     async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
         match self {
             Self::Directory(source) => source.run(knowledge).await,
