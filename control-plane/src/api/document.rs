@@ -135,19 +135,15 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
         let field = if api_version.is_empty() { "apiVersion" } else { "kind" };
         return refused(None, Problem::new(field, "is missing", "say which kind of object this is"));
     }
-    let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == kind_name) else {
-        let group = group_of(api_version);
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    let Some(kind) = Kind::find(group, kind_name).filter(|kind| is_read(*kind)) else {
         if MESH_GROUPS.contains(&group) {
             let message = format!("{group} {kind_name} is not supported by this version, so it is not in force");
             return Outcome::Unsupported { label, problem: Problem::new("kind", message, "do not rely on it") };
         }
+        // Another group's kind of the same name, such as Knative's Service, is none of ours.
         return Outcome::Ignored { label };
     };
-    let is_ours = group_of(kind.api_version()) == group_of(api_version);
-    // Another group's kind of the same name, such as Knative's Service, is none of ours.
-    if !is_ours {
-        return Outcome::Ignored { label };
-    }
     if name.is_empty() {
         return refused(None, Problem::new("metadata.name", "is missing", "name the object"));
     }
@@ -160,7 +156,7 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
         },
         name: name.into(),
     };
-    if api_version != kind.api_version() {
+    if !kind.reads_version(version) {
         let fix = format!("use {}", kind.api_version());
         return refused(Some(id), Problem::new("apiVersion", format!("{api_version:?} is not read for {kind}"), fix));
     }
@@ -168,11 +164,6 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
         Ok(object) => Outcome::Object(object),
         Err(problems) => Outcome::Refused { label: id.to_string(), id: Some(id), problems },
     }
-}
-
-/// The API group of an API version; empty for the core group.
-fn group_of(api_version: &str) -> &str {
-    api_version.split_once('/').map_or("", |(group, _)| group)
 }
 
 /// What a field is that this version does not know.
@@ -198,6 +189,11 @@ pub fn read_served(value: &Value) -> Outcome {
     read_object(value, Unknown::IsFine)
 }
 
+/// Whether this version puts objects of the kind in force.
+fn is_read(kind: Kind) -> bool {
+    kind.is_built_in()
+}
+
 fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<Problem>> {
     match kind {
         Kind::Namespace => typed(value, unknown, namespace::validate).map(|valid| Object::Namespace(Arc::new(valid))),
@@ -212,6 +208,15 @@ fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<P
             typed(value, unknown, endpoint_slice::validate).map(|valid| Object::EndpointSlice(Arc::new(valid)))
         }
         Kind::Pod => typed(value, unknown, pod::validate).map(|valid| Object::Pod(Arc::new(valid))),
+        Kind::AuthorizationPolicy
+        | Kind::PeerAuthentication
+        | Kind::ServiceEntry
+        | Kind::WorkloadEntry
+        | Kind::Gateway
+        | Kind::GatewayClass => {
+            let message = format!("{kind} is not supported by this version, so it is not in force");
+            Err(vec![Problem::new("kind", message, "do not rely on it")])
+        }
     }
 }
 

@@ -22,11 +22,23 @@ pub enum Kind {
     EndpointSlice,
     /// `v1` Pod.
     Pod,
+    /// `security.istio.io/v1` AuthorizationPolicy.
+    AuthorizationPolicy,
+    /// `security.istio.io/v1` PeerAuthentication.
+    PeerAuthentication,
+    /// `networking.istio.io/v1` ServiceEntry.
+    ServiceEntry,
+    /// `networking.istio.io/v1` WorkloadEntry.
+    WorkloadEntry,
+    /// `gateway.networking.k8s.io/v1` Gateway.
+    Gateway,
+    /// `gateway.networking.k8s.io/v1` GatewayClass.
+    GatewayClass,
 }
 
 impl Kind {
     /// Every kind, in the order in which they are listed to people.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 13] = [
         Self::Namespace,
         Self::Node,
         Self::ServiceAccount,
@@ -34,7 +46,18 @@ impl Kind {
         Self::Service,
         Self::EndpointSlice,
         Self::Pod,
+        Self::AuthorizationPolicy,
+        Self::PeerAuthentication,
+        Self::ServiceEntry,
+        Self::WorkloadEntry,
+        Self::Gateway,
+        Self::GatewayClass,
     ];
+
+    /// The kind that manifests call `kind` in the API group `group`, which is empty for the core group.
+    pub fn find(group: &str, kind: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.as_str() == kind && known.group() == group)
+    }
 
     /// The kind's name as manifests write it.
     pub fn as_str(self) -> &'static str {
@@ -46,21 +69,97 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Pod => "Pod",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::PeerAuthentication => "PeerAuthentication",
+            Self::ServiceEntry => "ServiceEntry",
+            Self::WorkloadEntry => "WorkloadEntry",
+            Self::Gateway => "Gateway",
+            Self::GatewayClass => "GatewayClass",
         }
     }
 
-    /// The one API version in which the kind is read.
+    /// The kind's name in the paths of the API.
+    pub fn plural(self) -> &'static str {
+        match self {
+            Self::Namespace => "namespaces",
+            Self::Node => "nodes",
+            Self::ServiceAccount => "serviceaccounts",
+            Self::Deployment => "deployments",
+            Self::Service => "services",
+            Self::EndpointSlice => "endpointslices",
+            Self::Pod => "pods",
+            Self::AuthorizationPolicy => "authorizationpolicies",
+            Self::PeerAuthentication => "peerauthentications",
+            Self::ServiceEntry => "serviceentries",
+            Self::WorkloadEntry => "workloadentries",
+            Self::Gateway => "gateways",
+            Self::GatewayClass => "gatewayclasses",
+        }
+    }
+
+    /// The API version in which the kind is asked for, `group/version`.
     pub fn api_version(self) -> &'static str {
         match self {
             Self::Namespace | Self::Node | Self::ServiceAccount | Self::Service | Self::Pod => "v1",
             Self::Deployment => "apps/v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
+            Self::AuthorizationPolicy | Self::PeerAuthentication => "security.istio.io/v1",
+            Self::ServiceEntry | Self::WorkloadEntry => "networking.istio.io/v1",
+            Self::Gateway | Self::GatewayClass => "gateway.networking.k8s.io/v1",
+        }
+    }
+
+    /// Whether objects that are written in this version of the kind's group are read as well: older versions whose
+    /// fields are the same.
+    pub fn reads_version(self, version: &str) -> bool {
+        let older: &[&str] = match self {
+            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::Gateway | Self::GatewayClass => &["v1beta1"],
+            Self::ServiceEntry | Self::WorkloadEntry => &["v1beta1", "v1alpha3"],
+            Self::Namespace
+            | Self::Node
+            | Self::ServiceAccount
+            | Self::Deployment
+            | Self::Service
+            | Self::EndpointSlice
+            | Self::Pod => &[],
+        };
+        version == self.version() || older.contains(&version)
+    }
+
+    /// The API group; empty for the core group.
+    pub fn group(self) -> &'static str {
+        self.api_version().split_once('/').map_or("", |(group, _)| group)
+    }
+
+    /// The version of its group in which the kind is asked for.
+    pub fn version(self) -> &'static str {
+        let api_version = self.api_version();
+        api_version.split_once('/').map_or(api_version, |(_, version)| version)
+    }
+
+    /// Whether every cluster has the kind. Others come with a CustomResourceDefinition, which may be missing, or come or
+    /// go later.
+    pub fn is_built_in(self) -> bool {
+        match self {
+            Self::Namespace
+            | Self::Node
+            | Self::ServiceAccount
+            | Self::Deployment
+            | Self::Service
+            | Self::EndpointSlice
+            | Self::Pod => true,
+            Self::AuthorizationPolicy
+            | Self::PeerAuthentication
+            | Self::ServiceEntry
+            | Self::WorkloadEntry
+            | Self::Gateway
+            | Self::GatewayClass => false,
         }
     }
 
     /// Whether objects of the kind live outside any namespace.
     pub fn is_cluster_scoped(self) -> bool {
-        matches!(self, Self::Namespace | Self::Node)
+        matches!(self, Self::Namespace | Self::Node | Self::GatewayClass)
     }
 }
 

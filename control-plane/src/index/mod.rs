@@ -167,7 +167,14 @@ impl Index {
                     Kind::Pod => self.pods.len(),
                     Kind::Service => self.services.len(),
                     Kind::EndpointSlice => self.slices.len(),
-                    Kind::ServiceAccount | Kind::Deployment => others(kind),
+                    Kind::ServiceAccount
+                    | Kind::Deployment
+                    | Kind::AuthorizationPolicy
+                    | Kind::PeerAuthentication
+                    | Kind::ServiceEntry
+                    | Kind::WorkloadEntry
+                    | Kind::Gateway
+                    | Kind::GatewayClass => others(kind),
                 };
                 (kind, count)
             })
@@ -246,7 +253,14 @@ impl Index {
                 let old = self.slices.remove(&name);
                 self.touch_slice(&name, old.as_deref(), dirty);
             }
-            Kind::ServiceAccount | Kind::Deployment => {
+            Kind::ServiceAccount
+            | Kind::Deployment
+            | Kind::AuthorizationPolicy
+            | Kind::PeerAuthentication
+            | Kind::ServiceEntry
+            | Kind::WorkloadEntry
+            | Kind::Gateway
+            | Kind::GatewayClass => {
                 self.others.remove(id);
             }
         }

@@ -26,7 +26,7 @@ use super::{Batch, Report, log_refusals};
 use crate::api::Kind;
 use crate::index::Event;
 use objects::Objects;
-use watch::{Step, Watched, follow};
+use watch::{Step, follow};
 
 pub(crate) use cluster::describe;
 pub use cluster::{Cluster, ClusterError, Credentials};
@@ -38,14 +38,8 @@ const GATHER: Duration = Duration::from_millis(10);
 const MAX_PENDING: usize = 100_000;
 
 /// The kinds that are followed.
-const WATCHED: [Watched; 6] = [
-    Watched { kind: Kind::Namespace, plural: "namespaces", is_built_in: true },
-    Watched { kind: Kind::Node, plural: "nodes", is_built_in: true },
-    Watched { kind: Kind::ServiceAccount, plural: "serviceaccounts", is_built_in: true },
-    Watched { kind: Kind::Service, plural: "services", is_built_in: true },
-    Watched { kind: Kind::EndpointSlice, plural: "endpointslices", is_built_in: true },
-    Watched { kind: Kind::Pod, plural: "pods", is_built_in: true },
-];
+const WATCHED: [Kind; 6] =
+    [Kind::Namespace, Kind::Node, Kind::ServiceAccount, Kind::Service, Kind::EndpointSlice, Kind::Pod];
 
 /// The source.
 #[derive(Debug)]
@@ -57,7 +51,7 @@ pub struct Kubernetes {
 impl Kubernetes {
     /// A source that follows the objects of `cluster`.
     pub fn new(cluster: Cluster) -> Self {
-        Self { cluster, watches: Watches::new(WATCHED.iter().map(|watched| watched.kind)) }
+        Self { cluster, watches: Watches::new(WATCHED) }
     }
 
     /// How the watches are doing.
@@ -68,12 +62,10 @@ impl Kubernetes {
     /// Sends everything found, then every change, until the receiver is gone. Trouble is logged and tried again for
     /// ever; what was read stays in force.
     pub async fn run(self, batches: mpsc::Sender<Batch>) {
-        let steps = WATCHED.into_iter().map(|watched| {
-            let (kind, status) = (watched.kind, self.watches.of(watched.kind));
-            follow(self.cluster.client(), watched, status).map(move |step| (kind, step)).boxed()
+        let steps = WATCHED.into_iter().map(|kind| {
+            follow(self.cluster.client(), kind, self.watches.of(kind)).map(move |step| (kind, step)).boxed()
         });
-        gather(steps.collect::<SelectAll<_>>(), Gathered::new(WATCHED.iter().map(|watched| watched.kind)), &batches)
-            .await;
+        gather(steps.collect::<SelectAll<_>>(), Gathered::new(WATCHED), &batches).await;
     }
 }
 

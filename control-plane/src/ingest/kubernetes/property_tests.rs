@@ -26,7 +26,7 @@ struct Edit {
 }
 
 fn edits() -> impl Strategy<Value = Vec<Edit>> {
-    let kind = prop::sample::select(WATCHED.map(|watched| watched.kind).to_vec());
+    let kind = prop::sample::select(WATCHED.to_vec());
     let edit = (kind, 0..3u8, prop::option::weighted(0.85, 0..6u8), prop::bool::weighted(0.8));
     prop::collection::vec(edit.prop_map(|(kind, name, variant, is_seen)| Edit { kind, name, variant, is_seen }), 1..60)
 }
@@ -76,6 +76,7 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
             })
         }
         Kind::ServiceAccount | Kind::Deployment => json!({}),
+        _ => json!({}),
     };
     let mut whole = json!({"apiVersion": kind.api_version(), "kind": kind.as_str(), "metadata": metadata});
     for (key, value) in more.as_object().into_iter().flatten() {
@@ -119,7 +120,7 @@ impl Both {
                 confirmation: Duration::from_secs(60),
             })
         };
-        let gathered = Gathered::new(WATCHED.iter().map(|watched| watched.kind));
+        let gathered = Gathered::new(WATCHED);
         Self { gathered, files: Files::default(), there: BTreeSet::new(), cluster: index(), directory: index() }
     }
 
@@ -129,7 +130,7 @@ impl Both {
 
     /// Everything is listed anew.
     fn list(&mut self, objects: &BTreeMap<Key, Value>) {
-        for kind in WATCHED.map(|watched| watched.kind) {
+        for kind in WATCHED {
             self.step(kind, &Step::Listing);
             for (_, object) in objects.iter().filter(|((listed, ..), _)| *listed == kind) {
                 self.step(kind, &Step::Present(raw(object)));

@@ -22,26 +22,14 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether a kind has come to exist.
 const ABSENT_PAUSE: Duration = Duration::from_secs(15);
 
-/// A kind to follow.
-#[derive(Clone, Debug)]
-pub(super) struct Watched {
-    pub(super) kind: Kind,
-    pub(super) plural: &'static str,
-    /// Every cluster has it. Others come with a CustomResourceDefinition, which may be missing, or come or go later.
-    pub(super) is_built_in: bool,
-}
-
-impl Watched {
-    fn resource(&self) -> ApiResource {
-        let api_version = self.kind.api_version();
-        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
-        ApiResource {
-            group: group.to_owned(),
-            version: version.to_owned(),
-            api_version: api_version.to_owned(),
-            kind: self.kind.as_str().to_owned(),
-            plural: self.plural.to_owned(),
-        }
+/// A kind as the API's paths name it.
+fn resource(kind: Kind) -> ApiResource {
+    ApiResource {
+        group: kind.group().to_owned(),
+        version: kind.version().to_owned(),
+        api_version: kind.api_version().to_owned(),
+        kind: kind.as_str().to_owned(),
+        plural: kind.plural().to_owned(),
     }
 }
 
@@ -76,10 +64,10 @@ enum Reaction {
 /// Follows a kind. The stream never ends.
 pub(super) fn follow(
     client: kube::Client,
-    watched: Watched,
+    kind: Kind,
     status: Arc<KindStatus>,
 ) -> impl Stream<Item = Step> + Send + 'static {
-    let follower = Follower::new(client, watched, status);
+    let follower = Follower::new(client, kind, status);
     unfold(follower, |mut follower| async move {
         let step = follower.next().await;
         Some((step, follower))
@@ -88,7 +76,7 @@ pub(super) fn follow(
 
 struct Follower {
     client: kube::Client,
-    watched: Watched,
+    kind: Kind,
     status: Arc<KindStatus>,
     streams_lists: bool,
     stream: BoxStream<'static, watcher::Result<Event<Raw>>>,
@@ -98,9 +86,9 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(client: kube::Client, watched: Watched, status: Arc<KindStatus>) -> Self {
-        let stream = open(&client, &watched, true);
-        Self { client, watched, status, streams_lists: true, stream, pause: FIRST_PAUSE, wait: None }
+    fn new(client: kube::Client, kind: Kind, status: Arc<KindStatus>) -> Self {
+        let stream = open(&client, kind, true);
+        Self { client, kind, status, streams_lists: true, stream, pause: FIRST_PAUSE, wait: None }
     }
 
     async fn next(&mut self) -> Step {
@@ -114,7 +102,7 @@ impl Follower {
                     if !matches!(event, Event::Init) {
                         self.pause = FIRST_PAUSE;
                         if self.status.heard(SystemTime::now()) {
-                            info!(kind = %self.watched.kind, "the watch goes on");
+                            info!(kind = %self.kind, "the watch goes on");
                         }
                     }
                     return self.step(event);
@@ -140,7 +128,7 @@ impl Follower {
             Event::Delete(raw) => Step::Gone(raw),
             Event::InitDone => {
                 if self.status.list_ended() {
-                    info!(kind = %self.watched.kind, "listed");
+                    info!(kind = %self.kind, "listed");
                 }
                 Step::Listed
             }
@@ -148,8 +136,8 @@ impl Follower {
     }
 
     fn failed(&mut self, error: &Error) -> Option<Step> {
-        let kind = self.watched.kind;
-        match reaction(error, self.watched.is_built_in, self.streams_lists) {
+        let kind = self.kind;
+        match reaction(error, kind.is_built_in(), self.streams_lists) {
             Reaction::UsePages => {
                 info!(%kind, %error, "the API server does not stream lists; asking for pages");
                 self.streams_lists = false;
@@ -178,16 +166,12 @@ impl Follower {
     }
 
     fn restart(&mut self) {
-        self.stream = open(&self.client, &self.watched, self.streams_lists);
+        self.stream = open(&self.client, self.kind, self.streams_lists);
     }
 }
 
-fn open(
-    client: &kube::Client,
-    watched: &Watched,
-    streams_lists: bool,
-) -> BoxStream<'static, watcher::Result<Event<Raw>>> {
-    let api: Api<Raw> = Api::all_with(client.clone(), &watched.resource());
+fn open(client: &kube::Client, kind: Kind, streams_lists: bool) -> BoxStream<'static, watcher::Result<Event<Raw>>> {
+    let api: Api<Raw> = Api::all_with(client.clone(), &resource(kind));
     let config = Config::default().page_size(PAGE);
     watcher(api, if streams_lists { config.streaming_lists() } else { config }).boxed()
 }
@@ -242,9 +226,11 @@ mod tests {
 
     #[test]
     fn groups_are_those_of_the_kind() {
-        let slices = Watched { kind: Kind::EndpointSlice, plural: "endpointslices", is_built_in: true }.resource();
+        let slices = resource(Kind::EndpointSlice);
         assert_eq!((slices.group.as_str(), slices.version.as_str()), ("discovery.k8s.io", "v1"));
-        let pods = Watched { kind: Kind::Pod, plural: "pods", is_built_in: true }.resource();
+        let pods = resource(Kind::Pod);
         assert_eq!((pods.group.as_str(), pods.version.as_str(), pods.api_version.as_str()), ("", "v1", "v1"));
+        let policies = resource(Kind::AuthorizationPolicy);
+        assert_eq!((policies.group.as_str(), policies.plural.as_str()), ("security.istio.io", "authorizationpolicies"));
     }
 }
