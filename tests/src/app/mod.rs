@@ -7,6 +7,7 @@
 pub mod bookinfo;
 pub mod clients;
 pub mod echo;
+pub mod health;
 pub mod http;
 pub mod load;
 pub mod net;
@@ -38,6 +39,8 @@ enum Command {
     Echo(echo::Options),
     /// An HTTP/1.1 server with keepalive and a body of fixed size.
     Http(http::Options),
+    /// A server of gRPC's health protocol.
+    Health(health::Options),
     /// One connection: what it saw, as JSON.
     Connect(clients::connect::Options),
     /// A connection that is kept and used until it breaks or its time is over.
@@ -48,6 +51,8 @@ enum Command {
     Dial(clients::dial::Options),
     /// TCP segments without a TCP socket.
     Raw(clients::raw::Options),
+    /// Connections one after the other: which endpoints took them.
+    Spread(clients::spread::Options),
     /// Connects in a loop from the first instruction on, with a marker.
     Restless(clients::restless::Options),
     /// Many connections at once, each with one exchange.
@@ -107,11 +112,13 @@ async fn dispatch(command: Command) -> std::io::Result<bool> {
         Command::Bookinfo(options) => bookinfo::run(options).await,
         Command::Echo(options) => echo::run(options).await,
         Command::Http(options) => http::run(options).await,
+        Command::Health(options) => health::run(options).await,
         Command::Connect(options) => clients::connect::run(options).await,
         Command::Hold(options) => clients::hold::run(options).await,
         Command::HalfClose(options) => clients::half_close::run(options).await,
         Command::Dial(options) => clients::dial::run(&options),
         Command::Raw(options) => clients::raw::run(&options),
+        Command::Spread(options) => clients::spread::run(options).await,
         Command::Restless(options) => clients::restless::run(&options),
         Command::Parallel(options) => clients::parallel::run(options).await,
         Command::Transfer(options) => transfer::run(options).await,

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, reason = "the figures of a run")]
 
+mod cases;
 mod churn;
 mod mesh;
 mod page;

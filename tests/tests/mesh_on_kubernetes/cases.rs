@@ -1,0 +1,97 @@
+//! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes, and
+//! plaintext of those who are no part of the mesh.
+
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::netns::NetNs;
+use tests::wait;
+
+use crate::mesh::{BOUND, Mesh, SYSTEM, text};
+
+/// Enrolled pods, by the way in which the kubelet asks them.
+const PROBED: [&str; 4] = ["by-http", "by-tcp", "by-grpc", "by-exec"];
+/// Where a node lets in what is for the pod `by-tcp`.
+const NODE_PORT: u16 = 30700;
+
+#[test]
+fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
+    let mesh = Mesh::install(&[]);
+    mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
+    case("probes of the kubelet", || probes(&mesh));
+    case("plaintext from outside of the mesh", || outsiders(&mesh));
+}
+
+fn case(name: &str, work: impl FnOnce()) {
+    let begun = Instant::now();
+    work();
+    eprintln!("{name}: {:.1?}", begun.elapsed());
+}
+
+/// Pods are well by the kubelet's own word, and no probe of its passes the mesh.
+fn probes(mesh: &Mesh) {
+    mesh.until_pods("cases", true);
+    for app in PROBED {
+        let pod = mesh.pod_of("cases", app);
+        assert_eq!(pod.pointer("/status/containerStatuses/0/restartCount"), Some(&Value::from(0)), "{pod}");
+        let passed = inbound(mesh, &pod);
+        assert!(passed.is_empty(), "probes of {app} count as from outside: {passed:#?}");
+    }
+}
+
+/// Who is not the kubelet is outside of the mesh, from whatever address of a node it comes.
+fn outsiders(mesh: &Mesh) {
+    let pod = mesh.pod_of("cases", "by-tcp");
+    let target = SocketAddr::new(address(&pod), 7000);
+    let [here, there] = mesh.cluster.nodes() else { panic!("two nodes") };
+    let doors = [here, there].map(|node| SocketAddr::from((node.address, NODE_PORT)));
+    let on_host = || {
+        mesh.run("cases-host", "on-host", &["connect", "--to", &target.to_string(), "--read-line"])["received"].clone()
+    };
+    let ways: [(&str, &dyn Fn() -> Option<SocketAddr>); 5] = [
+        ("a process of the pod's node", &|| peer_of(here.network(), target)),
+        ("a process of another node", &|| peer_of(there.network(), target)),
+        ("a pod on the node's network", &|| peer_in(on_host().as_str()?)),
+        ("a client of a port of the pod's node", &|| peer_of(mesh.cluster.fabric(), doors[0])),
+        ("a client of another node's port", &|| peer_of(mesh.cluster.fabric(), doors[1])),
+    ];
+    for (who, reach) in ways {
+        let before = inbound(mesh, &pod).len();
+        let peer = reach().unwrap_or_else(|| panic!("{who} does not reach the pod\n{}", mesh.state()));
+        // Delivered with the client's address; its port may be another one.
+        let from = format!("src.addr={}:", peer.ip());
+        let record = wait::until(&format!("the record of {who}, {peer}"), BOUND, || {
+            inbound(mesh, &pod).into_iter().skip(before).find(|line| line.contains(&from))
+        });
+        let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
+        assert!(!record.contains("src.identity="), "{who}: {record}");
+    }
+}
+
+/// What the server of the pod `by-tcp` says of whom it talks to.
+fn peer_of(from: &NetNs, to: SocketAddr) -> Option<SocketAddr> {
+    let stream = from.connect(to, Duration::from_secs(10)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).ok()?;
+    peer_in(&line)
+}
+
+fn peer_in(banner: &str) -> Option<SocketAddr> {
+    serde_json::from_str::<Value>(banner).ok()?["peer"].as_str()?.parse().ok()
+}
+
+/// Connections that the mesh has let in to a pod, as the access log of its node's proxy has them.
+fn inbound(mesh: &Mesh, pod: &Value) -> Vec<String> {
+    let proxy = mesh.part_on("ztunnel", &text(pod, "/spec/nodeName"));
+    let log = mesh.kubectl(&["logs", &proxy, "--namespace", SYSTEM]).unwrap();
+    let to = format!("dst.addr={}:", address(pod));
+    let of_pod = |line: &&str| line.contains("direction=\"inbound\"") && line.contains(&to);
+    log.lines().filter(of_pod).map(str::to_owned).collect()
+}
+
+fn address(pod: &Value) -> IpAddr {
+    text(pod, "/status/podIP").parse().unwrap()
+}
