@@ -27,6 +27,7 @@ use crate::config::{self, Config};
 use crate::index::{Index, Roster};
 use crate::ingest::{Cluster, ClusterError, Directory, DirectoryError, Kubernetes, Limits, Source, Timing};
 use crate::serve::{self, Metrics, Pipeline, View};
+use crate::status::Status;
 
 /// Time for everything to end once asked; a little more than the gRPC server's own.
 const DRAIN: Duration = Duration::from_secs(7);
@@ -110,6 +111,7 @@ impl App {
         let clock = Clock::system();
         let Origin { source, authorities, authenticator, followed } = Origin::open(&config, &clock).await?;
         let watches = source.watches();
+        let leading = followed.as_ref().map(|followed| followed.status.leading());
         let tls = ca::serving_config(authorities.clone(), config.xds_san.clone(), clock.clone())?;
         let roster = Arc::new(Roster::default());
         let policy = Policy {
@@ -121,8 +123,9 @@ impl App {
         let catalog = Arc::new(Catalog::new());
         let discovery = serve::discovery(catalog.clone(), authenticator);
         let registry = metrics::Registry::new();
-        let counted = registry
-            .register(|registry| Metrics::register(registry, catalog.clone(), discovery.clone(), watches.clone()));
+        let counted = registry.register(|registry| {
+            Metrics::register(registry, catalog.clone(), discovery.clone(), watches.clone(), leading.clone())
+        });
         let (view, viewer) = watch::channel(Arc::new(View::default()));
         let readiness = Readiness::new();
 
@@ -146,7 +149,7 @@ impl App {
         let mut ready_routes = http::Router::new();
         readiness.mount(&mut ready_routes);
         let mut admin_routes = admin::routes(log, quit);
-        serve::mount(&mut admin_routes, viewer.clone(), catalog.clone(), discovery.clone(), watches);
+        serve::mount(&mut admin_routes, viewer.clone(), catalog.clone(), discovery.clone(), watches, leading);
         Ok(Self {
             source,
             cluster,
@@ -240,7 +243,14 @@ struct Origin {
     authorities: Authorities,
     authenticator: Authenticator,
     /// What is kept up to date in the cluster, if there is one.
-    followed: Option<(Root, Bundle)>,
+    followed: Option<Followed>,
+}
+
+/// What is kept up to date in a cluster.
+struct Followed {
+    root: Root,
+    bundle: Bundle,
+    status: Status,
 }
 
 impl Origin {
@@ -262,37 +272,40 @@ impl Origin {
                 let (root, authorities) = Root::open(&cluster, namespace, trust_domain, clock.clone()).await?;
                 let reviewer = TokenReviewer::new(&cluster, config.token_audiences.clone(), clock.clone());
                 let bundle = Bundle::new(&cluster, authorities.clone());
+                let status = Status::new(&cluster, namespace, &config.pod_name);
                 Ok(Self {
                     source: Source::Kubernetes(Kubernetes::new(cluster)),
                     authorities,
                     authenticator: Authenticator::kubernetes(reviewer),
-                    followed: Some((root, bundle)),
+                    followed: Some(Followed { root, bundle, status }),
                 })
             }
         }
     }
 }
 
-/// What runs beside the servers in a cluster: its authority is followed, and objects are checked before they are stored.
+/// What runs beside the servers in a cluster: its authority is followed, objects are checked before they are stored, and
+/// one of the replicas writes what there is to say.
 struct InCluster {
-    root: Root,
-    bundle: Bundle,
+    followed: Followed,
     webhook: TcpListener,
     address: SocketAddr,
 }
 
 impl InCluster {
-    async fn bind((root, bundle): (Root, Bundle), address: SocketAddr) -> Result<Self, AppError> {
+    async fn bind(followed: Followed, address: SocketAddr) -> Result<Self, AppError> {
         let (purpose, option) = ("the validation webhook", "webhook-addr");
         let webhook = bind(purpose, option, address).await?;
         let address = local(purpose, option, address, webhook.local_addr())?;
-        Ok(Self { root, bundle, webhook, address })
+        Ok(Self { followed, webhook, address })
     }
 
     fn run(self, tls: Arc<ServerConfig>, watcher: drain::Watcher) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
-        tasks.spawn(self.root.run());
-        tasks.spawn(self.bundle.run());
+        let Followed { root, bundle, status } = self.followed;
+        tasks.spawn(root.run());
+        tasks.spawn(bundle.run());
+        tasks.spawn(status.run(watcher.clone()));
         tasks.spawn(async move { admission::serve(self.webhook, &tls, watcher).await });
         tasks
     }

@@ -71,6 +71,9 @@ pub struct ServeArgs {
     /// The namespace of the mesh's own pods
     #[arg(long, value_name = "NAME", default_value = "culvert-system", env = "CULVERT_SYSTEM_NAMESPACE")]
     pub system_namespace: String,
+    /// This replica's name, for people: which one leads
+    #[arg(long, value_name = "NAME", default_value = "culvertd", env = "CULVERT_POD_NAME")]
+    pub pod_name: String,
     /// A service account whose pods may ask for certificates of other pods on their node; repeatable [default: ztunnel
     /// in the system namespace]
     #[arg(long, value_name = "NAMESPACE/NAME", env = "CULVERT_NODE_PROXY", value_delimiter = ',')]
@@ -182,6 +185,8 @@ pub struct Config {
     pub source: Source,
     /// The namespace of the mesh's own pods, with the authority's Secret.
     pub system_namespace: String,
+    /// This replica's name.
+    pub pod_name: String,
     /// For whom tokens of a cluster's service accounts must be.
     pub token_audiences: Vec<String>,
     /// Where discovery and certificates are served.
@@ -234,6 +239,7 @@ impl Config {
         let config = Self {
             source,
             system_namespace: args.system_namespace.clone(),
+            pod_name: args.pod_name.clone(),
             token_audiences: args.token_audience.iter().filter(|name| !name.is_empty()).cloned().collect(),
             xds_addr: errors.address("xds-addr", &args.xds_addr),
             xds_san: args.xds_san.iter().filter(|name| !name.is_empty()).cloned().collect(),

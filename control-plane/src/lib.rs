@@ -1,7 +1,7 @@
 //! The control plane: reads Kubernetes objects, works out what every node proxy must know, and serves it.
 //!
 //! One pipeline: [`ingest`] (a source of objects) → typed events → [`index`] (pure, incremental) → [`serve`] (delta
-//! discovery). [`ca`] signs, [`admission`] checks before anything is stored, [`api`] says which objects are valid; [`app`] puts the parts together.
+//! discovery). [`ca`] signs, [`admission`] checks before anything is stored, [`status`] writes what the leader has to say, [`api`] says which objects are valid; [`app`] puts the parts together.
 
 pub mod admission;
 pub mod api;
@@ -12,3 +12,4 @@ pub mod config;
 pub mod index;
 pub mod ingest;
 pub mod serve;
+pub mod status;

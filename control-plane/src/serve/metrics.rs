@@ -18,6 +18,7 @@ use tonic::Code;
 use crate::api::Kind;
 use crate::ingest::Watches;
 use crate::ingest::kubernetes::{KindReport, WatchState};
+use crate::status::Leading;
 
 /// The metrics that are counted as things happen. Cheap to clone; clones share the numbers.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +74,7 @@ impl Metrics {
         catalog: Arc<Catalog>,
         discovery: server::Service,
         watches: Watches,
+        leading: Option<Leading>,
     ) -> Self {
         let own = Self::default();
         let build = Family::<BuildLabel, Gauge>::default();
@@ -105,6 +107,9 @@ impl Metrics {
         );
         registry.register_collector(Box::new(Present { catalog, discovery }));
         registry.register_collector(Box::new(Following(watches)));
+        if let Some(leading) = leading {
+            registry.register_collector(Box::new(Elected(leading)));
+        }
         own
     }
 
@@ -244,6 +249,18 @@ impl Collector for Following {
     }
 }
 
+/// Whether this replica leads, asked when metrics are.
+#[derive(Debug)]
+struct Elected(Leading);
+
+impl Collector for Elected {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let help = "Whether this replica leads, and writes into the cluster";
+        let metric = ConstGauge::new(i64::from(self.0.leads()));
+        metric.encode(encoder.encode_descriptor("culvertd_leader", help, None, metric.metric_type())?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,7 +274,7 @@ mod tests {
             server::Options::default(),
         );
         let mut registry = Registry::default();
-        let metrics = Metrics::register(&mut registry, catalog, discovery, Watches::default());
+        let metrics = Metrics::register(&mut registry, catalog, discovery, Watches::default(), None);
         metrics.source([(Kind::Pod, 3)], 2, 1);
         metrics.changed(WORKLOAD_TYPE, 4);
         metrics.pushes.get_or_create(&TypeLabel::of("something else")).inc();

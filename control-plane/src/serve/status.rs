@@ -15,19 +15,22 @@ use super::pipeline::View;
 use crate::api::Kind;
 use crate::ingest::Watches;
 use crate::ingest::kubernetes::KindReport;
+use crate::status::{Leadership, Leading};
 
-/// Adds `/status` and `/config_dump`.
+/// Adds `/status` and `/config_dump`. `leading` is who leads the replicas of a cluster.
 pub fn mount(
     router: &mut Router,
     view: watch::Receiver<Arc<View>>,
     catalog: Arc<Catalog>,
     discovery: Service,
     watches: Watches,
+    leading: Option<Leading>,
 ) {
     let versions = catalog.clone();
     router.get("/status", "objects accepted and refused, clients and their NACKs", move |_| {
         let view = view.borrow().clone();
-        let reply = Reply::json(&status(&view, &versions, &discovery.clients(), &watches));
+        let leader = leading.as_ref().map(Leading::now);
+        let reply = Reply::json(&status(&view, &versions, &discovery.clients(), &watches, leader.as_ref()));
         async move { reply }
     });
     router.get("/config_dump", "everything that is served", move |_| {
@@ -42,7 +45,13 @@ pub fn mount(
     });
 }
 
-fn status(view: &View, catalog: &Catalog, clients: &[ClientStatus], watches: &Watches) -> Value {
+fn status(
+    view: &View,
+    catalog: &Catalog,
+    clients: &[ClientStatus],
+    watches: &Watches,
+    leader: Option<&Leadership>,
+) -> Value {
     let snapshot = catalog.snapshot();
     let types: Vec<Value> = snapshot
         .versions()
@@ -52,6 +61,7 @@ fn status(view: &View, catalog: &Catalog, clients: &[ClientStatus], watches: &Wa
         .collect();
     json!({
         "synced": view.synced,
+        "leader": leader.map(|known| json!({ "me": &*known.me, "leads": known.leads(), "holder": known.holder })),
         "objects": view.counts.iter().map(|(kind, count)| (kind.as_str(), *count)).collect::<std::collections::BTreeMap<_, _>>(),
         "source": *view.report,
         "watches": watches.reports().into_iter().map(watch_report).collect::<serde_json::Map<_, _>>(),

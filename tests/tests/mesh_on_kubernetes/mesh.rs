@@ -15,6 +15,8 @@ use tests::{Error, wait};
 pub const BOUND: Duration = Duration::from_secs(120);
 /// Namespace of the mesh's own pods.
 pub const SYSTEM: &str = "culvert-system";
+/// What a node has until its agent is ready.
+const TAINT: &str = "culvert.dev/agent-not-ready";
 /// What says that a pod is captured.
 const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
 
@@ -45,8 +47,15 @@ impl Mesh {
         }
         let ready = begun.elapsed();
         let mesh = Self { cluster, wire, _turn: turn };
+        // As nodes that register with it: no ordinary pod starts there before the mesh is ready for it.
+        mesh.kubectl(&["taint", "nodes", "--all", &format!("{TAINT}=:NoSchedule")]).unwrap();
         mesh.apply_manifests();
         mesh.rolled_out();
+        wait::until("nodes without the startup taint", BOUND, || {
+            let nodes = mesh.cluster.api().list("/api/v1/nodes").unwrap();
+            nodes.iter().all(|node| !node["spec"]["taints"].to_string().contains(TAINT)).then_some(())
+        })
+        .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
         eprintln!("cluster after {ready:.1?}, mesh after {:.1?}", begun.elapsed());
         mesh
     }
