@@ -115,7 +115,11 @@ impl NodeCapture {
         let room = if first { connections(netns)?.len() } else { 0 };
         let room = u32::try_from(room).unwrap_or(u32::MAX).saturating_add(LATECOMERS);
         let room = room.min(u32::try_from(abi::OLDER_CAPACITY).unwrap_or(u32::MAX));
-        let guard = guard.filter(|guard| capture.verify_guard(netns, Some(*guard)).is_err());
+        let guard = match guard {
+            // One that cannot be asked for now may stand: it is neither taken away nor made anew.
+            Some(guard) if is_missing(capture.verify_guard(netns, Some(guard)))? => Some(guard),
+            Some(_) | None => None,
+        };
         if guard.is_some() {
             // Before the pod's entry is written: taking a guard away may write there too.
             guard::remove(folder)?;
@@ -123,7 +127,7 @@ impl NodeCapture {
         let mut object = self.loader.pod(folder, room)?;
         capture.tell(entry)?;
         capture.replace_listeners(listeners)?;
-        if capture.verify_lookup(netns).is_err() {
+        if is_missing(capture.verify_lookup(netns))? {
             unlink(&folder.join(LINK))?;
             attach_lookup(&mut object, netns.as_fd(), &folder.join(LINK))?;
         }
@@ -154,6 +158,15 @@ impl NodeCapture {
     pub fn adopt_pod(&self, uid: &str) -> Option<PodCapture> {
         let capture = PodCapture::named(self, &folder_name(uid));
         capture.folder.join(LINK).exists().then_some(capture)
+    }
+}
+
+/// Whether the kernel answered that something is not there. That it could not be asked is an error, and says nothing.
+fn is_missing(asked: Result<(), CaptureError>) -> Result<bool, CaptureError> {
+    match asked {
+        Ok(()) => Ok(false),
+        Err(error) if error.is_absence() => Ok(true),
+        Err(error) => Err(error),
     }
 }
 
@@ -373,4 +386,22 @@ fn unlink(pin: &Path) -> Result<(), CaptureError> {
 /// The number by which the kernel names a namespace in a link.
 fn inode(netns: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(std::fs::File::from(netns.try_clone_to_owned()?).metadata()?.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_kernel_says_is_not_there_counts_as_missing() {
+        let path = |errno| at("guard")(io::Error::from_raw_os_error(errno));
+        assert!(!is_missing(Ok(())).unwrap());
+        assert!(is_missing(Err(CaptureError::NotInForce(String::from("elsewhere")))).unwrap());
+        assert!(is_missing(Err(path(libc::ENOENT))).unwrap());
+        for errno in [libc::EMFILE, libc::ENOMEM, libc::EINTR, libc::EPERM] {
+            is_missing(Err(path(errno))).unwrap_err();
+        }
+        let source = io::Error::from_raw_os_error(libc::ENOMEM);
+        is_missing(Err(CaptureError::Namespace { what: "ask", source })).unwrap_err();
+    }
 }
