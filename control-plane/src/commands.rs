@@ -82,6 +82,7 @@ pub fn check(args: &CheckArgs, out: &mut dyn Write) -> Result<bool, CommandError
         cluster_id: "Kubernetes".to_owned(),
         cluster_domain: "cluster.local".to_owned(),
         trust_domain: "cluster.local".to_owned(),
+        root_namespace: "culvert-system".into(),
         confirmation: std::time::Duration::ZERO,
     });
     index.apply(batch.events, SystemTime::now());

@@ -74,6 +74,9 @@ pub struct ServeArgs {
     /// This replica's name, for people: which one leads
     #[arg(long, value_name = "NAME", default_value = "culvertd", env = "CULVERT_POD_NAME")]
     pub pod_name: String,
+    /// The namespace whose policies hold in the whole mesh [default: the system namespace]
+    #[arg(long, value_name = "NAMESPACE", env = "CULVERT_ROOT_NAMESPACE")]
+    pub root_namespace: Option<String>,
     /// A service account whose pods may ask for certificates of other pods on their node; repeatable [default: ztunnel
     /// in the system namespace]
     #[arg(long, value_name = "NAMESPACE/NAME", env = "CULVERT_NODE_PROXY", value_delimiter = ',')]
@@ -231,6 +234,9 @@ impl Config {
         }
         errors.domain("trust-domain", &args.trust_domain);
         errors.domain("cluster-domain", &args.cluster_domain);
+        if args.root_namespace.as_ref().is_some_and(String::is_empty) {
+            errors.add("root-namespace", "is empty; name a namespace, or leave the option out");
+        }
         if args.xds_san.iter().all(String::is_empty) {
             errors.add("xds-san", "is empty; name at least one host name or address that clients use");
         }
@@ -247,6 +253,7 @@ impl Config {
                 cluster_id: args.cluster_id.clone(),
                 cluster_domain: args.cluster_domain.clone(),
                 trust_domain: args.trust_domain.clone(),
+                root_namespace: args.root_namespace.as_ref().unwrap_or(&args.system_namespace).as_str().into(),
                 confirmation: errors.time("confirmation-timeout", &args.confirmation_timeout),
             },
             node_proxies: named.iter().filter_map(|name| errors.service_account("node-proxy", name)).collect(),
@@ -366,6 +373,7 @@ mod tests {
         assert_eq!(config.xds_addr, "0.0.0.0:15012".parse().unwrap());
         assert_eq!(config.node_proxies[0].to_string(), "culvert-system/ztunnel");
         assert_eq!(config.xds_san.len(), 3);
+        assert_eq!(&*config.index.root_namespace, "culvert-system");
         assert_eq!(config.index.confirmation, Duration::from_secs(60));
     }
 

@@ -13,13 +13,17 @@ pub fn run(input: &[u8]) {
         cluster_id: "Kubernetes".to_owned(),
         cluster_domain: "cluster.local".to_owned(),
         trust_domain: "cluster.local".to_owned(),
+        root_namespace: "culvert-system".into(),
         confirmation: Duration::from_secs(60),
     });
     let mut events = Vec::new();
     for document in parse(&text) {
         match document.outcome {
             Outcome::Object(object) => events.push(Event::Apply(object)),
-            Outcome::Refused { problems, .. } => assert!(!problems.is_empty(), "a refusal says why"),
+            Outcome::Refused { problems, stand_in, .. } => {
+                assert!(!problems.is_empty(), "a refusal says why");
+                events.extend(stand_in.map(Event::Apply));
+            }
             Outcome::Unsupported { .. } | Outcome::Ignored { .. } => {}
         }
     }
@@ -35,6 +39,10 @@ pub fn run(input: &[u8]) {
         let (_, invalid) = Change::address(&resource.name, &resource.body);
         assert!(invalid.is_none(), "{}: {invalid:?}", resource.name);
     }
+    for policy in index.policies() {
+        let (_, invalid) = Change::authorization(&policy.name, &policy.body);
+        assert!(invalid.is_none(), "{}: {invalid:?}", policy.name);
+    }
     index.apply(deletions, UNIX_EPOCH);
-    assert_eq!(index.resources().count(), 0, "nothing outlives its objects");
+    assert_eq!(index.resources().chain(index.policies()).count(), 0, "nothing outlives its objects");
 }

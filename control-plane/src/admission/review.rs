@@ -210,7 +210,7 @@ mod tests {
             assert_eq!(ask(&object)["response"], json!({"uid": "u1", "allowed": true}));
         }
         let policy =
-            json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p"}});
+            json!({"apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication", "metadata": {"name": "p"}});
         let answer = ask(&policy);
         assert_eq!(answer["response"]["allowed"], true);
         assert!(answer["response"]["warnings"][0].as_str().unwrap().contains("not in force"));

@@ -2,6 +2,7 @@
 //! so that what passes here can be applied to a cluster.
 
 use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -163,6 +164,12 @@ fn is_link_local(address: IpAddr) -> bool {
         IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     }
+}
+
+/// A time as objects write it.
+pub(super) fn system_time(timestamp: &k8s_openapi::jiff::Timestamp) -> Option<SystemTime> {
+    let milliseconds = u64::try_from(timestamp.as_millisecond()).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds))
 }
 
 pub(super) const DNS_LABEL_FIX: &str = "use at most 63 of a-z, 0-9 and '-', with a letter or digit at both ends";

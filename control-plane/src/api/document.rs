@@ -12,7 +12,10 @@ use serde_json::Value;
 
 use super::name::{Kind, ObjectId};
 use super::problem::{Problem, Problems};
-use super::{Object, endpoint_slice, namespace, node, pod, service, strict, workload_kinds};
+use super::{
+    Object, authorization_policy, custom, endpoint_slice, namespace, node, peer_authentication, pod, service, stand_in,
+    strict, workload_kinds,
+};
 
 /// One document of a file, or one item of a `List` in it.
 #[derive(Clone, Debug)]
@@ -36,6 +39,8 @@ pub enum Outcome {
         label: String,
         /// Every mistake found.
         problems: Vec<Problem>,
+        /// What stands in for it where no earlier version does: it would be less safe to do without.
+        stand_in: Option<Object>,
     },
     /// An object that would configure the mesh, of a kind that this version does not read.
     Unsupported {
@@ -68,6 +73,7 @@ pub fn parse(text: &str) -> Vec<Document> {
                     id: None,
                     label: format!("document at line {line}"),
                     problems: vec![problem],
+                    stand_in: None,
                 },
             }),
         }
@@ -130,7 +136,12 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
     let (namespace, name) = (meta("namespace"), meta("name"));
     let slash = if namespace.is_empty() { "" } else { "/" };
     let label = format!("{} {namespace}{slash}{name}", if kind_name.is_empty() { "object" } else { kind_name });
-    let refused = |id, problem| Outcome::Refused { id, label: label.clone(), problems: vec![problem] };
+    let refused = |id: Option<ObjectId>, problem| Outcome::Refused {
+        stand_in: id.as_ref().and_then(|id| stand_in::of(id, value)),
+        id,
+        label: label.clone(),
+        problems: vec![problem],
+    };
     if api_version.is_empty() || kind_name.is_empty() {
         let field = if api_version.is_empty() { "apiVersion" } else { "kind" };
         return refused(None, Problem::new(field, "is missing", "say which kind of object this is"));
@@ -162,13 +173,15 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
     }
     match validate(kind, value, unknown) {
         Ok(object) => Outcome::Object(object),
-        Err(problems) => Outcome::Refused { label: id.to_string(), id: Some(id), problems },
+        Err(problems) => {
+            Outcome::Refused { label: id.to_string(), stand_in: stand_in::of(&id, value), id: Some(id), problems }
+        }
     }
 }
 
 /// What a field is that this version does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unknown {
+pub(super) enum Unknown {
     /// Misspelt, as far as anybody can tell.
     IsAMistake,
     /// Known to the API server, which has checked it and may be newer than this program.
@@ -191,7 +204,17 @@ pub fn read_served(value: &Value) -> Outcome {
 
 /// Whether this version puts objects of the kind in force.
 fn is_read(kind: Kind) -> bool {
-    kind.is_built_in()
+    match kind {
+        Kind::AuthorizationPolicy | Kind::PeerAuthentication => true,
+        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => false,
+        Kind::Namespace
+        | Kind::Node
+        | Kind::ServiceAccount
+        | Kind::Deployment
+        | Kind::Service
+        | Kind::EndpointSlice
+        | Kind::Pod => true,
+    }
 }
 
 fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<Problem>> {
@@ -208,12 +231,11 @@ fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<P
             typed(value, unknown, endpoint_slice::validate).map(|valid| Object::EndpointSlice(Arc::new(valid)))
         }
         Kind::Pod => typed(value, unknown, pod::validate).map(|valid| Object::Pod(Arc::new(valid))),
-        Kind::AuthorizationPolicy
-        | Kind::PeerAuthentication
-        | Kind::ServiceEntry
-        | Kind::WorkloadEntry
-        | Kind::Gateway
-        | Kind::GatewayClass => {
+        Kind::AuthorizationPolicy => custom::typed(value, unknown, authorization_policy::validate)
+            .map(|valid| Object::AuthorizationPolicy(Arc::new(valid))),
+        Kind::PeerAuthentication => custom::typed(value, unknown, peer_authentication::validate)
+            .map(|valid| Object::PeerAuthentication(Arc::new(valid))),
+        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => {
             let message = format!("{kind} is not supported by this version, so it is not in force");
             Err(vec![Problem::new("kind", message, "do not rely on it")])
         }
@@ -234,7 +256,7 @@ where
     if unknown == Unknown::IsAMistake
         && let Ok(understood) = serde_json::to_value(&object)
     {
-        strict::unknown_fields(value, &understood, &mut problems);
+        strict::unknown_fields(value, &understood, "", &mut problems);
     }
     let mut unknown = problems.into_list();
     match validate(&object) {

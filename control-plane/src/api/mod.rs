@@ -6,16 +6,20 @@
 //!
 //! Pure: no I/O, no clock.
 
+mod authorization_policy;
 mod check;
+mod custom;
 mod document;
 mod endpoint_slice;
 mod labels;
 mod name;
 mod namespace;
 mod node;
+mod peer_authentication;
 mod pod;
 mod problem;
 mod service;
+mod stand_in;
 mod strict;
 mod workload_kinds;
 
@@ -24,15 +28,18 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use authorization_policy::{AuthorizationPolicy, PolicyAction, PolicyTarget, TargetRef};
 pub use document::{Document, Outcome, parse, read_served, validate_served};
 pub use endpoint_slice::{Endpoint, EndpointSlice, PodReference, SlicePort};
 pub use labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
 pub use name::{Kind, Name, ObjectId};
 pub use namespace::Namespace;
 pub use node::{Locality, Node};
+pub use peer_authentication::{MtlsMode, PeerAuthentication};
 pub use pod::{ContainerPort, Owner, Phase, Pod};
 pub use problem::{Problem, Problems};
 pub use service::{AppProtocol, Families, Service, ServiceAddresses, ServicePort, TargetPort, Topology};
+pub use stand_in::of as stand_in;
 pub use workload_kinds::{Deployment, ServiceAccount};
 
 /// A valid object, reduced to what the mesh uses of it. Cheap to clone.
@@ -52,6 +59,10 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     /// A pod.
     Pod(Arc<Pod>),
+    /// Who may connect.
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
+    /// Whether plaintext is taken.
+    PeerAuthentication(Arc<PeerAuthentication>),
 }
 
 impl Object {
@@ -65,6 +76,8 @@ impl Object {
             Self::Service(service) => ObjectId::namespaced(Kind::Service, &service.name),
             Self::EndpointSlice(slice) => ObjectId::namespaced(Kind::EndpointSlice, &slice.name),
             Self::Pod(pod) => ObjectId::namespaced(Kind::Pod, &pod.name),
+            Self::AuthorizationPolicy(policy) => ObjectId::namespaced(Kind::AuthorizationPolicy, &policy.name),
+            Self::PeerAuthentication(policy) => ObjectId::namespaced(Kind::PeerAuthentication, &policy.name),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use k8s_openapi::api::core::v1 as k8s;
 
@@ -129,7 +129,7 @@ pub(super) fn validate(object: &k8s::Pod) -> Result<Pod, Vec<Problem>> {
         terminating: meta.deletion_timestamp.is_some(),
         ports: container_ports("spec", spec, &mut problems),
         owner: owner(meta),
-        created: meta.creation_timestamp.as_ref().and_then(|time| system_time(&time.0)),
+        created: meta.creation_timestamp.as_ref().and_then(|time| check::system_time(&time.0)),
         name,
         labels,
     };
@@ -230,9 +230,4 @@ pub(super) fn service_account(field: &str, spec: &k8s::PodSpec, problems: &mut P
         );
     }
     name.clone()
-}
-
-fn system_time(timestamp: &k8s_openapi::jiff::Timestamp) -> Option<SystemTime> {
-    let milliseconds = u64::try_from(timestamp.as_millisecond()).ok()?;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds))
 }

@@ -5,9 +5,10 @@ use serde_json::{Map, Value};
 
 use super::problem::Problems;
 
-/// Notes every field of `given` that is missing in `understood`, the same object after a round trip through its type.
-pub(super) fn unknown_fields(given: &Value, understood: &Value, problems: &mut Problems) {
-    compare(given, understood, "", problems);
+/// Notes every field of `given`, which is found at `path`, that is missing in `understood`, the same after a round trip
+/// through its type.
+pub(super) fn unknown_fields(given: &Value, understood: &Value, path: &str, problems: &mut Problems) {
+    compare(given, understood, path, problems);
 }
 
 fn compare(given: &Value, understood: &Value, path: &str, problems: &mut Problems) {
@@ -42,7 +43,8 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// Only fields that the object uses are known here, so the suggestion is limited to wrong capitals of well-known ones.
+/// Of Kubernetes' own kinds only the fields that the object uses are known here, so the suggestion is limited to well-known
+/// ones; of others all are.
 fn suggestion(key: &str, siblings: &Map<String, Value>) -> String {
     const KNOWN: [&str; 32] = [
         "addresses",
@@ -78,8 +80,10 @@ fn suggestion(key: &str, siblings: &Map<String, Value>) -> String {
         "targetPort",
         "template",
     ];
-    let near = |known: &&&str| distance(&key.to_ascii_lowercase(), &known.to_ascii_lowercase()) <= 2;
-    match KNOWN.iter().filter(|known| !siblings.contains_key(**known)).find(near) {
+    let near = |known: &&str| distance(&key.to_ascii_lowercase(), &known.to_ascii_lowercase()) <= 2;
+    let unused = siblings.iter().filter(|(_, value)| value.is_null()).map(|(name, _)| name.as_str());
+    let well_known = KNOWN.iter().copied().filter(|known| !siblings.contains_key(*known));
+    match unused.chain(well_known).find(near) {
         Some(known) => format!("did you mean {known}?"),
         None => "remove it, or correct its name or its indentation".to_owned(),
     }

@@ -226,8 +226,10 @@ fn foreign_kinds_are_ignored_but_never_those_of_a_mesh() {
         one("{apiVersion: serving.knative.dev/v1, kind: Service, metadata: {name: a}}"),
         Outcome::Ignored { .. }
     ));
-    let outcome = one("{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: a}}");
-    assert!(matches!(outcome, Outcome::Unsupported { .. }), "{outcome:?}");
+    for kind in ["security.istio.io/v1, kind: RequestAuthentication", "networking.istio.io/v1, kind: Gateway"] {
+        let outcome = one(&format!("{{apiVersion: {kind}, metadata: {{name: a}}}}"));
+        assert!(matches!(outcome, Outcome::Unsupported { .. }), "{outcome:?}");
+    }
 }
 
 #[test]
@@ -263,4 +265,74 @@ fn hostile_text_is_refused_in_bounded_time() {
         panic!("accepted")
     };
     assert!(problems.len() < 50, "{} mistakes", problems.len());
+}
+
+fn policy(kind: &str, spec: &str) -> String {
+    format!(
+        "{{apiVersion: security.istio.io/v1, kind: {kind}, metadata: {{name: p, namespace: ns}}, spec: {{{spec}}}}}"
+    )
+}
+
+#[test]
+fn mistakes_of_policies_are_found() {
+    let rule = |rule: &str| format!("rules: [{{{rule}}}]");
+    let source = |source: &str| rule(&format!("from: [{{source: {{{source}}}}}]"));
+    let found = |spec: String| mistakes(&policy("AuthorizationPolicy", &spec));
+    for (spec, field) in [
+        ("action: ALOW".to_owned(), "spec.action"),
+        ("action: CUSTOM".to_owned(), "spec.action"),
+        ("action: AUDIT".to_owned(), "spec.action"),
+        ("actoin: DENY".to_owned(), "spec.actoin"),
+        ("selector: {matchLabels: {app: 'a b'}}".to_owned(), "spec.selector.matchLabels[app]"),
+        ("selector: {matchExpressions: [{key: a}]}".to_owned(), "spec.selector.matchExpressions"),
+        ("selector: {}, targetRefs: [{kind: Service, name: a}]".to_owned(), "spec.selector"),
+        ("targetRefs: [{kind: Pod, name: a}]".to_owned(), "spec.targetRefs[0]"),
+        ("targetRef: {kind: Service, name: a, namespace: other}".to_owned(), "spec.targetRef.namespace"),
+        (rule("from: []"), "spec.rules[0].from"),
+        (rule("from: [{}]"), "spec.rules[0].from[0].source"),
+        (rule("to: [{operation: {}}]"), "spec.rules[0].to[0].operation"),
+        (rule("form: [{source: {namespaces: [a]}}]"), "spec.rules[0].form"),
+        (rule("to: [{operation: {ports: ['0']}}]"), "spec.rules[0].to[0].operation.ports[0]"),
+        (rule("to: [{operation: {ports: ['+80']}}]"), "spec.rules[0].to[0].operation.ports[0]"),
+        (rule("to: [{operation: {ports: ['65616']}}]"), "spec.rules[0].to[0].operation.ports[0]"),
+        (rule("to: [{operation: {ports: [80]}}]"), "spec.rules[0].to[0].operation.ports[0]"),
+        (rule("when: [{key: source.mood, values: [good]}]"), "spec.rules[0].when[0].key"),
+        (rule("when: [{key: source.ip}]"), "spec.rules[0].when[0]"),
+        (rule("when: [{key: source.ip, notValues: [nowhere]}]"), "spec.rules[0].when[0].notValues[0]"),
+        (source("ipBlocks: [10.0.0.0/33]"), "spec.rules[0].from[0].source.ipBlocks[0]"),
+        (source("notIpBlocks: [10.0.0.0/+8]"), "spec.rules[0].from[0].source.notIpBlocks[0]"),
+        (source("principals: ['']"), "spec.rules[0].from[0].source.principals"),
+        (source("principals: [], namespaces: [a]"), "spec.rules[0].from[0].source.principals"),
+        (source("principals: [a*b]"), "spec.rules[0].from[0].source.principals[0]"),
+        (source("notNamespaces: ['*a*']"), "spec.rules[0].from[0].source.notNamespaces[0]"),
+        (source("serviceAccounts: ['ns/*']"), "spec.rules[0].from[0].source.serviceAccounts[0]"),
+        (source("serviceAccounts: [a], namespaces: [b]"), "spec.rules[0].from[0].source.serviceAccounts"),
+        (source("principal: [a]"), "spec.rules[0].from[0].source.principal"),
+    ] {
+        let found = found(spec.clone());
+        assert!(found.iter().any(|mistake| mistake.starts_with(&format!("{field}: "))), "{spec}: {found:?}");
+    }
+    let Outcome::Refused { problems, .. } = one(&policy("AuthorizationPolicy", &source("principal: [a]"))) else {
+        panic!()
+    };
+    assert_eq!(problems[0].fix, "did you mean principals?");
+    for (spec, field) in [
+        ("mtls: {mode: STRIKT}", "spec.mtls.mode"),
+        ("mtls: STRICT", "spec.mtls"),
+        ("portLevelMtls: {80: {mode: STRICT}}", "spec.portLevelMtls"),
+        ("selector: {matchLabels: {a: b}}, portLevelMtls: {web: {mode: STRICT}}", "spec.portLevelMtls[web]"),
+        ("selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: MAYBE}}", "spec.portLevelMtls[80].mode"),
+    ] {
+        let found = mistakes(&policy("PeerAuthentication", spec));
+        assert!(found.iter().any(|mistake| mistake.starts_with(&format!("{field}: "))), "{spec}: {found:?}");
+    }
+}
+
+#[test]
+fn older_versions_of_a_kind_are_read() {
+    let text = policy("AuthorizationPolicy", "rules: [{}]");
+    for version in ["v1", "v1beta1"] {
+        accepted(&text.replace("/v1", &format!("/{version}")));
+    }
+    assert_eq!(mistakes(&text.replace("/v1", "/v2"))[0].split(':').next(), Some("apiVersion"));
 }

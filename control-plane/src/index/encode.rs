@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mesh_proto::workload as wire;
+use mesh_proto::{security, workload as wire};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint};
 use sha2::{Digest, Sha256};
@@ -39,13 +39,20 @@ pub(super) fn service(name: Arc<str>, service: &wire::Service, aliases: Vec<Arc<
     resource(name, aliases, address(SERVICE, &service.encode_to_vec()))
 }
 
+/// The resource of a policy.
+pub(super) fn policy(policy: &security::Authorization) -> Resource {
+    let name = format!("{}/{}", policy.namespace, policy.name).into();
+    let is_named = policy.scope == i32::from(security::Scope::WorkloadSelector);
+    Resource { is_named, ..resource(name, Vec::new(), policy.encode_to_vec().into()) }
+}
+
 fn resource(name: Arc<str>, aliases: Vec<Arc<str>>, body: Bytes) -> Resource {
     let mut version = String::with_capacity(16);
     for byte in Sha256::digest(&body).iter().take(8) {
         // Writing to a string cannot fail.
         let _ = write!(version, "{byte:02x}");
     }
-    Resource { name, aliases, version: version.into(), body, member_of: Vec::new() }
+    Resource { name, aliases, version: version.into(), body, member_of: Vec::new(), is_named: false }
 }
 
 fn address(field: u32, message: &[u8]) -> Bytes {

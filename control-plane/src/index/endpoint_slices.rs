@@ -117,10 +117,10 @@ impl Index {
         let resources = self.slices.all.get(name).map(|slice| self.endpoint_workloads(slice)).unwrap_or_default();
         let current: BTreeSet<Arc<str>> = resources.keys().cloned().collect();
         for gone in self.endpoints.remove(name).unwrap_or_default().difference(&current) {
-            self.withdraw(gone, changes);
+            self.addresses.withdraw(gone, changes);
         }
         for resource in resources.into_values() {
-            self.publish(resource, changes);
+            self.addresses.publish(resource, changes);
         }
         if !current.is_empty() {
             self.endpoints.insert(name.clone(), current);

@@ -9,8 +9,10 @@
 //! Node ──────┼─> pod ────────────────┤
 //! Service ───┼─> selector, addresses ┼─> service
 //! Slice ─────┘                       └─> workload (one per endpoint that is no pod)
+//! AuthorizationPolicy, PeerAuthentication ─> policy, and the names of policies in workloads
 //! ```
 
+mod authentications;
 mod encode;
 mod endpoint_slices;
 mod enrolment;
@@ -19,6 +21,8 @@ mod names;
 mod namespaces;
 mod nodes;
 mod pods;
+mod policies;
+mod published;
 mod resource;
 mod roster;
 mod services;
@@ -26,6 +30,8 @@ mod vip;
 mod waypoint;
 mod workload;
 
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod property_tests;
 #[cfg(test)]
@@ -37,6 +43,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::api::{Kind, Name, Object, ObjectId};
 
+use published::Published;
 pub use resource::{Changes, Resource};
 pub use roster::Roster;
 
@@ -49,6 +56,8 @@ pub struct Options {
     pub cluster_domain: String,
     /// The trust domain of every identity.
     pub trust_domain: String,
+    /// The namespace whose policies hold in the whole mesh.
+    pub root_namespace: Arc<str>,
     /// How long a pod that is enrolled, but whose capture nobody has confirmed, is kept from traffic. After that it is
     /// served in plaintext, as a pod that is not enrolled.
     pub confirmation: Duration,
@@ -85,7 +94,10 @@ pub struct Index {
     waiting: enrolment::Waiting,
     /// Objects that only count.
     others: BTreeSet<ObjectId>,
-    published: HashMap<Arc<str>, Arc<Resource>>,
+    policies: policies::Policies,
+    authentications: authentications::Authentications,
+    addresses: Published,
+    published_policies: Published,
     /// The workloads that each slice's endpoints became.
     endpoints: HashMap<Name, BTreeSet<Arc<str>>>,
     synced: bool,
@@ -97,6 +109,8 @@ struct Dirty {
     pods: BTreeSet<Name>,
     services: BTreeSet<Name>,
     slices: BTreeSet<Name>,
+    policies: BTreeSet<Name>,
+    authentications: BTreeSet<Name>,
 }
 
 impl Index {
@@ -112,7 +126,10 @@ impl Index {
             vips: vip::Vips::default(),
             waiting: enrolment::Waiting::default(),
             others: BTreeSet::new(),
-            published: HashMap::new(),
+            policies: policies::Policies::default(),
+            authentications: authentications::Authentications::default(),
+            addresses: Published::default(),
+            published_policies: Published::default(),
             endpoints: HashMap::new(),
             synced: false,
         }
@@ -141,6 +158,15 @@ impl Index {
         for name in &dirty.slices {
             self.recompute_slice(name, &mut changes);
         }
+        for name in &dirty.policies {
+            self.recompute_policy(name, &mut changes);
+        }
+        for name in &dirty.authentications {
+            self.recompute_authentication(name, &mut changes);
+        }
+        if !dirty.authentications.is_empty() {
+            self.recompute_static_strict(&mut changes);
+        }
         self.synced = true;
         changes
     }
@@ -150,9 +176,14 @@ impl Index {
         self.waiting.next_deadline()
     }
 
-    /// Every resource in force.
+    /// Every workload and service in force.
     pub fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
-        self.published.values()
+        self.addresses.all()
+    }
+
+    /// Every policy in force.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.published_policies.all()
     }
 
     /// How many objects of each kind are in force.
@@ -167,10 +198,10 @@ impl Index {
                     Kind::Pod => self.pods.len(),
                     Kind::Service => self.services.len(),
                     Kind::EndpointSlice => self.slices.len(),
+                    Kind::AuthorizationPolicy => self.policies.len(),
+                    Kind::PeerAuthentication => self.authentications.len(),
                     Kind::ServiceAccount
                     | Kind::Deployment
-                    | Kind::AuthorizationPolicy
-                    | Kind::PeerAuthentication
                     | Kind::ServiceEntry
                     | Kind::WorkloadEntry
                     | Kind::Gateway
@@ -190,7 +221,10 @@ impl Index {
 
     /// The part of [`Index::notes`] that only editing objects can mend.
     pub fn conflicts(&self) -> Vec<Note> {
-        self.vips.notes()
+        let mut notes = self.vips.notes();
+        notes.extend(self.policies.notes());
+        notes.extend(self.authentications.notes());
+        notes
     }
 
     fn upsert(&mut self, object: Object, dirty: &mut Dirty) {
@@ -220,6 +254,16 @@ impl Index {
                 let name = slice.name.clone();
                 let old = self.slices.insert(slice);
                 self.touch_slice(&name, old.as_deref(), dirty);
+            }
+            Object::AuthorizationPolicy(policy) => {
+                let name = policy.name.clone();
+                let old = self.policies.insert(policy);
+                self.touch_policy(&name, old.as_deref(), dirty);
+            }
+            Object::PeerAuthentication(policy) => {
+                let name = policy.name.clone();
+                let old = self.authentications.insert(policy);
+                self.touch_authentication(&name, old.as_deref(), dirty);
             }
             other @ (Object::ServiceAccount(_) | Object::Deployment(_)) => {
                 self.others.insert(other.id());
@@ -253,31 +297,22 @@ impl Index {
                 let old = self.slices.remove(&name);
                 self.touch_slice(&name, old.as_deref(), dirty);
             }
+            Kind::AuthorizationPolicy => {
+                let old = self.policies.remove(&name);
+                self.touch_policy(&name, old.as_deref(), dirty);
+            }
+            Kind::PeerAuthentication => {
+                let old = self.authentications.remove(&name);
+                self.touch_authentication(&name, old.as_deref(), dirty);
+            }
             Kind::ServiceAccount
             | Kind::Deployment
-            | Kind::AuthorizationPolicy
-            | Kind::PeerAuthentication
             | Kind::ServiceEntry
             | Kind::WorkloadEntry
             | Kind::Gateway
             | Kind::GatewayClass => {
                 self.others.remove(id);
             }
-        }
-    }
-
-    fn publish(&mut self, resource: Resource, changes: &mut Changes) {
-        if self.published.get(&resource.name).is_some_and(|current| **current == resource) {
-            return;
-        }
-        let resource = Arc::new(resource);
-        self.published.insert(resource.name.clone(), resource.clone());
-        changes.set(resource);
-    }
-
-    fn withdraw(&mut self, name: &str, changes: &mut Changes) {
-        if let Some((name, _)) = self.published.remove_entry(name) {
-            changes.remove(name);
         }
     }
 }

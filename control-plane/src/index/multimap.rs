@@ -34,6 +34,11 @@ impl<K: Eq + Hash, V: Ord> MultiMap<K, V> {
         }
     }
 
+    /// The keys that have values, in no order.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &K> {
+        self.0.keys()
+    }
+
     /// The values of `key`, in order.
     pub(super) fn get<'a, Q>(&'a self, key: &Q) -> impl Iterator<Item = &'a V> + use<'a, Q, K, V>
     where

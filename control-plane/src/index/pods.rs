@@ -72,6 +72,11 @@ impl Pods {
         self.by_namespace.get(namespace)
     }
 
+    /// The namespaces that have pods.
+    pub(super) fn namespaces(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.by_namespace.keys()
+    }
+
     /// Live pods that have this address.
     pub(super) fn at(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Pod>> {
         self.by_address.get(&address).filter_map(|name| self.all.get(name))
@@ -128,7 +133,7 @@ impl Index {
         let bound = self.options.confirmation;
         let Some(pod) = self.pods.get(name).filter(|pod| !live_addresses(pod).is_empty()).cloned() else {
             self.waiting.forget(name, bound);
-            self.withdraw(&uid, changes);
+            self.addresses.withdraw(&uid, changes);
             return;
         };
         let is_unconfirmed = self.namespaces.enrols(&pod) && !pod.captured && !pod.native_tunnel;
@@ -146,6 +151,7 @@ impl Index {
                 uid,
                 waypoint: self.pod_waypoint(&pod),
                 locality: self.nodes.locality(&pod.node),
+                policies: self.policies_of(&pod.name.namespace, &pod.labels),
                 is_waiting,
             },
         );
@@ -153,6 +159,6 @@ impl Index {
         let aliases =
             if pod.host_network { Vec::new() } else { pod.addresses.iter().copied().map(names::alias).collect() };
         let resource = encode::workload(&message, self.services_of_pod(&pod), aliases);
-        self.publish(resource, changes);
+        self.addresses.publish(resource, changes);
     }
 }

@@ -4,14 +4,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use mesh_model::{Service, Workload};
+use mesh_model::{Change, Service, Workload};
 use mesh_proto::workload as wire;
 use proptest::prelude::*;
 use prost::Message;
 
-use super::tests::{apply, delete, options, time};
+use super::policy_tests::{authentication, policy};
+use super::tests::{delete, options, time};
 use super::{Event, Index, Resource};
-use crate::api::{Kind, Object, ObjectId};
+use crate::api::{Kind, Object, ObjectId, Outcome, parse};
 
 /// One edit. Names and values come from small sets, so that edits meet.
 #[derive(Clone, Debug)]
@@ -21,6 +22,8 @@ enum Edit {
     Pod { namespace: u8, name: u8, address: u8, app: u8, node: u8, shape: u8 },
     Service { namespace: u8, name: u8, app: u8, address: u8, port: &'static str },
     Slice { namespace: u8, name: u8, service: u8, addresses: Vec<u8> },
+    Policy { namespace: u8, name: u8, spec: &'static str },
+    Authentication { namespace: u8, name: u8, spec: &'static str },
     Delete { kind: Kind, namespace: u8, name: u8 },
 }
 
@@ -39,6 +42,8 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         Just(Kind::Pod),
         Just(Kind::Service),
         Just(Kind::EndpointSlice),
+        Just(Kind::AuthorizationPolicy),
+        Just(Kind::PeerAuthentication),
     ];
     let edit = prop_oneof![
         1 => (0..2u8, labels).prop_map(|(name, labels)| Edit::Namespace { name, labels }),
@@ -52,9 +57,43 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         2 => (0..2u8, small, 0..4u8, prop::collection::vec(0..6u8, 0..4)).prop_map(
             |(namespace, name, service, addresses)| Edit::Slice { namespace, name, service, addresses }
         ),
-        2 => (kind, 0..2u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),
+        2 => (0..3u8, 0..3u8, prop::sample::select(POLICIES.to_vec())).prop_map(
+            |(namespace, name, spec)| Edit::Policy { namespace, name, spec }
+        ),
+        2 => (0..3u8, 0..3u8, prop::sample::select(AUTHENTICATIONS.to_vec())).prop_map(
+            |(namespace, name, spec)| Edit::Authentication { namespace, name, spec }
+        ),
+        2 => (kind, 0..3u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),
     ];
     prop::collection::vec(edit, 1..60)
+}
+
+const POLICIES: [&str; 8] = [
+    "",
+    "rules: [{}]",
+    "action: DENY, rules: [{from: [{source: {notPrincipals: ['*']}}]}]",
+    "selector: {matchLabels: {app: a0}}, rules: [{to: [{operation: {ports: ['80']}}]}]",
+    "selector: {matchLabels: {app: a0, n: x1}}, action: DENY, rules: [{}]",
+    "selector: {matchLabels: {app: a1}}, rules: [{to: [{operation: {methods: [GET]}}]}]",
+    "targetRefs: [{kind: Service, name: x0}]",
+    // Not valid.
+    "selector: {matchLabels: {app: a1}}, action: PERHAPS",
+];
+const AUTHENTICATIONS: [&str; 8] = [
+    "",
+    "mtls: {mode: STRICT}",
+    "mtls: {mode: PERMISSIVE}",
+    "selector: {matchLabels: {app: a0}}, mtls: {mode: STRICT}",
+    "selector: {matchLabels: {app: a1}}, portLevelMtls: {80: {mode: STRICT}}",
+    "selector: {matchLabels: {app: a1}}, mtls: {mode: STRICT}, portLevelMtls: {80: {mode: DISABLE}}",
+    // Not valid.
+    "selector: {matchLabels: {app: a0}}, mtls: {mode: STRIKT}",
+    "mtls: {mode: STRIKT}",
+];
+
+/// The third one is the root namespace.
+fn namespace_of(number: u8) -> String {
+    if number == 2 { "root".to_owned() } else { format!("ns{number}") }
 }
 
 fn event(edit: &Edit) -> Event {
@@ -111,13 +150,21 @@ fn event(edit: &Edit) -> Event {
                 endpoints.join(", ")
             )
         }
+        Edit::Policy { namespace, name, spec } => policy(&namespace_of(*namespace), &format!("x{name}"), spec),
+        Edit::Authentication { namespace, name, spec } => {
+            authentication(&namespace_of(*namespace), &format!("x{name}"), spec)
+        }
         Edit::Delete { kind: kind @ Kind::Namespace, name, .. } => return delete(*kind, "", &format!("ns{name}")),
         Edit::Delete { kind: kind @ Kind::Node, name, .. } => return delete(*kind, "", &format!("node{name}")),
         Edit::Delete { kind, namespace, name } => {
-            return delete(*kind, &format!("ns{namespace}"), &format!("x{name}"));
+            return delete(*kind, &namespace_of(*namespace), &format!("x{name}"));
         }
     };
-    apply(&text).remove(0)
+    match parse(&text).remove(0).outcome {
+        Outcome::Object(object) => Event::Apply(object),
+        Outcome::Refused { stand_in: Some(object), .. } => Event::Apply(object),
+        other => panic!("not accepted: {other:?}"),
+    }
 }
 
 const CHOSEN_BY_X0: &str = "10.96.40.128";
@@ -126,6 +173,23 @@ type Resources = BTreeMap<Arc<str>, Arc<Resource>>;
 
 fn resources(index: &Index) -> Resources {
     index.resources().map(|resource| (resource.name.clone(), resource.clone())).collect()
+}
+
+fn policies(index: &Index) -> Resources {
+    index.policies().map(|resource| (resource.name.clone(), resource.clone())).collect()
+}
+
+/// Every workload names policies that are there.
+fn named(index: &Index) -> Result<(), String> {
+    let policies = policies(index);
+    for resource in index.resources() {
+        let message = wire::Address::decode(resource.body.clone()).map_err(|error| error.to_string())?;
+        let Some(wire::address::Type::Workload(workload)) = message.r#type else { continue };
+        if let Some(missing) = workload.authorization_policies.iter().find(|key| !policies.contains_key(key.as_str())) {
+            return Err(format!("{} names {missing}, which is not there", resource.name));
+        }
+    }
+    Ok(())
 }
 
 /// Every resource is one that our own data plane accepts.
@@ -149,6 +213,7 @@ proptest! {
         let mut index = Index::new(options());
         let mut objects: HashMap<ObjectId, Object> = HashMap::new();
         let mut followed = Resources::new();
+        let mut followed_policies = Resources::new();
         let mut batch = Vec::new();
         for (position, edit) in edits.iter().enumerate() {
             let event = event(edit);
@@ -168,8 +233,21 @@ proptest! {
                 let before = followed.insert(resource.name.clone(), resource.clone());
                 prop_assert!(before.as_ref() != Some(resource), "{} was sent unchanged", resource.name);
             }
+            for (name, policy) in changes.policies().iter().chain(changes.late_policies()) {
+                let before = match policy {
+                    Some(policy) => followed_policies.insert(name.clone(), policy.clone()),
+                    None => followed_policies.remove(name),
+                };
+                prop_assert!(before.as_ref() != policy.as_ref(), "{} was sent unchanged", name);
+            }
         }
         prop_assert_eq!(&followed, &resources(&index));
+        prop_assert_eq!(&followed_policies, &policies(&index));
+        prop_assert_eq!(named(&index), Ok(()));
+        for policy in followed_policies.values() {
+            let error = Change::authorization(&policy.name, &policy.body).1;
+            prop_assert!(error.is_none(), "{} is not valid: {error:?}", policy.name);
+        }
         for resource in followed.values() {
             if let Err(error) = understood(resource) {
                 prop_assert!(false, "{} is not valid: {error}", resource.name);
@@ -178,6 +256,7 @@ proptest! {
         let mut fresh = Index::new(options());
         fresh.apply(objects.into_values().map(Event::Apply), time(0));
         prop_assert_eq!(resources(&fresh), followed);
+        prop_assert_eq!(policies(&fresh), followed_policies);
         prop_assert_eq!(fresh.notes(), index.notes());
         prop_assert_eq!(fresh.counts(), index.counts());
         prop_assert_eq!(fresh.next_deadline(), index.next_deadline());

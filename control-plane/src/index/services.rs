@@ -108,7 +108,7 @@ impl Index {
     pub(super) fn recompute_service(&mut self, name: &Name, changes: &mut Changes) {
         let key = self.options.service_key(name);
         let Some(service) = self.services.get(name).filter(|service| is_carried(service)).cloned() else {
-            self.withdraw(&key, changes);
+            self.addresses.withdraw(&key, changes);
             return;
         };
         let addresses = self.vips.of(name);
@@ -130,7 +130,7 @@ impl Index {
             ..Default::default()
         };
         let aliases = addresses.into_iter().map(names::alias).collect();
-        self.publish(encode::service(key.into(), &message, aliases), changes);
+        self.addresses.publish(encode::service(key.into(), &message, aliases), changes);
     }
 
     /// The services that a pod stands behind, with the pod's own port for each of theirs.

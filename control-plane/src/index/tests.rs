@@ -17,6 +17,7 @@ pub(super) fn options() -> Options {
         cluster_id: "Kubernetes".to_owned(),
         cluster_domain: "cluster.local".to_owned(),
         trust_domain: "cluster.local".to_owned(),
+        root_namespace: "root".into(),
         confirmation: CONFIRMATION,
     }
 }

@@ -16,6 +16,8 @@ pub(super) struct Surroundings {
     pub(super) uid: String,
     pub(super) waypoint: Option<wire::GatewayAddress>,
     pub(super) locality: Option<wire::Locality>,
+    /// The policies that name the pod.
+    pub(super) policies: Vec<String>,
     pub(super) is_waiting: bool,
 }
 
@@ -59,6 +61,7 @@ pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire
         status: if is_healthy { wire::WorkloadStatus::Healthy } else { wire::WorkloadStatus::Unhealthy }.into(),
         cluster_id: options.cluster_id.clone(),
         locality: around.locality,
+        authorization_policies: around.policies,
         network_mode: if pod.host_network { wire::NetworkMode::HostNetwork } else { wire::NetworkMode::Standard }
             .into(),
         ..Default::default()

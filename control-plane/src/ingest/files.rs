@@ -1,6 +1,7 @@
 //! Which object of which file is in force. Pure: file contents in, events out.
 //!
 //! - An object that is not valid keeps its last good version from the same file; its neighbours take effect.
+//! - One that is not valid and has no good version is stood in for, where it would be less safe to do without.
 //! - A file in which some document cannot even be identified, or that cannot be read at all, removes nothing.
 //! - A file that became empty removes nothing: half of a write looks just like that. Removing the file removes its
 //!   objects.
@@ -27,6 +28,8 @@ pub struct Files {
 #[derive(Debug, Default)]
 struct File {
     objects: BTreeMap<ObjectId, Object>,
+    /// Those of `objects` that are no valid versions, but stand in for them.
+    stand_ins: BTreeSet<ObjectId>,
     refused: Vec<Refusal>,
     ignored: usize,
 }
@@ -69,7 +72,7 @@ impl Files {
     /// The file has been read. Returns what changes.
     pub fn update(&mut self, path: &str, documents: Vec<Document>) -> Vec<Event> {
         let path: Arc<str> = path.into();
-        let mut previous = self.files.remove(&path).map(|file| file.objects).unwrap_or_default();
+        let File { objects: mut previous, stand_ins: stood_in, .. } = self.files.remove(&path).unwrap_or_default();
         let before: BTreeSet<ObjectId> = previous.keys().cloned().collect();
         let winners = self.winners(&before, Some((&path, &previous)));
         let mut file = File::default();
@@ -98,15 +101,23 @@ impl Files {
                     previous.remove(&id);
                     file.objects.insert(id, object);
                 }
-                Outcome::Refused { id: Some(id), label, problems } => {
-                    let kept = previous.remove(&id);
+                Outcome::Refused { id: Some(id), label, problems, stand_in } => {
+                    let kept = previous.remove(&id).filter(|_| !stood_in.contains(&id));
                     refuse(label, problems, kept.is_some());
-                    if let Some(object) = kept {
-                        lines.entry(id.clone()).or_insert(line);
+                    // The first of a name in a file counts, valid or not.
+                    if lines.contains_key(&id) {
+                        continue;
+                    }
+                    let is_stand_in = kept.is_none();
+                    if let Some(object) = kept.or(stand_in) {
+                        lines.insert(id.clone(), line);
+                        if is_stand_in {
+                            file.stand_ins.insert(id.clone());
+                        }
                         file.objects.insert(id, object);
                     }
                 }
-                Outcome::Refused { id: None, label, problems } => {
+                Outcome::Refused { id: None, label, problems, .. } => {
                     is_incomplete = true;
                     refuse(label, problems, !previous.is_empty());
                 }
@@ -115,6 +126,7 @@ impl Files {
             }
         }
         if is_incomplete {
+            file.stand_ins.extend(stood_in.into_iter().filter(|id| previous.contains_key(id)));
             file.objects.extend(previous);
         }
         self.replace(path, file, before, &winners)
@@ -146,7 +158,12 @@ impl Files {
 
     /// The source's account of itself.
     pub fn report(&self) -> Report {
-        let mut report = Report { files: self.files.len(), accepted: self.holders.len(), ..Report::default() };
+        let is_stood_in = |(path, id): &(&Arc<str>, &ObjectId)| {
+            self.holders.get(*id).and_then(BTreeSet::first).is_some_and(|winner| winner == *path)
+        };
+        let stand_ins = self.files.iter().flat_map(|(path, file)| file.stand_ins.iter().map(move |id| (path, id)));
+        let accepted = self.holders.len() - stand_ins.filter(is_stood_in).count();
+        let mut report = Report { files: self.files.len(), accepted, ..Report::default() };
         let mut refused = Vec::new();
         for file in self.files.values() {
             report.ignored += file.ignored;

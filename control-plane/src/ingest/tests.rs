@@ -51,6 +51,31 @@ fn refusals(files: &Files) -> Vec<String> {
 }
 
 #[test]
+fn a_policy_that_is_not_valid_is_stood_in_for_only_without_an_earlier_version() {
+    let policy = |action: &str| {
+        format!(
+            "---\n{{apiVersion: security.istio.io/v1beta1, kind: AuthorizationPolicy, metadata: {{name: p}}, spec: {{action: {action}}}}}\n"
+        )
+    };
+    let mut files = Files::default();
+    assert_eq!(update(&mut files, "a.yaml", &(namespace("x") + &policy("PERHAPS"))), "+p +x");
+    assert_eq!((files.report().accepted, files.report().refused[0].keeps_last_good), (1, false));
+    assert_eq!(update(&mut files, "a.yaml", &(policy("MAYBE") + &namespace("x"))), "");
+    assert!(!files.report().refused[0].keeps_last_good);
+    assert_eq!(update(&mut files, "a.yaml", &policy("DENY")), "+p -x");
+    assert_eq!(files.report().accepted, 1);
+    assert_eq!(update(&mut files, "a.yaml", &policy("MAYBE")), "");
+    assert!(files.report().refused[0].keeps_last_good);
+    // A file that breaks keeps what stands in as well.
+    assert_eq!(summary(&files.remove("a.yaml")), "-p");
+    assert_eq!(update(&mut files, "a.yaml", &policy("MAYBE")), "+p");
+    assert_eq!(update(&mut files, "a.yaml", "{ broken"), "");
+    assert_eq!(files.report().accepted, 0);
+    assert_eq!(update(&mut files, "a.yaml", "# nothing any more\n"), "");
+    assert_eq!(summary(&files.remove("a.yaml")), "-p");
+}
+
+#[test]
 fn only_what_changed_is_told() {
     let mut files = Files::default();
     assert_eq!(update(&mut files, "a.yaml", &(namespace("x") + &namespace("y"))), "+x +y");
@@ -84,9 +109,9 @@ fn what_cannot_be_identified_removes_nothing() {
     files.unreadable("a.yaml", "cannot be read".to_owned());
     assert_eq!(files.report().accepted, 2);
     // A mesh object of an unsupported kind is identified well enough: it does not hold the others.
-    let unsupported = "---\n{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: p}}\n";
+    let unsupported = "---\n{apiVersion: security.istio.io/v1, kind: RequestAuthentication, metadata: {name: p}}\n";
     assert_eq!(update(&mut files, "a.yaml", &(enrolled("x") + unsupported)), "-y");
-    assert_eq!(refusals(&files), ["a.yaml AuthorizationPolicy p"]);
+    assert_eq!(refusals(&files), ["a.yaml RequestAuthentication p"]);
 }
 
 #[test]

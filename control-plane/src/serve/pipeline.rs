@@ -9,6 +9,7 @@ use mesh_runtime::ready::Pending;
 use mesh_xds::server::{Catalog, Entry};
 use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::Metrics;
 use crate::api::Kind;
@@ -48,6 +49,7 @@ impl Pipeline {
     pub async fn run(mut self, mut batches: mpsc::Receiver<Batch>, synced: Pending, watcher: drain::Watcher) {
         // Held while nothing is served: dropping it would report ready.
         let mut synced = Some(synced);
+        let mut late = Late::default();
         loop {
             let batch = tokio::select! {
                 batch = batches.recv() => match batch {
@@ -55,6 +57,10 @@ impl Pipeline {
                     None => break,
                 },
                 () = due(self.index.next_deadline()) => None,
+                policies = late.due() => {
+                    self.publish_policies(&policies);
+                    continue;
+                }
                 () = watcher.draining() => break,
             };
             let (events, report) = match batch {
@@ -68,6 +74,7 @@ impl Pipeline {
             };
             self.index = back;
             self.publish(&changes);
+            late.take(&changes, Instant::now());
             self.show(report);
             if let Some(synced) = synced.take() {
                 synced.done();
@@ -82,14 +89,24 @@ impl Pipeline {
     }
 
     fn publish(&self, changes: &Changes) {
+        self.publish_policies(changes.policies());
         let set = changes.changed().map(|resource| entry(resource));
         let changed = self.catalog.update(WORKLOAD_TYPE, set, changes.removed());
         if changed > 0 {
             tracing::debug!(changed, "resources changed");
             self.metrics.changed(WORKLOAD_TYPE, changed);
         }
-        // No policies yet; but the type is there, and who asks for it is told that there are none.
-        self.catalog.update(AUTHORIZATION_TYPE, std::iter::empty::<Entry>(), std::iter::empty::<&str>());
+    }
+
+    /// Also if there are none: who asks for the type is told so.
+    fn publish_policies(&self, policies: &Policies) {
+        let set = policies.values().flatten().map(|resource| entry(resource));
+        let removed = policies.iter().filter_map(|(name, policy)| policy.is_none().then_some(name));
+        let changed = self.catalog.update(AUTHORIZATION_TYPE, set, removed);
+        if changed > 0 {
+            tracing::debug!(changed, "policies changed");
+            self.metrics.changed(AUTHORIZATION_TYPE, changed);
+        }
     }
 
     fn show(&self, report: Option<Arc<Report>>) {
@@ -97,6 +114,32 @@ impl Pipeline {
         let counts = self.index.counts();
         self.metrics.source(counts.clone(), report.files, report.refused.len());
         self.view.send_replace(Arc::new(View { synced: true, report, counts, notes: self.index.notes() }));
+    }
+}
+
+/// Policies by name, none for one that is gone.
+type Policies = BTreeMap<Arc<str>, Option<Arc<Resource>>>;
+
+/// Changes of policies that are told when every client has had time for the workloads that were told before them. That a
+/// client was slower closes connections, and opens none.
+#[derive(Debug, Default)]
+struct Late(BTreeMap<Arc<str>, (Instant, Option<Arc<Resource>>)>);
+
+/// Time for a change of workloads to reach every client.
+const LATE: Duration = Duration::from_secs(3);
+
+impl Late {
+    fn take(&mut self, changes: &Changes, now: Instant) {
+        self.0.retain(|name, _| !changes.policies().contains_key(name));
+        let late = changes.late_policies().iter();
+        self.0.extend(late.map(|(name, policy)| (name.clone(), (now + LATE, policy.clone()))));
+    }
+
+    /// Waits for the next ones, and takes them out.
+    async fn due(&mut self) -> Policies {
+        let Some(first) = self.0.values().map(|(due, _)| *due).min() else { return std::future::pending().await };
+        tokio::time::sleep_until(first).await;
+        self.0.extract_if(.., |_, (due, _)| *due <= first).map(|(name, (_, policy))| (name, policy)).collect()
     }
 }
 

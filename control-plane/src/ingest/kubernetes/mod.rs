@@ -38,8 +38,16 @@ const GATHER: Duration = Duration::from_millis(10);
 const MAX_PENDING: usize = 100_000;
 
 /// The kinds that are followed.
-const WATCHED: [Kind; 6] =
-    [Kind::Namespace, Kind::Node, Kind::ServiceAccount, Kind::Service, Kind::EndpointSlice, Kind::Pod];
+const WATCHED: [Kind; 8] = [
+    Kind::Namespace,
+    Kind::Node,
+    Kind::ServiceAccount,
+    Kind::Service,
+    Kind::EndpointSlice,
+    Kind::Pod,
+    Kind::AuthorizationPolicy,
+    Kind::PeerAuthentication,
+];
 
 /// The source.
 #[derive(Debug)]

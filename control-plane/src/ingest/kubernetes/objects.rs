@@ -2,6 +2,7 @@
 //!
 //! - An object that is not valid keeps its last good version, if it still is the same one: not after another of its name
 //!   took its place, nor a pod that has ended. That a pod is being deleted, or captured, is known of any version.
+//! - One that is not valid and has no good version to keep is stood in for, where it would be less safe to do without.
 //! - A version that is known already, as most of a repeated list are, is not even looked at.
 //! - After a repeated list, whatever it did not show is gone.
 
@@ -39,8 +40,10 @@ struct Known {
     version: Box<str>,
     /// The unique id of the object in force.
     uid: Box<str>,
-    /// The version in force; none if there never was a valid one.
+    /// What is in force: a valid version, or what stands in for one.
     object: Option<Object>,
+    /// What is in force is no valid version.
+    is_stand_in: bool,
     /// The last list that showed it.
     list: u64,
 }
@@ -76,6 +79,7 @@ impl Objects {
             version: Box::default(),
             uid: Box::default(),
             object: None,
+            is_stand_in: false,
             list: 0,
         });
         known.list = self.list;
@@ -87,26 +91,29 @@ impl Objects {
         match api::validate_served(self.kind, &raw.value) {
             Ok(object) => {
                 self.is_refused_changed |= self.refused.remove(&id).is_some();
-                self.accepted += usize::from(known.object.is_none());
+                self.accepted += usize::from(known.object.is_none() || known.is_stand_in);
                 known.uid = raw.uid().into();
+                known.is_stand_in = false;
                 let is_news = known.object.as_ref() != Some(&object);
                 known.object = Some(object.clone());
                 is_news.then_some(Event::Apply(object))
             }
             Err(problems) => {
                 let last = known.object.take();
-                known.object = last.as_ref().and_then(|last| still_good(last, &known.uid, raw));
-                let refused = Refused { problems, keeps_last_good: known.object.is_some() };
+                let was_good = last.is_some() && !known.is_stand_in;
+                let kept = last.as_ref().filter(|_| was_good).and_then(|last| still_good(last, &known.uid, raw));
+                let keeps_last_good = kept.is_some();
+                self.accepted -= usize::from(was_good && !keeps_last_good);
+                known.object = kept.or_else(|| api::stand_in(&id, &raw.value));
+                known.is_stand_in = known.object.is_some() && !keeps_last_good;
+                let refused = Refused { problems, keeps_last_good };
                 if self.refused.get(&id) != Some(&refused) {
                     self.refused.insert(id.clone(), refused);
                     self.is_refused_changed = true;
                 }
                 match &known.object {
-                    Some(kept) => (last.as_ref() != Some(kept)).then(|| Event::Apply(kept.clone())),
-                    None => last.map(|_| {
-                        self.accepted -= 1;
-                        Event::Delete(id)
-                    }),
+                    Some(now) => (last.as_ref() != Some(now)).then(|| Event::Apply(now.clone())),
+                    None => last.map(|_| Event::Delete(id)),
                 }
             }
         }
@@ -118,7 +125,7 @@ impl Objects {
         self.forget(id, &known)
     }
 
-    /// How many objects are in force.
+    /// How many valid objects are in force.
     pub(super) fn accepted(&self) -> usize {
         self.accepted
     }
@@ -147,7 +154,7 @@ impl Objects {
     fn forget(&mut self, id: ObjectId, known: &Known) -> Option<Event> {
         self.is_refused_changed |= self.refused.remove(&id).is_some();
         known.object.as_ref()?;
-        self.accepted -= 1;
+        self.accepted -= usize::from(!known.is_stand_in);
         Some(Event::Delete(id))
     }
 }
@@ -296,6 +303,51 @@ mod tests {
         assert!(!objects.take_refused_changed());
         objects.delete(&namespace("a", 4, "x"));
         assert!(objects.take_refused_changed());
+    }
+
+    #[test]
+    fn a_policy_that_is_not_valid_is_stood_in_for_only_without_an_earlier_version() {
+        let policy = |version: u32, uid: &str, action: &str| {
+            json!({
+                "metadata": {"name": "p", "namespace": "shop", "uid": uid, "resourceVersion": version.to_string()},
+                "spec": {"action": action},
+            })
+        };
+        let stands_in = |event: Option<Event>| match event {
+            Some(Event::Apply(Object::AuthorizationPolicy(policy))) => Some(policy.is_stand_in),
+            Some(_) | None => None,
+        };
+        let mut objects = Objects::new(Kind::AuthorizationPolicy);
+        assert_eq!(stands_in(apply(&mut objects, policy(1, "u1", "PERHAPS"))), Some(true));
+        assert_eq!((objects.accepted(), objects.in_force().count()), (0, 1));
+        // What stands in is no last good version.
+        assert_eq!(stands_in(apply(&mut objects, policy(2, "u1", "MAYBE"))), None);
+        assert!(objects.refusals().all(|refusal| !refusal.keeps_last_good));
+        assert_eq!(stands_in(apply(&mut objects, policy(3, "u1", "DENY"))), Some(false));
+        assert_eq!(stands_in(apply(&mut objects, policy(4, "u1", "MAYBE"))), None);
+        assert!(objects.refusals().all(|refusal| refusal.keeps_last_good));
+        assert_eq!(objects.accepted(), 1);
+        // Another one of the name.
+        assert_eq!(stands_in(apply(&mut objects, policy(5, "u2", "MAYBE"))), Some(true));
+        assert_eq!(objects.accepted(), 0);
+        assert_eq!(
+            deleted(objects.delete(&serde_json::from_value(policy(6, "u2", "MAYBE")).unwrap()).as_slice()),
+            ["p"]
+        );
+        assert_eq!((objects.accepted(), objects.in_force().count()), (0, 0));
+    }
+
+    #[test]
+    fn a_field_of_a_policy_that_is_newer_than_this_program_is_a_mistake() {
+        let object = json!({
+            "metadata": {"name": "p", "namespace": "shop", "resourceVersion": "1", "novelty": 1},
+            "spec": {"rules": [{"from": [{"source": {"principals": ["a"], "moods": ["good"]}}]}]}, "status": {"a": "b"},
+        });
+        let mut objects = Objects::new(Kind::AuthorizationPolicy);
+        apply(&mut objects, object);
+        let fields: Vec<_> =
+            objects.refusals().flat_map(|refusal| refusal.problems).map(|problem| problem.field).collect();
+        assert_eq!(fields, ["spec.rules[0].from[0].source.moods"]);
     }
 
     #[test]

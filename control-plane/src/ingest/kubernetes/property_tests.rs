@@ -76,7 +76,15 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
             })
         }
         Kind::ServiceAccount | Kind::Deployment => json!({}),
-        _ => json!({}),
+        Kind::AuthorizationPolicy => json!({"spec": {
+            "selector": selector.is_object().then(|| json!({"matchLabels": selector})), "action": if variant == 5 { "PERHAPS" } else { "DENY" },
+            "rules": [{"to": [{"operation": {"ports": [port.to_string()]}}]}],
+        }}),
+        Kind::PeerAuthentication => json!({"spec": {
+            "selector": selector.is_object().then(|| json!({"matchLabels": selector})),
+            "mtls": {"mode": if variant == 5 { "STRIKT" } else if variant == 1 { "PERMISSIVE" } else { "STRICT" }},
+        }}),
+        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => json!({}),
     };
     let mut whole = json!({"apiVersion": kind.api_version(), "kind": kind.as_str(), "metadata": metadata});
     for (key, value) in more.as_object().into_iter().flatten() {
@@ -117,6 +125,7 @@ impl Both {
                 cluster_id: "Kubernetes".to_owned(),
                 cluster_domain: "cluster.local".to_owned(),
                 trust_domain: "cluster.local".to_owned(),
+                root_namespace: "culvert-system".into(),
                 confirmation: Duration::from_secs(60),
             })
         };
@@ -161,7 +170,8 @@ fn now() -> SystemTime {
 }
 
 fn resources(index: &Index) -> BTreeMap<Arc<str>, Arc<Resource>> {
-    index.resources().map(|resource| (resource.name.clone(), resource.clone())).collect()
+    let all = index.resources().chain(index.policies());
+    all.map(|resource| (resource.name.clone(), resource.clone())).collect()
 }
 
 proptest! {

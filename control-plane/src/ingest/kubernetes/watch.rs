@@ -146,6 +146,8 @@ impl Follower {
             }
             Reaction::Absent => {
                 self.wait = Some(ABSENT_PAUSE);
+                // Whatever it was at, it begins with a list once the kind is there.
+                self.restart();
                 if self.status.is_missing() {
                     info!(%kind, "the cluster does not have this kind");
                 }
