@@ -55,6 +55,7 @@ const CONFINED: &[(&[&str], &[&str], &str)] = &[
             "control-plane/src/admission",
             "control-plane/src/deploy",
             "control-plane/src/ca/kubernetes",
+            "control-plane/src/cli/cluster.rs",
             "ztunnel/src/agent/enrolment",
         ],
         "only the edges talk to the Kubernetes API",

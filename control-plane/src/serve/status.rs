@@ -60,6 +60,7 @@ fn status(
         })
         .collect();
     json!({
+        "version": env!("CARGO_PKG_VERSION"),
         "synced": view.synced,
         "leader": leader.map(|known| json!({ "me": &*known.me, "leads": known.leads(), "holder": known.holder })),
         "objects": view.counts.iter().map(|(kind, count)| (kind.as_str(), *count)).collect::<std::collections::BTreeMap<_, _>>(),

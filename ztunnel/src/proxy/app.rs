@@ -22,7 +22,7 @@ use super::Error;
 use super::config::Config;
 use super::discovery::{self, ControlPlane, DiscoveryMetrics};
 use super::dns::{Dns, DnsMetrics};
-use super::dump::Dump;
+use super::dump::{Dump, Included};
 use super::guard;
 use super::handover::Handover;
 use super::live::CloseReason;
@@ -219,10 +219,15 @@ impl Pages {
         };
         let mut pages = admin::routes(&self.log, shutdown.requester());
         let dump = Arc::new(dump);
-        pages.get("/config_dump", "what decisions are made by, and what lives", move |_| {
-            let dump = Arc::clone(&dump);
-            async move { Reply::json(&dump.json()) }
-        });
+        pages.get(
+            "/config_dump",
+            "what decisions are made by, and what lives; ?include=workloads,pods for parts",
+            move |request| {
+                let dump = Arc::clone(&dump);
+                let included = Included::read(request.parameter("include").as_deref());
+                async move { Reply::json(&dump.json(&included)) }
+            },
+        );
         profiling::mount(&mut pages);
         tokio::spawn(admin.local_only().serve(admin::finish(pages), until()));
         let mut health = Router::new();

@@ -1,4 +1,5 @@
 //! What `/config_dump` shows: everything that decisions are made by, and everything that lives; no key, no token.
+//! `?include=workloads,pods` asks for these parts alone, of a mesh whose dump is long.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,6 +9,7 @@ use mesh_identity::store::IdentityStatus;
 use mesh_model::{Authorization, Service, Unusable, Workload};
 use mesh_xds::client::{Handle, Status};
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -17,6 +19,24 @@ use super::record::{Facts, Side};
 use super::sockets::{NodeCap, SocketKind};
 use super::tunnels::TunnelFacts;
 use super::worker::Shared;
+
+/// Connections that one dump lists; the rest is counted.
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// The parts of a dump that were asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Included(Option<Vec<String>>);
+
+impl Included {
+    /// Reads the parameter `include`, a list of names with commas between them; all parts without one.
+    pub fn read(parameter: Option<&str>) -> Self {
+        Self(parameter.map(|names| names.split(',').map(str::to_owned).collect()))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.as_ref().is_none_or(|names| names.iter().any(|one| one == name))
+    }
+}
 
 /// Where a dump comes from.
 pub struct Dump {
@@ -31,26 +51,39 @@ pub struct Dump {
 }
 
 impl Dump {
-    /// Everything, as it is now.
-    pub fn json(&self) -> Value {
+    /// What there is now, of the parts that were asked for; the version and the node always.
+    pub fn json(&self, included: &Included) -> Value {
         let snapshot = self.shared.state.snapshot();
-        json!({
+        let mut dump = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "node": { "name": self.shared.node, "network": self.shared.network, "cluster": self.shared.cluster_id },
-            "discovery": discovery(&self.discovery.status().borrow()),
-            "workloads": snapshot.workloads().map(|one| workload(one)).collect::<Vec<_>>(),
-            "services": snapshot.services().map(|one| service(one)).collect::<Vec<_>>(),
-            "invalidAddresses": snapshot.all_unusable().map(|one| unusable(one)).collect::<Vec<_>>(),
-            "policies": snapshot.authorizations().map(|one| policy(one)).collect::<Vec<_>>(),
-            "certificates": self.shared.certificates.status().iter().map(certificate).collect::<Vec<_>>(),
-            "pods": self.pods.pods().iter().map(|one| self.pod(one)).collect::<Vec<_>>(),
-            "tunnels": self.shared.tunnels.all().iter().map(|one| tunnel(one)).collect::<Vec<_>>(),
-            "stockedSockets": self.cap.idle(),
-            "dns": self.shared.dns.metrics.json(),
-        })
+        });
+        let mut add = |name: &str, value: &dyn Fn() -> Value| {
+            if included.has(name) {
+                dump[name] = value();
+            }
+        };
+        add("discovery", &|| discovery(&self.discovery.status().borrow()));
+        add("workloads", &|| snapshot.workloads().map(|one| workload(one)).collect());
+        add("services", &|| snapshot.services().map(|one| service(one)).collect());
+        add("invalidAddresses", &|| snapshot.all_unusable().map(|one| unusable(one)).collect());
+        add("policies", &|| snapshot.authorizations().map(|one| policy(one)).collect());
+        add("certificates", &|| self.shared.certificates.status().iter().map(certificate).collect());
+        add("pods", &|| {
+            let mut room = MAX_CONNECTIONS;
+            self.pods.pods().iter().map(|one| self.pod(one, &mut room)).collect()
+        });
+        add("tunnels", &|| self.shared.tunnels.all().iter().map(|one| tunnel(one)).collect());
+        add("stockedSockets", &|| json!(self.cap.idle()));
+        add("dns", &|| self.shared.dns.metrics.json());
+        dump
     }
 
-    fn pod(&self, pod: &Pod) -> Value {
+    /// `room` is how many connections may still be listed.
+    fn pod(&self, pod: &Pod, room: &mut usize) -> Value {
+        let open = pod.live.connections();
+        let listed = open.len().min(*room);
+        *room -= listed;
         let stock = self.pods.stock(&pod.uid);
         let idle = |kind| stock.as_ref().map_or(0, |stock| stock.idle(kind));
         let stock = SocketKind::ALL.iter().map(|kind| (String::from(kind.as_str()), json!(idle(*kind))));
@@ -63,7 +96,8 @@ impl Dump {
             "addresses": pod.addresses,
             "knownToDiscovery": self.shared.local(pod).workload(&self.shared.state.snapshot()).is_some(),
             "stock": stock,
-            "connections": pod.live.connections().iter().map(|one| connection(one)).collect::<Vec<_>>(),
+            "connections": open.iter().take(listed).map(|one| connection(one)).collect::<Vec<_>>(),
+            "connectionsOmitted": open.len() - listed,
         })
     }
 }
@@ -175,7 +209,13 @@ fn certificate(status: &IdentityStatus) -> Value {
         "expires": credential.map(|credential| rfc3339(credential.not_after())),
         "nextAttempt": rfc3339(status.next_attempt),
         "lastError": status.last_error.as_ref().map(|last| &last.error),
+        "roots": credential.map(|credential| credential.roots().iter().map(|root| fingerprint(root)).collect::<Vec<_>>()),
     })
+}
+
+/// SHA-256, hexadecimal.
+fn fingerprint(certificate: &[u8]) -> String {
+    Sha256::digest(certificate).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn discovery(status: &Status) -> Value {
@@ -200,4 +240,22 @@ fn discovery(status: &Status) -> Value {
 
 fn rfc3339(time: SystemTime) -> String {
     OffsetDateTime::from(time).format(&Rfc3339).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_included_by_name() {
+        assert!(Included::read(None).has("workloads"));
+        let two = Included::read(Some("pods,workloads"));
+        assert!(two.has("pods") && two.has("workloads") && !two.has("services"));
+        assert!(!Included::read(Some("")).has("pods"));
+    }
+
+    #[test]
+    fn fingerprint_is_sha_256() {
+        assert_eq!(fingerprint(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
 }

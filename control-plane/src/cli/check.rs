@@ -1,0 +1,385 @@
+//! `culvert check`: whether a cluster is fit for the mesh, and whether the mesh holds what it promises. Pure.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::capture;
+use super::error::AskError;
+use super::facts::{Asked, Component, Dump, Facts};
+use super::text::{Style, Verdict, clean, count};
+use super::version::CLIENT;
+
+/// The oldest kernel that capture works with.
+const KERNEL: (u32, u32) = (6, 1);
+/// The oldest Kubernetes whose API the mesh is tested against, by its minor version.
+const KUBERNETES: (u32, u32) = (1, 36);
+/// Names that a line carries at most.
+const NAMED: usize = 5;
+
+/// What `culvert check -o json` prints.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// No line failed.
+    pub healthy: bool,
+    /// `before` the mesh is installed, or `after`.
+    pub stage: &'static str,
+    /// The lines.
+    pub lines: Vec<Line>,
+}
+
+/// One thing that was checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Line {
+    /// `good`, `doubtful` or `failed`.
+    pub verdict: Verdict,
+    /// What was checked, and what was found.
+    pub what: String,
+    /// What to do about it; none if it is good.
+    pub remedy: Option<String>,
+}
+
+/// What only `check` asks of the API server.
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    /// Whether this user may do what installing takes, by what it is; or why that is not known.
+    pub rights: BTreeMap<String, Result<bool, String>>,
+    /// DaemonSets and Deployments of other meshes and of CNIs, as `namespace/name`.
+    pub workloads: Vec<String>,
+    /// Names of webhooks on pods or namespaces of other meshes.
+    pub webhooks: Vec<String>,
+    /// `pod-security.kubernetes.io/enforce` of the system namespace; none if there is no such namespace.
+    pub pod_security: Option<Option<String>>,
+    /// Whether the validation webhook of the mesh is registered and has its roots; none if it is not there.
+    pub webhook_has_roots: Option<bool>,
+    /// What could not be asked, and why.
+    pub unknown: BTreeMap<String, String>,
+}
+
+fn good(what: impl Into<String>) -> Line {
+    Line { verdict: Verdict::Good, what: what.into(), remedy: None }
+}
+
+fn doubtful(what: impl Into<String>, remedy: impl Into<String>) -> Line {
+    Line { verdict: Verdict::Doubtful, what: what.into(), remedy: Some(remedy.into()) }
+}
+
+fn failed(what: impl Into<String>, remedy: impl Into<String>) -> Line {
+    Line { verdict: Verdict::Failed, what: what.into(), remedy: Some(remedy.into()) }
+}
+
+impl Check {
+    /// What must hold before the mesh is installed; with `after`, also what must hold then.
+    pub fn new(facts: &Facts, around: &Surroundings, after: bool) -> Self {
+        let mut lines = vec![kubernetes(&facts.kubernetes)];
+        lines.extend(kernels(facts));
+        lines.extend(network(facts, around));
+        lines.extend(others(around));
+        if after {
+            lines.push(pod_security(facts, around));
+            lines.extend(installed(facts));
+            lines.push(webhook(around));
+            lines.push(roots(facts));
+            lines.push(versions(facts));
+            lines.extend(captured(facts));
+        } else {
+            if around.pod_security.is_some() {
+                lines.push(pod_security(facts, around));
+            }
+            lines.extend(rights(around));
+        }
+        for (what, why) in facts.unknown.iter().chain(&around.unknown) {
+            lines.push(doubtful(
+                format!("{what} could not be asked for: {why}"),
+                "give this user the right to list them",
+            ));
+        }
+        let healthy = lines.iter().all(|line| line.verdict != Verdict::Failed);
+        Self { healthy, stage: if after { "after" } else { "before" }, lines }
+    }
+
+    /// For people.
+    pub fn text(&self, style: Style) -> String {
+        let mut text = String::new();
+        for Line { verdict, what, remedy } in &self.lines {
+            text += &format!("{} {}\n", style.mark(*verdict), clean(what));
+            if let Some(remedy) = remedy {
+                text += &format!("    {}\n", clean(remedy));
+            }
+        }
+        let failed = self.lines.iter().filter(|line| line.verdict == Verdict::Failed).count();
+        let doubtful = self.lines.iter().filter(|line| line.verdict == Verdict::Doubtful).count();
+        text += &match (failed, doubtful, self.stage) {
+            (0, 0, "before") => "The mesh can be installed.\n".to_owned(),
+            (0, 0, _) => "All is well.\n".to_owned(),
+            (failed, doubtful, _) => format!("{failed} failed, {doubtful} may be wrong.\n"),
+        };
+        text
+    }
+}
+
+/// The first two numbers of a version such as `v1.36.2` or `6.12.43-cloud`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.trim_start_matches('v').split(['.', '-', '+']);
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn kubernetes(found: &str) -> Line {
+    let what = format!("Kubernetes {found}");
+    match version(found) {
+        Some(version) if version >= KUBERNETES => good(what),
+        Some(_) => doubtful(what, format!("the mesh is tested on {}.{} and newer", KUBERNETES.0, KUBERNETES.1)),
+        None => doubtful(what, "its version is not understood; the mesh may work all the same"),
+    }
+}
+
+/// A few names, and how many more.
+fn names<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
+    let all: Vec<&str> = names.into_iter().collect();
+    let more = all.len().saturating_sub(NAMED);
+    let some = all.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+    if more == 0 { some } else { format!("{some} and {more} more") }
+}
+
+fn kernels(facts: &Facts) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let linux: Vec<_> = facts.nodes.iter().filter(|node| node.linux).collect();
+    if linux.is_empty() {
+        return vec![failed("no node runs Linux", "the mesh is for Linux nodes")];
+    }
+    let old = linux.iter().filter(|node| version(&node.kernel).is_none_or(|version| version < KERNEL));
+    let old: Vec<String> = old.map(|node| format!("{} ({})", node.name, node.kernel)).collect();
+    let wanted = format!("Linux {}.{} or newer", KERNEL.0, KERNEL.1);
+    if old.is_empty() {
+        lines.push(good(format!("{wanted} on {}", count(linux.len(), "node"))));
+    } else {
+        let which = names(old.iter().map(String::as_str));
+        lines.push(failed(
+            format!("{wanted} is needed, and not on {which}"),
+            "renew the node's system, or keep enrolled pods off it",
+        ));
+    }
+    let away: Vec<_> = linux.iter().filter(|node| !node.ready).map(|node| node.name.as_str()).collect();
+    if !away.is_empty() {
+        lines.push(failed(
+            format!("not ready: {}", names(away)),
+            "kubectl describe node says why; a missing CNI is a common cause",
+        ));
+    }
+    lines
+}
+
+/// CNIs by the names of their DaemonSets.
+const CNIS: [(&str, &str); 7] = [
+    ("cilium", "Cilium"),
+    ("calico-node", "Calico"),
+    ("kube-flannel-ds", "Flannel"),
+    ("kindnet", "kindnet"),
+    ("aws-node", "the Amazon VPC CNI"),
+    ("weave-net", "Weave"),
+    ("kube-router", "kube-router"),
+];
+
+fn has<'a>(around: &'a Surroundings, name: &str) -> Option<&'a String> {
+    around.workloads.iter().find(|workload| workload.rsplit('/').next() == Some(name))
+}
+
+fn network(facts: &Facts, around: &Surroundings) -> Vec<Line> {
+    let found: Vec<_> = CNIS.iter().filter(|(name, _)| has(around, name).is_some()).map(|(_, what)| *what).collect();
+    let ready = facts.nodes.iter().any(|node| node.ready);
+    let mut lines = vec![match (found.is_empty(), ready) {
+        (false, _) => good(format!("CNI: {}", found.join(", "))),
+        (true, true) => good("CNI: none that is known by name; the nodes are ready, so there is one"),
+        (true, false) => failed("no CNI: no node is ready", "install a CNI first; the mesh chains its plugin to it"),
+    }];
+    if has(around, "cilium").is_some() {
+        lines.push(doubtful(
+            "Cilium's programs may turn services into pods before the mesh sees them",
+            "install Cilium with socketLB.hostNamespaceOnly=true; pods are refused otherwise, and `culvert status` says so",
+        ));
+    }
+    lines
+}
+
+fn others(around: &Surroundings) -> Vec<Line> {
+    let meshes =
+        ["istio-cni-node", "istiod", "linkerd-destination", "linkerd-cni"].iter().filter_map(|name| has(around, name));
+    let found: Vec<&str> = meshes.chain(&around.webhooks).map(String::as_str).collect();
+    if found.is_empty() {
+        return vec![good("no other mesh")];
+    }
+    let what = format!("another mesh is here: {}", names(found));
+    vec![doubtful(what, "a pod is in one mesh only: do not label namespaces for both")]
+}
+
+fn pod_security(facts: &Facts, around: &Surroundings) -> Line {
+    let namespace = &facts.system_namespace;
+    match &around.pod_security {
+        Some(Some(level)) if level == "privileged" => {
+            good(format!("pods of {namespace} may have what the agent needs"))
+        }
+        Some(level) => {
+            let level = level.as_deref().unwrap_or("not set");
+            let what = format!("pod security of the namespace {namespace} is {level}");
+            let remedy = format!("kubectl label namespace {namespace} pod-security.kubernetes.io/enforce=privileged");
+            // Without a label the cluster's default counts, which may be any.
+            if level == "not set" { doubtful(what, remedy) } else { failed(what, remedy) }
+        }
+        None => {
+            failed(format!("there is no namespace {namespace}"), "kubectl apply --server-side -f manifests/culvert/")
+        }
+    }
+}
+
+fn rights(around: &Surroundings) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let missing: Vec<&str> =
+        around.rights.iter().filter(|(_, may)| matches!(may, Ok(false))).map(|(what, _)| what.as_str()).collect();
+    if missing.is_empty() && around.rights.values().any(Result::is_ok) {
+        lines.push(good("this user may install the mesh"));
+    } else if !missing.is_empty() {
+        lines.push(failed(format!("this user may not {}", names(missing)), "install as a cluster administrator"));
+    }
+    for (what, why) in around.rights.iter().filter_map(|(what, may)| Some((what, may.as_ref().err()?))) {
+        lines
+            .push(doubtful(format!("whether this user may {what} is not known: {why}"), "ask a cluster administrator"));
+    }
+    lines
+}
+
+fn installed(facts: &Facts) -> Vec<Line> {
+    Component::ALL.into_iter().map(|component| of_component(facts, component)).collect()
+}
+
+fn of_component(facts: &Facts, component: Component) -> Line {
+    fn well<T>(asked: &[Asked<T>], good: impl Fn(&T) -> bool) -> (usize, Vec<(String, Option<AskError>)>) {
+        let bad = asked.iter().filter(|one| !one.part.ready || !one.answer.as_ref().is_ok_and(&good));
+        let bad: Vec<_> = bad.map(|one| (one.part.pod.clone(), one.answer.as_ref().err().cloned())).collect();
+        (asked.len() - bad.len(), bad)
+    }
+    let (ready, bad) = match component {
+        Component::Culvertd => well(&facts.culvertd, |status| status.synced),
+        Component::Agent => well(&facts.agents, |_| true),
+        Component::Proxy => well(&facts.proxies, |dump| dump.discovery.synced),
+    };
+    let name = component.workload();
+    let desired = match facts.desired.get(&component) {
+        Some(Some(desired)) => usize::try_from(*desired).unwrap_or(0),
+        Some(None) => {
+            return failed(format!("{name} is not installed"), "kubectl apply --server-side -f manifests/culvert/");
+        }
+        // It may not be asked how many there should be.
+        None => ready + bad.len(),
+    };
+    let what = format!("{name}: {ready} of {desired} ready");
+    let why = bad.iter().map(|(pod, error)| match error {
+        Some(error) => format!("{pod}: {error}"),
+        None => format!("{pod} is not ready"),
+    });
+    let why: Vec<String> = why.collect();
+    if ready >= desired && bad.is_empty() && ready > 0 {
+        return good(what);
+    }
+    let remedy = if why.is_empty() {
+        format!("kubectl -n {} describe pods", facts.system_namespace)
+    } else {
+        names(why.iter().map(String::as_str))
+    };
+    failed(what, remedy)
+}
+
+fn webhook(around: &Surroundings) -> Line {
+    match around.webhook_has_roots {
+        Some(true) => good("the validation webhook is registered, with its roots"),
+        Some(false) => failed(
+            "the validation webhook has no roots, so nobody can ask it",
+            "look at culvertd's log; it writes them",
+        ),
+        None => doubtful(
+            "the validation webhook is not registered: mistakes are told of only after they are stored",
+            "kubectl apply --server-side -f manifests/culvert/25-webhook.yaml",
+        ),
+    }
+}
+
+fn roots(facts: &Facts) -> Line {
+    let published = match &facts.roots {
+        Some(Ok(roots)) => roots,
+        Some(Err(why)) => {
+            return failed(
+                format!("the mesh's roots are not published: {why}"),
+                "look at culvertd's log; it writes them",
+            );
+        }
+        None => return doubtful("the mesh's roots were not asked for", "look at the ConfigMap culvert-ca-root-cert"),
+    };
+    let is_known = |print: &String| published.iter().any(|root| root.fingerprint == *print);
+    let holds = |one: &&Asked<Dump>| {
+        let certificates = one.answer.iter().flat_map(|dump| &dump.certificates);
+        certificates.filter_map(|one| one.roots.as_ref()).any(|roots| !roots.iter().any(is_known))
+    };
+    let strange: Vec<&str> = facts.proxies.iter().filter(holds).map(|one| one.part.node.as_str()).collect();
+    if strange.is_empty() {
+        good(format!("every proxy trusts a root that is published ({})", published.len()))
+    } else {
+        let what = format!("certificates under other roots than those published, on {}", names(strange));
+        failed(
+            what,
+            "is there a second authority? Compare the Secrets culvert-ca-root and cacerts with the ConfigMap culvert-ca-root-cert",
+        )
+    }
+}
+
+fn versions(facts: &Facts) -> Line {
+    let proxies = facts.proxies.iter().filter_map(|one| Some((&one.part, &one.answer.as_ref().ok()?.version)));
+    let replicas = facts.culvertd.iter().filter_map(|one| Some((&one.part, &one.answer.as_ref().ok()?.version)));
+    let mut by_version: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (part, version) in proxies.chain(replicas) {
+        let version = if version.is_empty() { "unknown" } else { version };
+        by_version.entry(version).or_default().push(&part.pod);
+    }
+    if by_version.keys().all(|version| *version == CLIENT) {
+        return good(format!("one version everywhere: {CLIENT}"));
+    }
+    let found: Vec<String> =
+        by_version.iter().map(|(version, pods)| format!("{version}: {}", names(pods.iter().copied()))).collect();
+    doubtful(
+        format!("several versions; this program's is {CLIENT}; {}", found.join("; ")),
+        "finish the upgrade; `culvert version` names all",
+    )
+}
+
+fn captured(facts: &Facts) -> Vec<Line> {
+    let pods = capture::enrolled(facts);
+    let mut lines = Vec::new();
+    for pod in &pods {
+        let name = format!("{}/{}", pod.namespace, pod.name);
+        match (pod.state, &pod.reason) {
+            ("captured", _) if !pod.annotated => lines.push(doubtful(
+                format!("pod {name} is captured, and its annotation does not say so: peers send it plaintext"),
+                "the agent writes it within seconds; if it does not, look at its log and its right to patch pods/status",
+            )),
+            ("captured" | "starting", _) => {}
+            (state, why) => {
+                let why = why.as_deref().unwrap_or_default();
+                let annotated = if pod.annotated { ", although its annotation says so" } else { "" };
+                lines.push(failed(format!("pod {name}: {state}{annotated}: {why}"), "culvert status"));
+            }
+        }
+    }
+    let well = pods.iter().filter(|pod| pod.state == "captured").count();
+    let starting = pods.iter().filter(|pod| pod.state == "starting").count();
+    let what = format!(
+        "{well} of {} captured, as the kernel of each node says; {starting} start",
+        count(pods.len(), "enrolled pod")
+    );
+    if well + starting == pods.len() {
+        lines.insert(0, good(what));
+    } else {
+        lines.insert(0, failed(what, "each is named below"));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests;

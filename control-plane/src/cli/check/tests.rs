@@ -1,0 +1,112 @@
+use super::*;
+use crate::cli::facts::{Certificate, Root};
+use crate::cli::testing::healthy;
+
+fn around() -> Surroundings {
+    Surroundings {
+        rights: [("create DaemonSets".to_owned(), Ok(true))].into(),
+        pod_security: Some(Some("privileged".into())),
+        webhook_has_roots: Some(true),
+        workloads: vec!["kube-system/kindnet".into()],
+        ..Surroundings::default()
+    }
+}
+
+/// The one line that is not good after a change.
+fn only(after: bool, change: impl FnOnce(&mut Facts, &mut Surroundings)) -> Line {
+    let (mut facts, mut around) = (facts(), around());
+    change(&mut facts, &mut around);
+    let check = Check::new(&facts, &around, after);
+    let mut wrong: Vec<Line> = check.lines.iter().filter(|line| line.verdict != Verdict::Good).cloned().collect();
+    assert_eq!(wrong.len(), 1, "{check:#?}");
+    let line = wrong.remove(0);
+    assert!(line.remedy.is_some(), "{line:?}");
+    assert_eq!(check.healthy, line.verdict == Verdict::Doubtful);
+    line
+}
+
+fn facts() -> Facts {
+    let mut facts = healthy();
+    facts.desired.insert(Component::Culvertd, Some(1));
+    facts
+}
+
+#[test]
+fn all_is_well() {
+    for after in [false, true] {
+        let check = Check::new(&facts(), &around(), after);
+        assert!(check.healthy && check.lines.iter().all(|line| line.verdict == Verdict::Good), "{check:#?}");
+    }
+    let text = Check::new(&facts(), &around(), true).text(Style::default());
+    assert!(text.contains("\u{2713} Linux 6.1 or newer on 2 nodes\n") && text.ends_with("All is well.\n"), "{text}");
+}
+
+#[test]
+fn what_is_missing_before_the_mesh_is_named() {
+    let old = only(false, |facts, _| facts.nodes[1].kernel = "5.15.0-100-generic".into());
+    assert!(old.verdict == Verdict::Failed && old.what.contains("b (5.15.0-100-generic)"), "{old:?}");
+    assert_eq!(only(false, |facts, _| facts.nodes[1].kernel = "?".into()).verdict, Verdict::Failed);
+    assert_eq!(only(false, |facts, _| facts.kubernetes = "v1.30.1".into()).verdict, Verdict::Doubtful);
+    let right = only(false, |_, around| drop(around.rights.insert("create CRDs".into(), Ok(false))));
+    assert!(right.verdict == Verdict::Failed && right.what.contains("create CRDs"), "{right:?}");
+    let unknown = only(false, |_, around| drop(around.rights.insert("create CRDs".into(), Err("no answer".into()))));
+    assert_eq!(unknown.verdict, Verdict::Doubtful);
+    let mesh = only(false, |_, around| around.workloads.push("istio-system/istiod".into()));
+    assert!(mesh.what.contains("istio-system/istiod"), "{mesh:?}");
+    let cilium = only(false, |_, around| around.workloads = vec!["kube-system/cilium".into()]);
+    assert!(cilium.remedy.is_some_and(|remedy| remedy.contains("socketLB.hostNamespaceOnly=true")));
+    let level = only(false, |_, around| around.pod_security = Some(Some("restricted".into())));
+    assert_eq!(level.verdict, Verdict::Failed);
+    let unasked = only(false, |_, around| drop(around.unknown.insert("webhooks".into(), "forbidden".into())));
+    assert_eq!(unasked.verdict, Verdict::Doubtful);
+}
+
+#[test]
+fn what_the_mesh_does_not_hold_is_named() {
+    let silent = only(true, |facts, _| facts.proxies[0].answer = Err(AskError::NotRunning("gone".into())));
+    assert!(silent.what == "ztunnel: 1 of 2 ready" && silent.remedy.is_some_and(|why| why.contains("gone")));
+    let missing = only(true, |facts, _| drop(facts.proxies.remove(0)));
+    assert_eq!(missing.verdict, Verdict::Failed);
+    let skew = only(true, |facts, _| facts.proxies[0].answer.as_mut().unwrap().version = "0.0.9".into());
+    assert!(skew.verdict == Verdict::Doubtful && skew.what.contains("0.0.9: proxy-a"), "{skew:?}");
+    let late = only(true, |facts, _| facts.pods[0].annotated = false);
+    assert!(late.verdict == Verdict::Doubtful && late.what.contains("shop/web"), "{late:?}");
+    let hook = only(true, |_, around| around.webhook_has_roots = Some(false));
+    assert_eq!(hook.verdict, Verdict::Failed);
+    let strange = only(true, |facts, _| {
+        facts.roots = Some(Ok(vec![Root { fingerprint: "aa".into(), ..Root::default() }]));
+        let under = |roots: &[&str]| Certificate {
+            roots: Some(roots.iter().map(|&root| root.to_owned()).collect()),
+            ..Certificate::default()
+        };
+        // While a root is replaced there are two, and one of them suffices.
+        facts.proxies[0].answer.as_mut().unwrap().certificates = vec![under(&["aa", "bb"])];
+        facts.proxies[1].answer.as_mut().unwrap().certificates = vec![under(&["bb"])];
+    });
+    assert!(strange.verdict == Verdict::Failed && strange.what.ends_with("on b"), "{strange:?}");
+}
+
+#[test]
+fn a_pod_that_is_not_captured_fails_the_check_although_its_annotation_says_so() {
+    let mut facts = facts();
+    let pod = &mut facts.agents[0].answer.as_mut().unwrap()[0];
+    (pod.enrolled, pod.reason) = (false, "no rule".into());
+    let check = Check::new(&facts, &around(), true);
+    assert!(!check.healthy);
+    let text = check.text(Style::default());
+    assert!(text.contains("\u{2717} pod shop/web: not captured, although its annotation says so: no rule"), "{text}");
+    assert!(text.contains("\u{2717} 1 of 2 enrolled pods captured") && text.ends_with("2 failed, 0 may be wrong.\n"));
+}
+
+#[test]
+fn versions_are_read_as_systems_write_them() {
+    for (text, read) in [
+        ("v1.36.2", Some((1, 36))),
+        ("6.12.43+deb13-cloud-amd64", Some((6, 12))),
+        ("6.1-rc1", Some((6, 1))),
+        ("6", None),
+        ("", None),
+    ] {
+        assert_eq!(version(text), read, "{text}");
+    }
+}
