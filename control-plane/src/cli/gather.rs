@@ -1,6 +1,11 @@
 //! Asks everybody: the API server once for each kind, and the mesh's own pods, so many at a time, each within its own time.
 //! Whoever does not answer is a line of the report, not the end of it.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "a pod that is no part of the mesh is no error, but what most of them are"
+)]
+
 use std::convert::Infallible;
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -101,7 +101,7 @@ async fn command(line: &CommandLine) -> Result<Answer, CliError> {
         Command::Version => version(global).await,
         Command::Status => {
             let (cluster, kubernetes) = Cluster::connect(global).await?;
-            let facts = gather::everything(&cluster, &global.namespace, kubernetes).await?;
+            let facts = Box::pin(gather::everything(&cluster, &global.namespace, kubernetes)).await?;
             let status = Status::new(&facts, SystemTime::now());
             shown(global, &status, status.healthy, Status::text)
         }
@@ -114,7 +114,7 @@ async fn command(line: &CommandLine) -> Result<Answer, CliError> {
             let status = ProxyStatus::new(&asked, &proxies);
             shown(global, &status, status.healthy, ProxyStatus::text)
         }
-        Command::Check(args) => check(global, *args).await,
+        Command::Check(args) => Box::pin(check(global, *args)).await,
         Command::Ztunnel(args) => proxies(global, args).await,
         Command::Completion { .. } => Ok(Answer { text: String::new(), code: GOOD }),
     }

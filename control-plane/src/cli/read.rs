@@ -1,5 +1,10 @@
 //! The API server's objects to facts. Pure.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "a pod that is no part of the mesh is no error, but what most of them are"
+)]
+
 use k8s_openapi::api::core::v1 as k8s;
 use k8s_openapi::api::events::v1::Event;
 use sha2::{Digest as _, Sha256};

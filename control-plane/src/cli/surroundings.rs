@@ -43,8 +43,7 @@ pub async fn find(cluster: &Cluster, namespace: &str) -> Surroundings {
         cluster.get_global::<Namespace>(namespace),
         rights(cluster, namespace),
     );
-    let mut around = Surroundings::default();
-    around.rights = rights.into_iter().collect();
+    let mut around = Surroundings { rights: rights.into_iter().collect(), ..Surroundings::default() };
     for (what, found) in [("daemonsets", daemons), ("deployments", deployments)] {
         match found {
             Ok(found) => around.workloads.extend(found),

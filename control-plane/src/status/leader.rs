@@ -59,7 +59,7 @@ impl Leading {
     async fn begun(&mut self) {
         if self.0.wait_for(Leadership::leads).await.is_err() {
             // There is no election any more.
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
@@ -184,7 +184,7 @@ impl Election {
         match (before.until.is_some(), after.leads()) {
             (false, true) => tracing::info!(me = %after.me, "this replica leads"),
             (true, false) => {
-                tracing::warn!(me = %after.me, holder = after.holder, "this replica does not lead any more")
+                tracing::warn!(me = %after.me, holder = after.holder, "this replica does not lead any more");
             }
             (true, true) | (false, false) => {}
         }

@@ -275,6 +275,7 @@ fn belongs(agent: &Agent, node: &Node) -> bool {
 mod tests {
     use super::*;
 
+    #[expect(clippy::needless_pass_by_value, reason = "as json! gives it")]
     fn node(created: &str, taints: Value) -> NodeObject {
         let metadata = json!({"name": "n", "uid": "u", "creationTimestamp": created});
         serde_json::from_value(json!({"metadata": metadata, "spec": {"taints": taints}, "status": {"images": [1]}}))

@@ -48,7 +48,7 @@ async fn one_replica_leads_and_another_follows_it() {
     // One that stands still while another takes over knows at once that it does not lead any more.
     let sleeper = replicas.remove(second);
     sleeper.process.signal(Signal::SIGSTOP).unwrap();
-    let (_, holder) = leader(&replicas.iter().collect::<Vec<_>>(), &holder);
+    let _ = leader(&replicas.iter().collect::<Vec<_>>(), &holder);
     sleeper.process.signal(Signal::SIGCONT).unwrap();
     assert_eq!(sleeper.status()["leader"]["leads"], false);
     replicas.push(sleeper);
