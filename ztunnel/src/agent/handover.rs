@@ -11,7 +11,6 @@ use mesh_proto::node::{self, agent_message, proxy_message};
 use mesh_runtime::seqpacket::{self, Listener, Socket};
 use prost::Message as _;
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::time::Instant;
 
 use super::announce::accept;
 use super::maker::{Kind, Maker};
@@ -35,8 +34,6 @@ const MAX_PROXIES: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Pods that a proxy can have kept: more than a node has.
 const MAX_KEPT: u32 = 4096;
-/// Requests of a proxy that wait for their answers. While there are as many, no more is read of it.
-const MAX_REQUESTS: usize = 2048;
 /// Messages that a proxy may leave unacknowledged.
 const MAX_UNACKED: usize = 2 * ztunnel_ebpf::PODS_CAPACITY;
 
@@ -157,34 +154,15 @@ async fn exchange(
     notices: &mut mpsc::Receiver<Notice>,
     unacked: &mut Unacked,
 ) -> Result<(), HandoverError> {
-    // Until when the proxy is to have read what it was sent last. One message is on the way at a time: the descriptors beside
-    // it count in no process's limit as long as the proxy does not take them.
-    let mut unread_until: Option<Instant> = None;
-    let mut requests: VecDeque<node::SocketRequest> = VecDeque::new();
     loop {
-        let idle = unread_until.is_none();
-        let deadline = unread_until.unwrap_or_else(Instant::now);
         tokio::select! {
-            read = socket.drained(), if !idle => {
-                read?;
-                unread_until = None;
-            }
-            () = tokio::time::sleep_until(deadline), if !idle => return Err(HandoverError::Slow("read")),
-            () = std::future::ready(()), if idle && !requests.is_empty() => {
-                let Some(request) = requests.pop_front() else { continue };
-                answer(socket, manager, maker, request).await?;
-                unread_until = Some(Instant::now() + PATIENCE);
-            }
-            notice = notices.recv(), if idle => match notice {
-                Some(notice) => {
-                    tell(socket, notice, unacked).await?;
-                    unread_until = Some(Instant::now() + PATIENCE);
-                }
+            notice = notices.recv() => match notice {
+                Some(notice) => tell(socket, notice, unacked).await?,
                 None => return Ok(()),
             },
-            message = receive(socket), if requests.len() < MAX_REQUESTS => match message?.0 {
+            message = receive(socket) => match message?.0 {
                 proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked)?,
-                proxy_message::Kind::SocketRequest(request) => requests.push_back(request),
+                proxy_message::Kind::SocketRequest(request) => answer(socket, manager, maker, request).await?,
                 proxy_message::Kind::Hello(_) | proxy_message::Kind::PodKept(_) => {
                     return Err(HandoverError::Protocol("Hello or PodKept after the beginning"));
                 }

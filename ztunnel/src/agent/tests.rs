@@ -381,48 +381,6 @@ fn proxy_that_does_not_let_go_of_a_pod_is_cut_off() {
 }
 
 #[test]
-fn proxy_that_does_not_read_has_one_message_of_sockets_on_the_way_and_is_cut_off() {
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    proxy.added();
-    proxy.snapshot();
-    let kind = SocketKind::UpstreamV4.into();
-    let request = node::SocketRequest { pod_uid: UID.into(), kind, count: 253, address: Vec::new() };
-    for _ in 0..8 {
-        proxy.say(proxy_message::Kind::SocketRequest(request.clone()), &[]);
-    }
-    // Nothing is read here: that the agent has ended the connection is seen by what can be sent no more.
-    let ask = node::ProxyMessage { kind: Some(proxy_message::Kind::SocketRequest(request)) }.encode_to_vec();
-    eventually(|| proxy.0.send(&ask, &[]).is_err().then_some(())).expect("cut off");
-    assert!(matches!(proxy.hear(), (agent_message::Kind::Sockets(_), sockets) if sockets.len() == 253));
-    assert!(matches!(proxy.0.recv(4096), Err(mesh_runtime::seqpacket::Error::Closed)), "no other was on the way");
-}
-
-#[test]
-fn proxy_that_asks_for_much_before_it_reads_gets_all_of_it() {
-    const MANY: usize = 600;
-    let scratch = Scratch::new();
-    let agent = Agent::start(&scratch);
-    let (a, _b) = pair();
-    agent.announcer().enrol(UID, &a, "").unwrap();
-    let proxy = agent.proxy(Vec::new());
-    proxy.added();
-    proxy.snapshot();
-    let kind = SocketKind::UpstreamV4.into();
-    let request = node::SocketRequest { pod_uid: UID.into(), kind, count: 1, address: Vec::new() };
-    // More than the kernel keeps for a peer that does not read.
-    for _ in 0..MANY {
-        proxy.say(proxy_message::Kind::SocketRequest(request.clone()), &[]);
-    }
-    for _ in 0..MANY {
-        assert!(matches!(proxy.hear(), (agent_message::Kind::Sockets(_), sockets) if sockets.len() == 1));
-    }
-}
-
-#[test]
 fn what_is_not_acceptable_is_refused_with_the_reason() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
