@@ -57,6 +57,8 @@ fn storm_to(target: &str) -> Pid {
     Pid::from_raw(processes.into_iter().find(runs).expect("the load runs"))
 }
 
+/// A replica that stays: not one of those that the roll-out has replaced.
 fn is_culvertd(pod: &Value) -> bool {
-    pod["metadata"]["labels"]["app.kubernetes.io/name"] == "culvertd"
+    let metadata = &pod["metadata"];
+    metadata["labels"]["app.kubernetes.io/name"] == "culvertd" && metadata["deletionTimestamp"].is_null()
 }
