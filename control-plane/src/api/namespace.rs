@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as k8s;
+use serde_json::Value;
 
 use super::check;
-use super::labels::{DataplaneMode, WaypointBinding};
+use super::labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
 use super::name::Kind;
 use super::problem::{Problem, Problems};
 
@@ -18,6 +19,8 @@ pub struct Namespace {
     pub mode: DataplaneMode,
     /// The waypoint of its services and pods unless they say otherwise.
     pub waypoint: WaypointBinding,
+    /// It stands for one that is not valid: whether its pods are to be enrolled is not known.
+    pub is_stand_in: bool,
 }
 
 /// Validates a Namespace.
@@ -31,6 +34,19 @@ pub(super) fn validate(object: &k8s::Namespace) -> Result<Namespace, Vec<Problem
         name: name.into(),
         mode: DataplaneMode::read(&labels, &mut problems),
         waypoint: WaypointBinding::read(&labels),
+        is_stand_in: false,
     };
     problems.finish(namespace)
+}
+
+/// The safest reading of a namespace that is not valid: its pods are enrolled, and behind the waypoint that it names.
+pub(super) fn stand_in(name: Arc<str>, value: &Value) -> Namespace {
+    let labels = value.pointer("/metadata/labels").filter(|labels| !labels.is_null());
+    let waypoint = match labels.map(|labels| serde_json::from_value::<Labels>(labels.clone())) {
+        None => WaypointBinding::Unset,
+        Some(Ok(labels)) => WaypointBinding::read(&labels),
+        // They may name one; so nobody gets past one that no object can be.
+        Some(Err(_)) => WaypointBinding::Waypoint(WaypointRef { namespace: None, name: "_".to_owned() }),
+    };
+    Namespace { name, mode: DataplaneMode::Ambient, waypoint, is_stand_in: true }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::name::{Kind, ObjectId};
-use super::{Object, authorization_policy, peer_authentication};
+use super::{Object, authorization_policy, namespace, peer_authentication};
 
 /// The safest reading of the object `id`, which is not valid. None where it is safest that there is no such object.
 pub fn of(id: &ObjectId, value: &Value) -> Option<Object> {
@@ -16,8 +16,8 @@ pub fn of(id: &ObjectId, value: &Value) -> Option<Object> {
         Kind::PeerAuthentication => {
             Some(Object::PeerAuthentication(Arc::new(peer_authentication::stand_in(id.to_name(), value))))
         }
-        Kind::Namespace
-        | Kind::Node
+        Kind::Namespace => Some(Object::Namespace(Arc::new(namespace::stand_in(id.name.clone(), value)))),
+        Kind::Node
         | Kind::ServiceAccount
         | Kind::Deployment
         | Kind::Service

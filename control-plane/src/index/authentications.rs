@@ -15,7 +15,8 @@ use super::resource::Changes;
 use super::{Dirty, Index, Note, encode};
 use crate::api::{Kind, Labels, MtlsMode, Name, ObjectId, PeerAuthentication};
 
-/// The policy that denies plaintext on every port, in the root namespace. An underscore is in no name of Kubernetes.
+/// The policy that denies plaintext on every port, in the root namespace. An underscore is in the name of no policy that is
+/// an object ([`super::names::in_policy`]).
 const STATIC_STRICT: &str = "istio_converted_static_strict";
 /// Begins the name of a policy that denies it on some ports.
 const CONVERTED: &str = "converted_peer_authentication_";

@@ -221,7 +221,8 @@ impl Index {
 
     /// The part of [`Index::notes`] that only editing objects can mend.
     pub fn conflicts(&self) -> Vec<Note> {
-        let mut notes = self.vips.notes();
+        let mut notes = self.namespaces.notes();
+        notes.extend(self.vips.notes());
         notes.extend(self.policies.notes());
         notes.extend(self.authentications.notes());
         notes

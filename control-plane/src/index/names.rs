@@ -1,5 +1,7 @@
 //! How resources are named on the wire.
 
+use std::borrow::Cow;
+use std::fmt::Write;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -31,6 +33,31 @@ impl Options {
     pub(super) fn endpoint_uid(&self, slice: &Name, address: IpAddr) -> String {
         format!("{}/discovery.k8s.io/EndpointSlice/{}/{}/{address}", self.cluster_id, slice.namespace, slice.name)
     }
+}
+
+/// A name or namespace of an object, as it stands in a policy and its key: of another form than every name that is given to
+/// policies that are no objects, which have an underscore, and without a slash. A valid one stays as it is. One that is not
+/// is that of a file's object that is stood in for.
+pub(super) fn in_policy(text: &str) -> Cow<'_, str> {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    if text.bytes().all(is_plain) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len() * 3);
+    for byte in text.bytes() {
+        if is_plain(byte) {
+            escaped.push(byte.into());
+        } else {
+            // Writing to a string cannot fail.
+            let _ = write!(escaped, "%{byte:02x}");
+        }
+    }
+    escaped.into()
+}
+
+/// The primary name of the policy that an object of this name becomes.
+pub(super) fn policy_key(policy: &Name) -> String {
+    format!("{}/{}", in_policy(&policy.namespace), in_policy(&policy.name))
 }
 
 /// The name under which what is at `address` may be asked for: `network/address`.

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Dirty, Index};
-use crate::api::{DataplaneMode, Namespace, Pod, WaypointBinding};
+use super::{Dirty, Index, Note};
+use crate::api::{DataplaneMode, Kind, Namespace, ObjectId, Pod, WaypointBinding};
 
 /// The namespaces by name.
 #[derive(Debug, Default)]
@@ -24,6 +24,27 @@ impl Namespaces {
 
     pub(super) fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Whether nobody knows if the mesh is to carry the pod's traffic: its namespace decides, and is not valid.
+    pub(super) fn is_in_doubt(&self, pod: &Pod) -> bool {
+        let is_stand_in = || self.0.get(&pod.name.namespace).is_some_and(|namespace| namespace.is_stand_in);
+        !pod.host_network && pod.mode == DataplaneMode::Unset && is_stand_in()
+    }
+
+    /// What to tell people, by name.
+    pub(super) fn notes(&self) -> Vec<Note> {
+        let stand_ins = self.0.values().filter(|namespace| namespace.is_stand_in);
+        let note = |namespace: &Arc<Namespace>| Note {
+            object: ObjectId::cluster(Kind::Namespace, namespace.name.clone()).to_string(),
+            reason:
+                "is not valid, and has no earlier version: its pods count as enrolled, and none of them is reached in \
+                     plaintext"
+                    .to_owned(),
+        };
+        let mut notes: Vec<Note> = stand_ins.map(note).collect();
+        notes.sort_by(|a, b| a.object.cmp(&b.object));
+        notes
     }
 
     /// Whether the mesh is to carry the pod's traffic. The pod's own label wins; host-network pods never are.

@@ -136,7 +136,8 @@ impl Index {
             self.addresses.withdraw(&uid, changes);
             return;
         };
-        let is_unconfirmed = self.namespaces.enrols(&pod) && !pod.captured && !pod.native_tunnel;
+        let is_in_doubt = self.namespaces.is_in_doubt(&pod);
+        let is_unconfirmed = self.namespaces.enrols(&pod) && !is_in_doubt && !pod.captured && !pod.native_tunnel;
         let is_waiting = if is_unconfirmed {
             let began = if self.synced { now } else { pod.created.map_or(now, |created| created.min(now)) };
             self.waiting.wait(name, began, bound, now)
@@ -153,6 +154,7 @@ impl Index {
                 locality: self.nodes.locality(&pod.node),
                 policies: self.policies_of(&pod.name.namespace, &pod.labels),
                 is_waiting,
+                is_in_doubt,
             },
         );
         // The address of a host-network pod is the node's: whoever asks for it does not mean the pod.

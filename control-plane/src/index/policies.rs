@@ -8,7 +8,7 @@ use mesh_proto::security as wire;
 use super::multimap::MultiMap;
 use super::pods::selects;
 use super::resource::Changes;
-use super::{Dirty, Index, Note, encode};
+use super::{Dirty, Index, Note, encode, names};
 use crate::api::{AuthorizationPolicy, Kind, Labels, Name, ObjectId, PolicyAction, PolicyTarget};
 
 /// The policies, with what finds them.
@@ -130,7 +130,7 @@ impl Index {
         let policy = self.policies.all.get(name).and_then(|policy| self.authorization(policy));
         match policy {
             Some(policy) => self.published_policies.publish_policy(encode::policy(&policy), changes),
-            None => self.published_policies.withdraw_policy(&name.to_string(), changes),
+            None => self.published_policies.withdraw_policy(&names::policy_key(name), changes),
         }
     }
 
@@ -149,8 +149,8 @@ impl Index {
             PolicyAction::Deny | PolicyAction::Audit | PolicyAction::Custom => wire::Action::Deny,
         };
         Some(wire::Authorization {
-            name: policy.name.name.to_string(),
-            namespace: policy.name.namespace.to_string(),
+            name: names::in_policy(&policy.name.name).into_owned(),
+            namespace: names::in_policy(&policy.name.namespace).into_owned(),
             scope: scope.into(),
             action: action.into(),
             rules: policy.rules.clone(),
@@ -163,9 +163,9 @@ impl Index {
     /// those about plaintext.
     pub(super) fn policies_of(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<String> {
         let root = &self.options.root_namespace;
-        let mut names: BTreeSet<&Name> = self.policies.selecting(namespace, labels).collect();
-        names.extend(self.policies.selecting(root, labels));
-        let mut keys: Vec<String> = names.into_iter().map(ToString::to_string).collect();
+        let mut found: BTreeSet<&Name> = self.policies.selecting(namespace, labels).collect();
+        found.extend(self.policies.selecting(root, labels));
+        let mut keys: Vec<String> = found.into_iter().map(names::policy_key).collect();
         keys.extend(self.authentications.keys_of(root, namespace, labels));
         keys
     }

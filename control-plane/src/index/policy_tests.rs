@@ -253,9 +253,48 @@ fn a_policy_that_cannot_be_read_denies_what_it_may_be_for() {
     let bare = serde_json::json!({"spec": "text", "metadata": []});
     for kind in Kind::ALL {
         let id = crate::api::ObjectId { kind, namespace: "ns".into(), name: "a".into() };
-        let is_guarded = matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication);
+        let is_guarded = matches!(kind, Kind::Namespace | Kind::AuthorizationPolicy | Kind::PeerAuthentication);
         assert_eq!(stand_in(&id, &bare).is_some(), is_guarded, "{kind}");
     }
+}
+
+#[test]
+fn what_no_object_can_be_called_takes_the_name_of_no_other_policy() {
+    let spec = "selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {81: {mode: DISABLE}}";
+    let (ports, all) = (authentication("ns", "mine", spec), authentication("ns", "all", "mtls: {mode: STRICT}"));
+    for (namespace, name) in [
+        ("root", "istio_converted_static_strict"),
+        ("ns", "converted_peer_authentication_mine"),
+        ("'ns/converted_peer_authentication_mine'", "a"),
+        ("ns", "'a/converted_peer_authentication_mine'"),
+        ("ns", "Ünlike%5f"),
+    ] {
+        let mut index = index(&(ports.clone() + &all));
+        let mut before: Vec<_> = index.policies().cloned().collect();
+        // A dry run of it would open what is closed.
+        let events = unread(
+            &policy(namespace, name, "rules: [{}]").replace("name:", "annotations: {istio.io/dry-run: 'true'}, name:"),
+        );
+        let Some(Event::Apply(object)) = events.first() else { panic!("{name} is not stood in for") };
+        let id = object.id();
+        index.apply(events, time(0));
+        assert_eq!(index.policies().count(), before.len() + 1, "{namespace}/{name}");
+        assert!(before.iter().all(|policy| index.policies().any(|now| now == policy)), "{namespace}/{name}");
+        assert!(!may(&index, PLAIN));
+        index.apply([Event::Delete(id)], time(0));
+        let mut after: Vec<_> = index.policies().cloned().collect();
+        for policies in [&mut before, &mut after] {
+            policies.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        assert_eq!(before, after, "{namespace}/{name}");
+    }
+    // Two names are two policies.
+    let mut index = index("");
+    let texts = [("ns", "'b/c'"), ("'ns/b'", "c"), ("ns", "b_c"), ("ns", "b%5fc")];
+    for (namespace, name) in texts {
+        index.apply(unread(&policy(namespace, name, "rules: many")), time(0));
+    }
+    assert_eq!(index.policies().count(), texts.len());
 }
 
 #[test]

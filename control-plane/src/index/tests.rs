@@ -331,6 +331,48 @@ fn service_options_reach_the_wire() {
 }
 
 #[test]
+fn a_namespace_that_is_not_valid_counts_as_enrolled_and_hides_no_waypoint() {
+    let uncaptured = |name: &str, address: &str, labels: &str| pod(name, address, labels, "").replace("enabled", "x");
+    let mut index = index(
+        &(uncaptured("plain", "10.0.0.1", "app: web")
+            + &uncaptured("out", "10.0.0.2", "istio.io/dataplane-mode: none, istio.io/use-waypoint: none")
+            + &pod("captured", "10.0.0.3", "", "")
+            + WEB),
+    );
+    let tunnel = |index: &Index, name: &str| workload(index, name).tunnel_protocol();
+    assert_eq!(tunnel(&index, "plain"), wire::TunnelProtocol::None);
+    let gate = |index: &Index| {
+        let bound = [service(index, "web").waypoint, workload(index, "plain").waypoint];
+        bound.map(|waypoint| match waypoint?.destination? {
+            wire::gateway_address::Destination::Hostname(name) => Some(name.hostname),
+            other => panic!("{other:?}"),
+        })
+    };
+    for (labels, expected) in [
+        ("{istio.io/dataplane-mode: sideways, istio.io/use-waypoint: gate}", Some("gate.ns.svc.cluster.local")),
+        ("{istio.io/dataplane-mode: sideways}", None),
+        // Nobody knows which: none that is there.
+        ("{istio.io/dataplane-mode: [ambient]}", Some("_.ns.svc.cluster.local")),
+    ] {
+        let text = format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: ns, labels: {labels}}}}}");
+        index.apply(super::policy_tests::unread(&text), time(0));
+        assert_eq!(gate(&index), [expected.map(str::to_owned), expected.map(str::to_owned)], "{labels}");
+        // Never in plaintext, however long it takes to mend that.
+        assert_eq!(tunnel(&index, "plain"), wire::TunnelProtocol::Hbone);
+        assert_eq!((tunnel(&index, "captured"), index.next_deadline()), (wire::TunnelProtocol::Hbone, None));
+        index.apply([], time(2 * CONFIRMATION.as_secs()));
+        assert_eq!(tunnel(&index, "plain"), wire::TunnelProtocol::Hbone);
+        // Its own label is not in doubt.
+        assert_eq!((tunnel(&index, "out"), workload(&index, "out").waypoint), (wire::TunnelProtocol::None, None));
+        let notes = index.conflicts();
+        assert!(notes[0].object == "Namespace ns" && notes[0].reason.contains("count as enrolled"), "{notes:?}");
+    }
+    index.apply(apply("{apiVersion: v1, kind: Namespace, metadata: {name: ns}}"), time(0));
+    assert_eq!((tunnel(&index, "plain"), gate(&index)), (wire::TunnelProtocol::None, [None, None]));
+    assert!(index.conflicts().is_empty());
+}
+
+#[test]
 fn a_waypoint_is_bound_by_label_whether_it_exists_or_not() {
     let namespace = ENROLLED.replace("ambient}", "ambient, istio.io/use-waypoint: gate}");
     let exempt = WEB.replace("name: web,", "name: free, labels: {istio.io/use-waypoint: none},").replace("0.7", "0.8");

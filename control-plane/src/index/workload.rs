@@ -19,6 +19,8 @@ pub(super) struct Surroundings {
     /// The policies that name the pod.
     pub(super) policies: Vec<String>,
     pub(super) is_waiting: bool,
+    /// It is not known whether it is enrolled: so it is reached by a tunnel or not at all.
+    pub(super) is_in_doubt: bool,
 }
 
 impl Index {
@@ -32,7 +34,7 @@ impl Index {
 
 /// The workload of a pod, except for the services it belongs to.
 pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
-    let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel);
+    let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt);
     let is_healthy = pod.ready && !pod.terminating && !around.is_waiting;
     let (workload_type, workload_name) = controller(pod);
     wire::Workload {

@@ -223,7 +223,9 @@ mod tests {
         let mut objects = Objects::new(Kind::Namespace);
         objects.begin_list();
         objects.apply(&namespace("a", 1, "ambient"));
-        assert!(objects.apply(&namespace("b", 2, "x")).is_none());
+        // Without a good one it is stood in for.
+        assert!(is_applied(objects.apply(&namespace("b", 2, "x")).as_ref(), "b"));
+        assert_eq!((objects.accepted(), objects.in_force().count()), (1, 2));
         assert!(objects.end_list().is_empty());
         assert!(objects.apply(&namespace("a", 3, "y")).is_none());
         let refused: Vec<_> = objects.refusals().map(|refusal| (refusal.object, refusal.keeps_last_good)).collect();
