@@ -5,6 +5,8 @@
 
 #[path = "kubernetes_api/leader.rs"]
 mod leader;
+#[path = "kubernetes_api/policies.rs"]
+mod policies;
 #[path = "kubernetes_api/scene.rs"]
 mod scene;
 
@@ -265,7 +267,7 @@ async fn what_would_be_refused_is_refused_before_it_is_stored() {
     scene.allow();
     let culvertd = scene.ready_culvertd();
     let registrations = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
-    scene.create(registrations, &scene::registration(culvertd.webhook));
+    scene.create(registrations, &scene::registration("culvert/25-webhook.yaml", culvertd.webhook));
     let attempt = |mode: &str| {
         let metadata = json!({"name": "attempt", "labels": {"istio.io/dataplane-mode": mode}});
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});

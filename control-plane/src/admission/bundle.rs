@@ -1,4 +1,4 @@
-//! The webhook's registration: it must name the roots under which the webhook's certificate verifies.
+//! The webhook's registrations: they must name the roots under which the webhook's certificate verifies.
 
 use std::time::Duration;
 
@@ -12,14 +12,15 @@ use crate::ca::Authorities;
 use crate::ingest::Cluster;
 use crate::ingest::kubernetes::describe;
 
-/// The registration, which is installed with the manifests; without it nobody asks.
-const REGISTRATION: &str = "culvertd";
-/// How often it is looked at.
+/// The registrations, which are installed with the manifests; without them nobody asks. The first is for Kubernetes' own
+/// kinds, the second is installed with the definitions of the others.
+const REGISTRATIONS: [&str; 2] = ["culvertd", "culvertd-custom-kinds"];
+/// How often they are looked at.
 const LOOK: Duration = Duration::from_secs(15);
 /// Time for one request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Keeps the registration's roots as they should be.
+/// Keeps the registrations' roots as they should be.
 #[derive(Debug)]
 pub struct Bundle {
     registrations: Api<ValidatingWebhookConfiguration>,
@@ -27,7 +28,7 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// For the registration in `cluster`, with the roots of the newest of `authorities`.
+    /// For the registrations in `cluster`, with the roots of the newest of `authorities`.
     pub fn new(cluster: &Cluster, authorities: Authorities) -> Self {
         Self { registrations: Api::all(cluster.client()), authorities }
     }
@@ -43,7 +44,7 @@ impl Bundle {
                 Err(_) => Some(format!("no answer within {TIMEOUT:?}")),
             };
             if let Some(error) = now.as_ref().filter(|_| trouble.is_none()) {
-                tracing::warn!(registration = REGISTRATION, error, "cannot keep the webhook's roots up to date");
+                tracing::warn!(error, "cannot keep the webhook's roots up to date");
             }
             trouble = now;
             let changed = tokio::time::timeout(LOOK, self.authorities.changed()).await;
@@ -55,7 +56,14 @@ impl Bundle {
     }
 
     async fn look(&self, roots: &str) -> kube::Result<()> {
-        let Some(found) = self.registrations.get_opt(REGISTRATION).await? else { return Ok(()) };
+        for registration in REGISTRATIONS {
+            self.look_at(registration, roots).await?;
+        }
+        Ok(())
+    }
+
+    async fn look_at(&self, registration: &str, roots: &str) -> kube::Result<()> {
+        let Some(found) = self.registrations.get_opt(registration).await? else { return Ok(()) };
         let roots = ByteString(roots.as_bytes().to_vec());
         let others =
             found.webhooks.iter().flatten().filter(|hook| hook.client_config.ca_bundle.as_ref() != Some(&roots));
@@ -66,8 +74,8 @@ impl Bundle {
         }
         // Webhooks are merged by name; everything else of them is the installer's.
         let patch = Patch::Strategic(json!({ "webhooks": hooks }));
-        self.registrations.patch(REGISTRATION, &PatchParams::default(), &patch).await?;
-        tracing::info!(registration = REGISTRATION, "the webhook's roots are written");
+        self.registrations.patch(registration, &PatchParams::default(), &patch).await?;
+        tracing::info!(registration, "the webhook's roots are written");
         Ok(())
     }
 }

@@ -109,21 +109,26 @@ impl Kind {
         }
     }
 
-    /// Whether objects that are written in this version of the kind's group are read as well: older versions whose
-    /// fields are the same.
-    pub fn reads_version(self, version: &str) -> bool {
-        let older: &[&str] = match self {
-            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::Gateway | Self::GatewayClass => &["v1beta1"],
-            Self::ServiceEntry | Self::WorkloadEntry => &["v1beta1", "v1alpha3"],
+    /// The versions of its group in which the kind is read, the one that it is asked for in first. Their fields are the same.
+    pub fn versions(self) -> &'static [&'static str] {
+        match self {
+            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::Gateway | Self::GatewayClass => {
+                &["v1", "v1beta1"]
+            }
+            Self::ServiceEntry | Self::WorkloadEntry => &["v1", "v1beta1", "v1alpha3"],
             Self::Namespace
             | Self::Node
             | Self::ServiceAccount
             | Self::Deployment
             | Self::Service
             | Self::EndpointSlice
-            | Self::Pod => &[],
-        };
-        version == self.version() || older.contains(&version)
+            | Self::Pod => &["v1"],
+        }
+    }
+
+    /// Whether objects that are written in this version of the kind's group are read.
+    pub fn reads_version(self, version: &str) -> bool {
+        self.versions().contains(&version)
     }
 
     /// The API group; empty for the core group.

@@ -16,6 +16,9 @@ use tonic::Code;
 
 use super::LONG;
 
+/// Where kinds are defined.
+pub const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+
 pub struct Scene {
     folder: tempfile::TempDir,
     server: ApiServer,
@@ -44,7 +47,9 @@ impl Scene {
 
     pub fn allow_all_but(&self, missing: &str) {
         let group = "/apis/rbac.authorization.k8s.io/v1";
-        for mut role in manifest("10-rbac.yaml").into_iter().filter(|object| object["metadata"]["name"] == "culvertd") {
+        for mut role in
+            manifest("culvert/10-rbac.yaml").into_iter().filter(|object| object["metadata"]["name"] == "culvertd")
+        {
             let kind = role["kind"].as_str().unwrap().to_owned();
             if !["ClusterRole", "Role"].contains(&kind.as_str()) {
                 continue;
@@ -67,6 +72,19 @@ impl Scene {
                     "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "culvertd"}],
                 }),
             );
+        }
+    }
+
+    /// Installs the kinds that a file of `manifests/crds` defines.
+    pub fn define(&self, file: &str) {
+        for definition in manifest(&format!("crds/{file}")) {
+            let path = format!("{DEFINITIONS}/{}", definition["metadata"]["name"].as_str().unwrap());
+            self.apply(&path, &definition);
+            let established = |definition: &Value| {
+                let conditions = definition["status"]["conditions"].as_array()?;
+                conditions.iter().any(|one| one["type"] == "Established" && one["status"] == "True").then_some(())
+            };
+            self.server.api().until("the kind", &path, LONG, established).unwrap();
         }
     }
 
@@ -309,9 +327,9 @@ pub fn slice(service: &str, address: &str) -> Value {
     })
 }
 
-/// The registration of the webhook as it is installed, without the roots that culvertd adds; but at this address.
-pub fn registration(at: SocketAddr) -> Value {
-    let mut registration = manifest("25-webhook.yaml").remove(0);
+/// A registration of the webhook as it is installed, without the roots that culvertd adds; but at this address.
+pub fn registration(file: &str, at: SocketAddr) -> Value {
+    let mut registration = manifest(file).remove(0);
     let path = registration["webhooks"][0]["clientConfig"]["service"]["path"].as_str().unwrap().to_owned();
     registration["webhooks"][0]["clientConfig"] = json!({"url": format!("https://localhost:{}{path}", at.port())});
     registration
@@ -319,7 +337,7 @@ pub fn registration(at: SocketAddr) -> Value {
 
 /// The objects of one of the mesh's own manifests.
 fn manifest(name: &str) -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/culvert").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests").join(name);
     tests::kube::parse(name, &std::fs::read_to_string(path).unwrap()).unwrap()
 }
 

@@ -63,7 +63,7 @@ impl Mesh {
     /// The shipped manifests; only the kubelet's cgroup is another one here than where systemd starts it.
     fn apply_manifests(&self) {
         let kubelet = "/host/cgroup/system.slice/kubelet.service";
-        for path in manifests("culvert") {
+        for path in ["crds", "culvert"].into_iter().flat_map(manifests) {
             let text = fs::read_to_string(&path).unwrap();
             let here = format!("/host/cgroup/{}/$(NODE_NAME)/kubelet", self.kubelets());
             let name = path.file_name().unwrap().to_str().unwrap();

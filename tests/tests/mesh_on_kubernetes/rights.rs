@@ -36,7 +36,7 @@ fn rights_are_those_of_the_table_and_no_more() {
     let server = ApiServer::start().unwrap();
     let program = Path::new(&std::env::var_os("KUBERNETES_BIN_DIR").unwrap()).join("kubectl");
     let kubectl = Kubectl { program, server: &server };
-    for path in manifests("culvert") {
+    for path in ["crds", "culvert"].into_iter().flat_map(manifests) {
         kubectl.run(&["apply", "--server-side", "--filename", path.to_str().unwrap()]);
     }
     let own = "--namespace=culvert-system";
@@ -54,7 +54,13 @@ fn rights_are_those_of_the_table_and_no_more() {
         ("culvertd", &["create", "secrets", "--namespace=default"], false),
         ("culvertd", &["patch", "pods", "--namespace=default"], false),
         ("culvertd", &["create", "pods", own], false),
+        ("culvertd", &["watch", "authorizationpolicies.security.istio.io", "--all-namespaces"], true),
+        ("culvertd", &["list", "peerauthentications.security.istio.io", "--all-namespaces"], true),
+        ("culvertd", &["patch", "authorizationpolicies.security.istio.io", "--namespace=default"], false),
+        ("culvertd", &["delete", "peerauthentications.security.istio.io", "--namespace=default"], false),
+        ("culvertd", &["list", "customresourcedefinitions.apiextensions.k8s.io"], false),
         ("culvertd", &["patch", "validatingwebhookconfigurations/culvertd"], true),
+        ("culvertd", &["patch", "validatingwebhookconfigurations/culvertd-custom-kinds"], true),
         ("culvertd", &["patch", "validatingwebhookconfigurations/another"], false),
         ("culvertd", &["create", "serviceaccounts/token", own], false),
         ("culvertd", &["update", "leases.coordination.k8s.io/culvertd-leader", own], true),

@@ -1,4 +1,9 @@
 //! One kind of objects, followed for ever: the library's watcher, with what to do about its errors.
+//!
+//! That a kind's path is not there does not mean yet that the kind is not: its objects may be policies that deny, and without
+//! them connections would be let through. So it is asked for by discovery, twice with a pause between; until both say that
+//! no version of it is served, what is known stays in force, and before the first list nothing is served. A kind that is
+//! gone indeed is gone with its objects: its definition is removed only after they are.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -21,15 +26,27 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether a kind has come to exist.
 const ABSENT_PAUSE: Duration = Duration::from_secs(15);
+/// Times in a row that discovery must not know a kind, and the pause between two of them.
+const DENIALS: u32 = 2;
+const DENIAL_PAUSE: Duration = Duration::from_secs(2);
+/// Time for discovery to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A kind as the API's paths name it.
-fn resource(kind: Kind) -> ApiResource {
+/// A kind as the API's paths name it in one of its versions.
+fn resource(kind: Kind, version: &str) -> ApiResource {
     ApiResource {
         group: kind.group().to_owned(),
-        version: kind.version().to_owned(),
-        api_version: kind.api_version().to_owned(),
+        version: version.to_owned(),
+        api_version: api_version(kind, version),
         kind: kind.as_str().to_owned(),
         plural: kind.plural().to_owned(),
+    }
+}
+
+fn api_version(kind: Kind, version: &str) -> String {
+    match kind.group() {
+        "" => version.to_owned(),
+        group => format!("{group}/{version}"),
     }
 }
 
@@ -57,8 +74,8 @@ enum Reaction {
     Restart,
     /// The server does not stream lists: ask for pages.
     UsePages,
-    /// The kind does not exist; look again later.
-    Absent,
+    /// The kind does not seem to exist; ask discovery.
+    Discover,
 }
 
 /// Follows a kind. The stream never ends.
@@ -77,8 +94,12 @@ pub(super) fn follow(
 struct Follower {
     client: kube::Client,
     kind: Kind,
+    /// The version of its group in which it is followed.
+    version: &'static str,
     status: Arc<KindStatus>,
     streams_lists: bool,
+    /// Times in a row that discovery did not know the kind.
+    denials: u32,
     stream: BoxStream<'static, watcher::Result<Event<Raw>>>,
     pause: Duration,
     /// To wait before the next attempt.
@@ -87,8 +108,9 @@ struct Follower {
 
 impl Follower {
     fn new(client: kube::Client, kind: Kind, status: Arc<KindStatus>) -> Self {
-        let stream = open(&client, kind, true);
-        Self { client, kind, status, streams_lists: true, stream, pause: FIRST_PAUSE, wait: None }
+        let version = kind.version();
+        let stream = open(&client, kind, version, true);
+        Self { client, kind, version, status, streams_lists: true, denials: 0, stream, pause: FIRST_PAUSE, wait: None }
     }
 
     async fn next(&mut self) -> Step {
@@ -101,6 +123,7 @@ impl Follower {
                     // A list that only begins is no success: the next thing may be its error.
                     if !matches!(event, Event::Init) {
                         self.pause = FIRST_PAUSE;
+                        self.denials = 0;
                         if self.status.heard(SystemTime::now()) {
                             info!(kind = %self.kind, "the watch goes on");
                         }
@@ -108,7 +131,7 @@ impl Follower {
                     return self.step(event);
                 }
                 Some(Err(error)) => {
-                    if let Some(step) = self.failed(&error) {
+                    if let Some(step) = self.failed(&error).await {
                         return step;
                     }
                 }
@@ -135,7 +158,7 @@ impl Follower {
         }
     }
 
-    fn failed(&mut self, error: &Error) -> Option<Step> {
+    async fn failed(&mut self, error: &Error) -> Option<Step> {
         let kind = self.kind;
         match reaction(error, kind.is_built_in(), self.streams_lists) {
             Reaction::UsePages => {
@@ -144,36 +167,87 @@ impl Follower {
                 self.restart();
                 return None;
             }
-            Reaction::Absent => {
+            Reaction::Discover => return self.discover(error).await,
+            Reaction::Restart => self.restart(),
+            Reaction::Resume => {}
+        }
+        self.trouble(&describe(error));
+        None
+    }
+
+    /// Asks whether the kind exists, which was not found where it is looked for. Either way it begins with a list when it is.
+    async fn discover(&mut self, error: &Error) -> Option<Step> {
+        let kind = self.kind;
+        let asked = tokio::time::timeout(TIMEOUT, served_version(&self.client, kind)).await;
+        let found = match asked {
+            Ok(Ok(found)) => Ok(found),
+            Ok(Err(error)) => Err(describe(&error)),
+            Err(_) => Err(format!("no answer from discovery within {TIMEOUT:?}")),
+        };
+        let before = self.version;
+        if let Ok(found) = &found {
+            self.version = found.unwrap_or(kind.version());
+        }
+        self.restart();
+        self.denials = if found == Ok(None) { self.denials.saturating_add(1) } else { 0 };
+        match found {
+            Ok(None) if self.denials >= DENIALS => {
                 self.wait = Some(ABSENT_PAUSE);
-                // Whatever it was at, it begins with a list once the kind is there.
-                self.restart();
                 if self.status.is_missing() {
                     info!(%kind, "the cluster does not have this kind");
                 }
                 return Some(Step::Absent);
             }
-            Reaction::Restart => self.restart(),
-            Reaction::Resume => {}
+            Ok(None) => {
+                self.status.failed(&describe(error));
+                self.wait = Some(DENIAL_PAUSE);
+            }
+            Ok(Some(version)) if version != before => info!(%kind, version, "the kind is there in another version"),
+            Ok(Some(_)) => self.trouble(&describe(error)),
+            Err(error) => self.trouble(&error),
         }
-        let text = describe(error);
-        if self.status.failed(&text) {
-            warn!(%kind, error = text, "watch failed; what is known stays in force");
-        } else {
-            debug!(%kind, error = text, "watch failed again");
-        }
-        self.wait = Some(self.pause.mul_f64(1.0 - 0.5 * fastrand::f64()));
-        self.pause = (self.pause * 2).min(LAST_PAUSE);
         None
     }
 
+    /// Something is wrong; go on after a pause.
+    fn trouble(&mut self, error: &str) {
+        let kind = self.kind;
+        if self.status.failed(error) {
+            warn!(%kind, error, "watch failed; what is known stays in force");
+        } else {
+            debug!(%kind, error, "watch failed again");
+        }
+        self.wait = Some(self.pause.mul_f64(1.0 - 0.5 * fastrand::f64()));
+        self.pause = (self.pause * 2).min(LAST_PAUSE);
+    }
+
     fn restart(&mut self) {
-        self.stream = open(&self.client, self.kind, self.streams_lists);
+        self.stream = open(&self.client, self.kind, self.version, self.streams_lists);
     }
 }
 
-fn open(client: &kube::Client, kind: Kind, streams_lists: bool) -> BoxStream<'static, watcher::Result<Event<Raw>>> {
-    let api: Api<Raw> = Api::all_with(client.clone(), &resource(kind));
+/// The first of the kind's versions that the API server serves; none if it serves none of them.
+async fn served_version(client: &kube::Client, kind: Kind) -> kube::Result<Option<&'static str>> {
+    for version in kind.versions() {
+        match client.list_api_group_resources(&api_version(kind, version)).await {
+            Ok(list) if list.resources.iter().any(|resource| resource.name == kind.plural()) => {
+                return Ok(Some(version));
+            }
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+fn open(
+    client: &kube::Client,
+    kind: Kind,
+    version: &str,
+    streams_lists: bool,
+) -> BoxStream<'static, watcher::Result<Event<Raw>>> {
+    let api: Api<Raw> = Api::all_with(client.clone(), &resource(kind, version));
     let config = Config::default().page_size(PAGE);
     watcher(api, if streams_lists { config.streaming_lists() } else { config }).boxed()
 }
@@ -190,7 +264,7 @@ fn reaction(error: &Error, is_built_in: bool, streams_lists: bool) -> Reaction {
     match code {
         // 422 and 400: the parameter is forbidden, or not known.
         400 | 422 if streams_lists && matches!(error, Error::WatchStartFailed(_)) => Reaction::UsePages,
-        404 if !is_built_in => Reaction::Absent,
+        404 if !is_built_in => Reaction::Discover,
         // A version that is too old, or from the future (after a restore of etcd), is no place to resume at.
         410 | 504 => Reaction::Restart,
         _ => Reaction::Resume,
@@ -198,41 +272,4 @@ fn reaction(error: &Error, is_built_in: bool, streams_lists: bool) -> Reaction {
 }
 
 #[cfg(test)]
-mod tests {
-    use kube::core::Status;
-
-    use super::*;
-
-    fn refused(code: u16) -> kube::Error {
-        let status = Status { code, reason: "Reason".to_owned(), message: "told so".to_owned(), ..Status::default() };
-        kube::Error::Api(Box::new(status))
-    }
-
-    #[test]
-    fn errors_are_answered_by_what_they_mean() {
-        let start = |code| Error::WatchStartFailed(refused(code));
-        let list = |code| Error::InitialListFailed(refused(code));
-        assert_eq!(reaction(&start(422), true, true), Reaction::UsePages);
-        assert_eq!(reaction(&start(400), true, false), Reaction::Resume);
-        assert_eq!(reaction(&start(410), true, false), Reaction::Restart);
-        assert_eq!(reaction(&start(404), false, true), Reaction::Absent);
-        assert_eq!(reaction(&list(404), false, false), Reaction::Absent);
-        for code in [401, 403, 429, 500, 503] {
-            assert_eq!(reaction(&list(code), false, false), Reaction::Resume, "{code}");
-        }
-        assert_eq!(reaction(&list(404), true, false), Reaction::Resume);
-        let unreadable = serde_json::from_str::<u8>("x").unwrap_err();
-        assert_eq!(reaction(&Error::WatchFailed(kube::Error::SerdeError(unreadable)), true, true), Reaction::Restart);
-        assert!(describe(&list(403)).contains("told so"));
-    }
-
-    #[test]
-    fn groups_are_those_of_the_kind() {
-        let slices = resource(Kind::EndpointSlice);
-        assert_eq!((slices.group.as_str(), slices.version.as_str()), ("discovery.k8s.io", "v1"));
-        let pods = resource(Kind::Pod);
-        assert_eq!((pods.group.as_str(), pods.version.as_str(), pods.api_version.as_str()), ("", "v1", "v1"));
-        let policies = resource(Kind::AuthorizationPolicy);
-        assert_eq!((policies.group.as_str(), policies.plural.as_str()), ("security.istio.io", "authorizationpolicies"));
-    }
-}
+mod tests;
