@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::address::{Cidr, InvalidAddress};
 use crate::gateway::{GatewayAddress, InvalidGateway};
 use crate::identity::SpiffeId;
-use crate::port_names::{InvalidPortNames, PortNames};
+use crate::port_names::PortNames;
 use crate::workload::Workload;
 
 /// The key of a service, `<namespace>/<hostname>`, which is also its primary name in discovery.
@@ -197,7 +197,7 @@ impl TryFrom<&wire::Service> for Service {
             namespace: wire.namespace.as_str().into(),
             hostname: wire.hostname.as_str().into(),
             addresses: wire.addresses.iter().map(Vip::try_from).collect::<Result<_, _>>()?,
-            port_names: PortNames::from_wire(&wire.extensions, &ports)?,
+            port_names: PortNames::from_wire(&wire.extensions, &ports),
             ports,
             subject_alt_names: wire.subject_alt_names.iter().filter_map(|name| name.parse().ok()).collect(),
             waypoint: wire.waypoint.as_ref().map(GatewayAddress::try_from).transpose()?,
@@ -276,9 +276,6 @@ pub enum InvalidService {
     /// A port.
     #[error(transparent)]
     Port(#[from] InvalidPort),
-    /// The names of its ports.
-    #[error("names of ports: {0}")]
-    PortNames(#[from] InvalidPortNames),
     /// A waypoint.
     #[error("waypoint: {0}")]
     Waypoint(#[from] InvalidGateway),

@@ -19,6 +19,12 @@ const MAX_UDP: u16 = 4096;
 /// Largest answer without EDNS.
 const PLAIN_UDP: u16 = 512;
 
+/// Where the header counts answers.
+const ANSWER_COUNT: usize = 6;
+
+/// Where the header counts additional records.
+const ADDITIONAL_COUNT: usize = 10;
+
 /// What we tell that we take over UDP (the size that is never fragmented, as resolvers agree).
 const OUR_UDP: u16 = 1232;
 
@@ -202,7 +208,7 @@ fn authority(name: &str, domain: &str) -> Option<Record> {
 fn encode(mut response: Message, limit: usize) -> Option<Vec<u8>> {
     if !response.additionals.is_empty() {
         if (response.answers.len() + response.additionals.len()) * 16 <= limit
-            && let Some(bytes) = response.to_vec().ok().filter(|bytes| bytes.len() <= limit)
+            && let Some(bytes) = response.to_vec().ok().filter(|bytes| fits(bytes, &response, limit))
         {
             return Some(bytes);
         }
@@ -216,17 +222,28 @@ fn encode(mut response: Message, limit: usize) -> Option<Vec<u8>> {
     }
     for _ in 0..CUTS {
         let bytes = response.to_vec().ok()?;
-        if bytes.len() <= limit {
+        if fits(&bytes, &response, limit) {
             return Some(bytes);
         }
         response.metadata.truncation = true;
-        let count = response.answers.len();
-        let too_many = ((bytes.len() - limit) * count).div_ceil(bytes.len().max(1));
-        response.answers.truncate(count.saturating_sub(too_many));
+        let written = message::u16_at(&bytes, ANSWER_COUNT).map_or(0, usize::from);
+        let over = bytes.len().saturating_sub(limit).max(1);
+        let too_many = (over * written).div_ceil(bytes.len().max(1));
+        response.answers.truncate(written.saturating_sub(too_many));
     }
     response.answers.clear();
     response.authorities.clear();
     response.to_vec().ok().filter(|bytes| bytes.len() <= limit)
+}
+
+/// Whether `bytes` are all of `response` and no more than `limit`. What would be longer than any message can be, the encoder
+/// leaves out, its options as well.
+fn fits(bytes: &[u8], response: &Message, limit: usize) -> bool {
+    let written = |at| message::u16_at(bytes, at).map(usize::from);
+    let additional = response.additionals.len() + usize::from(response.edns.is_some());
+    bytes.len() <= limit
+        && written(ANSWER_COUNT) == Some(response.answers.len())
+        && written(ADDITIONAL_COUNT) == Some(additional)
 }
 
 #[cfg(test)]

@@ -197,6 +197,49 @@ fn additional_addresses_are_left_out_before_an_answer_is_cut() {
     assert_eq!((counts(&whole), whole.edns.is_some()), ((false, 1, 1), true));
 }
 
+#[test]
+fn a_service_with_more_endpoints_than_a_message_holds_is_cut_in_any_transport() {
+    let ports = &[(80, 8080)][..];
+    // A pod of a StatefulSet is named by its own label: 1000 of them with long names are more than 64 KiB.
+    let ask = |count: usize, padding: usize| {
+        let host = "h".repeat(padding);
+        let name = |i: usize| format!("{}-{i}", "p".repeat(padding));
+        let endpoint =
+            |i: usize| in_service(pod(&name(i), &[&format!("10.0.{}.{}", i / 250, 1 + i % 250)]), &host, &[]);
+        let headless = wire::Service { addresses: Vec::new(), ..service(&host, "10.96.0.9", ports) };
+        let snapshot =
+            mesh(&(0..count).map(endpoint).collect::<Vec<_>>(), &[with_port_names(headless, &[("http", 80)])]);
+        let asked = format!("_http._tcp.{host}.shop.svc.cluster.local.");
+        move |transport, edns: Option<u16>| {
+            let message = query(&asked, RecordType::SRV);
+            let message = edns.map_or(message.clone(), |size| with_edns(message, size, 0)).to_vec().unwrap();
+            match decide_at(Some(&snapshot), &message, transport) {
+                Decision::Answer(answer, _) => (Message::from_vec(&answer).unwrap(), answer.len()),
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    // Over 64 KiB by the answers, and by the additional records alone.
+    for (count, padding, is_cut) in [(1000, 50, true), (600, 8, false)] {
+        let ask = ask(count, padding);
+        for edns in [None, Some(4096)] {
+            let (answer, length) = ask(Transport::Tcp, edns);
+            assert_eq!(answer.metadata.truncation, is_cut, "{count} {padding}: {length} bytes");
+            assert_eq!((answer.answers.len() < count, answer.additionals.is_empty()), (is_cut, true));
+            assert_eq!(answer.edns.is_some(), edns.is_some(), "what was asked with options is answered with some");
+            // Cut, but not thrown away.
+            assert!(length > 30_000, "{length}");
+            let (answer, length) = ask(Transport::Udp, edns);
+            let limit = usize::from(edns.unwrap_or(512));
+            assert!(
+                answer.metadata.truncation && length <= limit && answer.edns.is_some() == edns.is_some(),
+                "{length}"
+            );
+            assert!(answer.additionals.is_empty() && !answer.answers.is_empty());
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_decided_on_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
