@@ -45,6 +45,8 @@ pub struct PodRecord {
     pub ports: Vec<(String, u16)>,
     /// Ready condition.
     pub ready: bool,
+    /// It is being deleted.
+    pub terminating: bool,
 }
 
 impl PodRecord {
@@ -54,6 +56,9 @@ impl PodRecord {
             "name": self.name, "namespace": self.namespace, "uid": self.uid, "labels": self.labels,
             "annotations": self.annotations,
         });
+        if self.terminating {
+            metadata["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        }
         if let Some((kind, name)) = &self.owner {
             let owner = json!({
                 "apiVersion": "apps/v1", "kind": kind, "name": name, "uid": format!("{:032x}", hash(name)),

@@ -272,6 +272,14 @@ impl Pod {
         self.update(|record| record.ready = ready)
     }
 
+    /// Marks the Pod object as being deleted, as the API server does when a pod's grace period begins.
+    ///
+    /// # Errors
+    /// The Pod object cannot be written.
+    pub fn begin_to_end(&self) -> Result<(), Error> {
+        self.update(|record| record.terminating = true)
+    }
+
     /// Changes the Pod object.
     ///
     /// # Errors

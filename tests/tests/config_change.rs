@@ -12,6 +12,7 @@ use common::{connect, until_connected};
 use tests::Error;
 use tests::cluster::Cluster;
 use tests::pod::Pod;
+use tests::process::Spec;
 
 const BOUND: Duration = Duration::from_secs(20);
 
@@ -76,6 +77,94 @@ fn new_connections_follow_a_service() -> Result<(), Error> {
     one.set_ready(false)?;
     for client in &clients {
         until_answered(client, "10.96.1.2:80", &[])?;
+    }
+    Ok(())
+}
+
+/// As kube-proxy does it (KEP-1669).
+#[test]
+fn pods_that_terminate_serve_until_they_are_gone() -> Result<(), Error> {
+    let cluster = Cluster::builder().start()?;
+    let web = |name: &str, node: usize| {
+        let pod = cluster.pod(name).node(node).enrolled(true).service_account(name).label("app", "web");
+        pod.command(["echo", "--listen", "0.0.0.0:7000", "--mode", "banner"]).start()
+    };
+    let (one, two) = (web("one", 1)?, web("two", 2)?);
+    cluster.apply("web.yaml", &service("web", "10.96.1.1", "7000"))?;
+    let client = cluster.pod("client").node(1).enrolled(true).start()?;
+    until_answered(&client, "10.96.1.1:80", &["one", "two"])?;
+    // One is left that does not terminate.
+    two.begin_to_end()?;
+    until_answered(&client, "10.96.1.1:80", &["one"])?;
+    // Its own address goes on to be reached through a tunnel.
+    let direct = connect(&client, &two.at(7000).to_string(), &["--read-line", "--timeout", "2000"]);
+    assert!(direct.ok, "{direct:?}");
+    let tunnels = |node: usize| {
+        let text = cluster.node(node)?.metrics()?;
+        let by = [("reporter", "destination"), ("connection_security_policy", "mutual_tls")];
+        Ok::<_, Error>(tests::metrics::sum(&text, "istio_tcp_connections_opened_total", &by))
+    };
+    let before = tunnels(2)?;
+    one.begin_to_end()?;
+    until_answered(&client, "10.96.1.1:80", &["one", "two"])?;
+    assert!(tunnels(2)? > before, "what is draining is reached by mutual TLS");
+    // Terminating and not ready any more.
+    one.set_ready(false)?;
+    until_answered(&client, "10.96.1.1:80", &["two"])?;
+    two.set_ready(false)?;
+    until_answered(&client, "10.96.1.1:80", &[])?;
+    // Where those that are not ready are asked for, all are served alike.
+    let all = service("web", "10.96.1.1", "7000").replace("spec:\n", "spec:\n  publishNotReadyAddresses: true\n");
+    cluster.apply("web.yaml", &all)?;
+    until_answered(&client, "10.96.1.1:80", &["one", "two"])
+}
+
+/// The same of endpoints that are no pods.
+#[test]
+fn endpoints_that_terminate_serve_until_they_are_gone() -> Result<(), Error> {
+    let cluster = Cluster::builder().nodes(1).start()?;
+    let hosts = [cluster.host("left")?, cluster.host("right")?];
+    let serve = |host: &tests::cluster::Host| {
+        let mut spec = Spec::new(
+            &host.name,
+            tests::cluster::bin_dir()?.join("culvert-app"),
+            cluster.folder().join("logs").join(format!("{}.log", host.name)),
+        );
+        spec = spec.args(["echo", "--listen", "0.0.0.0:7000", "--mode", "banner"]).env("POD_NAME", &host.name);
+        spec.network = Some(std::sync::Arc::clone(&host.network));
+        spec.start()
+    };
+    let _servers = [serve(&hosts[0])?, serve(&hosts[1])?];
+    let slice = |left: &str, right: &str| {
+        format!(
+            "apiVersion: v1
+kind: Service
+metadata: {{name: db, namespace: default}}
+spec: {{clusterIP: 10.96.1.9, ports: [{{name: tcp, port: 80, targetPort: 7000}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: db-1, namespace: default, labels: {{kubernetes.io/service-name: db}}}}
+addressType: IPv4
+ports: [{{name: tcp, port: 7000}}]
+endpoints:
+- {{addresses: [{}], conditions: {{{left}}}}}
+- {{addresses: [{}], conditions: {{{right}}}}}
+",
+            hosts[0].address, hosts[1].address
+        )
+    };
+    let draining = "ready: false, serving: true, terminating: true";
+    let client = cluster.pod("client").node(1).enrolled(true).start()?;
+    for (left, right, expected) in [
+        ("ready: true", "ready: true", &["left", "right"][..]),
+        ("ready: true", draining, &["left"]),
+        (draining, draining, &["left", "right"]),
+        ("ready: false, serving: false, terminating: true", draining, &["right"]),
+        ("ready: false", "ready: false", &[]),
+    ] {
+        cluster.apply("db.yaml", &slice(left, right))?;
+        until_answered(&client, "10.96.1.9:80", expected)?;
     }
     Ok(())
 }

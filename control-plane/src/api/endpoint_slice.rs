@@ -29,6 +29,8 @@ pub struct Endpoint {
     pub addresses: Vec<IpAddr>,
     /// It takes traffic.
     pub ready: bool,
+    /// It is not ready only because it terminates, and serves until then: it takes traffic where nobody else does.
+    pub serving: bool,
     /// The pod it is.
     pub pod: Option<PodReference>,
     /// The node it is on; empty when not said.
@@ -124,7 +126,9 @@ fn endpoint(index: usize, endpoint: &k8s::Endpoint, wants_v6: bool, slice: &Name
         problems.add(format!("endpoints[{index}].addresses"), "is empty", "give the endpoint an address");
     }
     // Kubernetes: readiness that is not said is readiness; an endpoint that terminates is not ready.
-    let ready = endpoint.conditions.as_ref().is_none_or(|conditions| conditions.ready.unwrap_or(true));
+    let conditions = endpoint.conditions.clone().unwrap_or_default();
+    let ready = conditions.ready.unwrap_or(true);
+    let serving = !ready && conditions.serving == Some(true) && conditions.terminating == Some(true);
     let pod = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod")).and_then(|target| {
         let namespace = target.namespace.as_deref().unwrap_or(&slice.namespace);
         Some(PodReference { name: Name::new(namespace, target.name.as_deref()?) })
@@ -132,6 +136,7 @@ fn endpoint(index: usize, endpoint: &k8s::Endpoint, wants_v6: bool, slice: &Name
     Endpoint {
         addresses,
         ready,
+        serving,
         pod,
         node: endpoint.node_name.clone().unwrap_or_default().into(),
         zone: endpoint.zone.clone().unwrap_or_default(),

@@ -11,6 +11,7 @@ use mesh_proto::workload as wire;
 use super::multimap::MultiMap;
 use super::resource::{Changes, Resource};
 use super::services::slice_ports;
+use super::workload::Health;
 use super::{Dirty, Index, encode, names, workload};
 use crate::api::{Endpoint, EndpointSlice, Name, Pod, Service};
 
@@ -152,6 +153,8 @@ impl Index {
         let name = slice.service.as_ref().map_or(&slice.name.name, |service| &service.name);
         let zone =
             (!endpoint.zone.is_empty()).then(|| wire::Locality { zone: endpoint.zone.clone(), ..Default::default() });
+        // What is ready is so whatever else is said of it, as with `publishNotReadyAddresses`.
+        let health = if endpoint.ready { Health::Healthy } else { Health::of(endpoint.serving, true) };
         wire::Workload {
             uid: self.options.endpoint_uid(&slice.name, address),
             name: slice.name.name.to_string(),
@@ -163,7 +166,8 @@ impl Index {
             canonical_revision: "latest".to_owned(),
             workload_type: wire::WorkloadType::Pod.into(),
             workload_name: slice.name.name.to_string(),
-            status: if endpoint.ready { wire::WorkloadStatus::Healthy } else { wire::WorkloadStatus::Unhealthy }.into(),
+            status: health.status().into(),
+            extensions: health.extension().into_iter().collect(),
             cluster_id: self.options.cluster_id.clone(),
             locality: self.nodes.locality(&endpoint.node).or(zone),
             ..Default::default()

@@ -107,10 +107,11 @@ fn event(edit: &Edit) -> Event {
         Edit::Pod { namespace, name, address, app, node, shape } => {
             let host = if *shape == 1 { "hostNetwork: true," } else { "" };
             let phase = if *shape == 2 { "Succeeded" } else { "Running" };
-            let annotation = if *shape < 4 { "enabled" } else { "pending" };
+            let annotation = if *shape < 4 || *shape == 7 { "enabled" } else { "pending" };
+            let ends = if *shape > 5 { "deletionTimestamp: 2026-01-01T00:00:00Z," } else { "" };
             let address = if *shape == 3 { String::new() } else { format!("podIP: 10.0.0.{address},") };
             format!(
-                "{{apiVersion: v1, kind: Pod, metadata: {{name: x{name}, namespace: ns{namespace}, labels: {{app: a{app}, n: x{name}}},
+                "{{apiVersion: v1, kind: Pod, metadata: {{{ends} name: x{name}, namespace: ns{namespace}, labels: {{app: a{app}, n: x{name}}},
                    annotations: {{ambient.istio.io/redirection: {annotation}}}}},
                   spec: {{{host} nodeName: node{node}, containers: [{{name: c, ports: [{{name: web, containerPort: 80}}]}}]}},
                   status: {{{address} phase: {phase}, conditions: [{{type: Ready, status: 'True'}}]}}}}"
@@ -137,8 +138,9 @@ fn event(edit: &Edit) -> Event {
             let endpoints: Vec<String> = addresses
                 .iter()
                 .map(|address| {
+                    let conditions = CONDITIONS[usize::from(address % 3)];
                     format!(
-                        "{{addresses: [10.0.0.{address}], targetRef: {{kind: Pod, namespace: ns0, name: x{address}}}, nodeName: node{}}}",
+                        "{{addresses: [10.0.0.{address}], {conditions} targetRef: {{kind: Pod, namespace: ns0, name: x{address}}}, nodeName: node{}}}",
                         address % 3
                     )
                 })
@@ -166,6 +168,9 @@ fn event(edit: &Edit) -> Event {
         other => panic!("not accepted: {other:?}"),
     }
 }
+
+const CONDITIONS: [&str; 3] =
+    ["", "conditions: {ready: false},", "conditions: {ready: false, serving: true, terminating: true},"];
 
 const CHOSEN_BY_X0: &str = "10.96.40.128";
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use mesh_model::SpiffeId;
+use mesh_model::{Health, SpiffeId};
 use mesh_proto::workload as wire;
 use prost::Message;
 
@@ -10,6 +10,7 @@ use super::{Changes, Event, Index, Options, Roster};
 use crate::api::{Kind, Name, ObjectId, Outcome, parse};
 use crate::ca::{Directory, NodeIdentity};
 
+const UNHEALTHY: wire::WorkloadStatus = wire::WorkloadStatus::Unhealthy;
 pub(super) const CONFIRMATION: Duration = Duration::from_secs(60);
 
 pub(super) fn options() -> Options {
@@ -228,6 +229,69 @@ fn identity_health_and_protocol() {
     let mut index = Index::new(foreign);
     index.apply(apply(&base), time(0));
     assert_eq!(workload(&index, "a").trust_domain, "example.org");
+}
+
+#[test]
+fn a_pod_that_terminates_is_said_to_serve_while_it_does() {
+    let draining = |workload: &wire::Workload| workload.extensions.iter().any(|one| one.name == "culvert.dev/draining");
+    let health = |text: &str| mesh_model::Workload::try_from(&workload(&index(text), "a")).unwrap().health;
+    let ready = ENROLLED.to_owned() + &pod("a", "10.0.0.1", "app: a", "");
+    let ends = |text: &str| text.replace("{name: a,", "{name: a, deletionTimestamp: 2026-01-01T00:00:00Z,");
+    let not_ready = ready.replace("status: 'True'", "status: 'False'");
+    let unconfirmed = ready.replace("enabled}", "pending}");
+    for (text, expected) in [
+        (ready.clone(), Health::Healthy),
+        (ends(&ready), Health::Draining),
+        (not_ready.clone(), Health::Unhealthy),
+        (ends(&not_ready), Health::Unhealthy),
+        // It would be served in plaintext.
+        (ends(&unconfirmed), Health::Unhealthy),
+    ] {
+        assert_eq!(health(&text), expected, "{text}");
+    }
+    // Its own address goes on to be reached by HBONE, and it stays an endpoint.
+    let index = index(&(WEB.to_owned() + &ends(&ready).replace("app: a", "app: web")));
+    let workload = workload(&index, "a");
+    assert!(draining(&workload));
+    assert_eq!((workload.tunnel_protocol(), workload.status()), (wire::TunnelProtocol::Hbone, UNHEALTHY));
+    assert_eq!(services(&index, "a"), ["web -> 80:8080"]);
+}
+
+#[test]
+fn an_endpoint_that_terminates_is_said_to_serve_while_it_does() {
+    let slice = |conditions: &str| {
+        format!(
+            "---
+apiVersion: v1
+kind: Service
+metadata: {{name: db, namespace: ns}}
+spec: {{clusterIP: 10.96.0.9, ports: [{{name: sql, port: 5432}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: db-1, namespace: ns, labels: {{kubernetes.io/service-name: db}}}}
+addressType: IPv4
+ports: [{{name: sql, port: 5432}}]
+endpoints: [{{addresses: [192.0.2.1], conditions: {{{conditions}}}}}]
+"
+        )
+    };
+    for (conditions, expected) in [
+        ("", Health::Healthy),
+        ("ready: true, serving: true, terminating: false", Health::Healthy),
+        ("ready: false, serving: true, terminating: true", Health::Draining),
+        ("ready: false, serving: false, terminating: true", Health::Unhealthy),
+        ("ready: false, terminating: true", Health::Unhealthy),
+        ("ready: false, serving: true", Health::Unhealthy),
+        ("ready: false", Health::Unhealthy),
+        // Of a service with publishNotReadyAddresses.
+        ("ready: true, serving: true, terminating: true", Health::Healthy),
+    ] {
+        let index = index(&slice(conditions));
+        let found = find(&index, "Kubernetes/discovery.k8s.io/EndpointSlice/ns/db-1/192.0.2.1");
+        let Some(wire::address::Type::Workload(workload)) = found else { panic!("no endpoint") };
+        assert_eq!(mesh_model::Workload::try_from(&workload).unwrap().health, expected, "{conditions}");
+    }
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! A pod as the data plane knows it.
 
+use mesh_model::draining::{EXTENSION, PAYLOAD_TYPE};
+use mesh_proto::extension;
 use mesh_proto::workload as wire;
+use prost::Message as _;
 
 use super::{Index, Options, names};
 use crate::api::{Labels, Owner, Pod, WaypointBinding};
@@ -35,7 +38,7 @@ impl Index {
 /// The workload of a pod, except for the services it belongs to.
 pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
     let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt);
-    let is_healthy = pod.ready && !pod.terminating && !around.is_waiting;
+    let health = Health::of(pod.ready && !around.is_waiting, pod.terminating);
     let (workload_type, workload_name) = controller(pod);
     wire::Workload {
         uid: around.uid,
@@ -60,13 +63,49 @@ pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire
         workload_type: workload_type.into(),
         workload_name,
         native_tunnel: is_hbone && pod.native_tunnel,
-        status: if is_healthy { wire::WorkloadStatus::Healthy } else { wire::WorkloadStatus::Unhealthy }.into(),
+        status: health.status().into(),
+        extensions: health.extension().into_iter().collect(),
         cluster_id: options.cluster_id.clone(),
         locality: around.locality,
         authorization_policies: around.policies,
         network_mode: if pod.host_network { wire::NetworkMode::HostNetwork } else { wire::NetworkMode::Standard }
             .into(),
         ..Default::default()
+    }
+}
+
+/// Whether a workload takes traffic of services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    /// It does.
+    Healthy,
+    /// It ends, but serves until then: it takes traffic where nobody else does. A proxy that does not know the extension
+    /// which says so takes it for unhealthy.
+    Draining,
+    /// It does not.
+    Unhealthy,
+}
+
+impl Health {
+    pub(super) fn of(serves: bool, ends: bool) -> Self {
+        match (serves, ends) {
+            (true, false) => Self::Healthy,
+            (true, true) => Self::Draining,
+            (false, _) => Self::Unhealthy,
+        }
+    }
+
+    pub(super) fn status(self) -> wire::WorkloadStatus {
+        match self {
+            Self::Healthy => wire::WorkloadStatus::Healthy,
+            Self::Draining | Self::Unhealthy => wire::WorkloadStatus::Unhealthy,
+        }
+    }
+
+    pub(super) fn extension(self) -> Option<wire::Extension> {
+        let payload = extension::Draining {}.encode_to_vec();
+        let config = prost_types::Any { type_url: PAYLOAD_TYPE.to_owned(), value: payload };
+        (self == Self::Draining).then(|| wire::Extension { name: EXTENSION.to_owned(), config: Some(config) })
     }
 }
 

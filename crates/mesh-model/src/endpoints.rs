@@ -3,7 +3,8 @@
 //! Every workload that claims the service is a member, whether or not the service is known yet. The ready ones are
 //! filed under what they have in common with clients: their network, and each prefix of the service's routing
 //! preference. Choosing is then a look-up of the longest prefix that fits the client, and a random pick in it; for a
-//! connection that has failed there, in what is left of it, then in the next shorter one.
+//! connection that has failed there, in what is left of it, then in the next shorter one. Those that are draining are
+//! filed apart, in the same way, and are chosen from when no ready one is left.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use imbl::OrdMap;
 use crate::resolve::Viewpoint;
 use crate::service::{LoadBalancingMode, LocalityScope, Service};
 use crate::weighted::WeightedSet;
-use crate::workload::Workload;
+use crate::workload::{Health, Workload};
 
 /// Endpoints of one group that one connection tries: where several fail, the rest of a zone is no better.
 const TRIES: usize = 3;
@@ -23,14 +24,31 @@ const TRIES: usize = 3;
 pub(crate) struct ServiceEndpoints {
     members: WeightedSet,
     layout: Option<Arc<Layout>>,
-    /// Every ready endpoint.
-    ready: Groups,
-    /// For each port whose target the service leaves to its endpoints: the ready endpoints that have one.
-    ready_by_port: OrdMap<u16, Groups>,
+    ready: Filed,
+    /// The second choice.
+    draining: Filed,
 }
 
-/// Ready endpoints by what they have in common with clients, as [`group_key`] writes it.
+/// Endpoints of one standing.
+#[derive(Debug, Clone, Default)]
+struct Filed {
+    /// Every one.
+    all: Groups,
+    /// For each port whose target the service leaves to its endpoints: those that have one.
+    by_port: OrdMap<u16, Groups>,
+}
+
+/// Endpoints by what they have in common with clients, as [`group_key`] writes it.
 type Groups = OrdMap<Arc<str>, WeightedSet>;
+
+/// Whether an endpoint takes connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// It does.
+    Ready,
+    /// It does where no ready one is.
+    Draining,
+}
 
 /// What of a service decides where its endpoints are filed.
 #[derive(Debug, PartialEq, Eq)]
@@ -73,8 +91,17 @@ impl Layout {
         (shortest..=self.preference.len()).rev().filter_map(|length| self.preference.get(..length))
     }
 
-    fn is_ready(&self, workload: &Workload) -> bool {
-        (workload.healthy || self.allow_unhealthy) && !workload.addresses.is_empty() && workload.capacity > 0
+    /// None: it takes no connections.
+    fn standing(&self, workload: &Workload) -> Option<Standing> {
+        if workload.addresses.is_empty() || workload.capacity == 0 {
+            return None;
+        }
+        match workload.health {
+            Health::Healthy => Some(Standing::Ready),
+            Health::Draining | Health::Unhealthy if self.allow_unhealthy => Some(Standing::Ready),
+            Health::Draining => Some(Standing::Draining),
+            Health::Unhealthy => None,
+        }
     }
 }
 
@@ -102,8 +129,8 @@ impl ServiceEndpoints {
             return;
         }
         self.layout = layout.map(Arc::new);
-        self.ready = Groups::new();
-        self.ready_by_port = OrdMap::new();
+        self.ready = Filed::default();
+        self.draining = Filed::default();
         let members = self.members.clone();
         for workload in members.iter() {
             self.file(workload);
@@ -117,7 +144,7 @@ impl ServiceEndpoints {
 
     /// A random ready endpoint of those nearest to the client that serve `port`, any port with None; none of `tried`, which
     /// are uids. Those that are as near as several that were tried are given up, for the next nearest if the service
-    /// allows them.
+    /// allows them. Where no ready one is left, the same of those that are draining.
     pub(crate) fn pick(
         &self,
         port: Option<u16>,
@@ -126,6 +153,59 @@ impl ServiceEndpoints {
         tried: &[Arc<str>],
     ) -> Option<&Arc<Workload>> {
         let layout = self.layout.as_ref()?;
+        let ready = self.ready.pick(layout, port, from, random, tried);
+        ready.or_else(|| self.draining.pick(layout, port, from, random, tried))
+    }
+
+    /// Every endpoint that is ready for `port` in any network, by uid within a network; any port with None.
+    pub(crate) fn ready(&self, port: Option<u16>) -> Vec<&Arc<Workload>> {
+        let Some(layout) = &self.layout else { return Vec::new() };
+        let Some(groups) = self.ready.groups(layout, port) else { return Vec::new() };
+        // Each endpoint is filed once under the prefixes of every length; count one length only.
+        let longest = layout.preference.len() + 1;
+        groups.iter().filter(|(key, _)| group_depth(key) == longest).flat_map(|(_, set)| set.iter()).collect()
+    }
+
+    /// As [`Self::ready`] for any port, at most `limit`.
+    pub(crate) fn some_ready(&self, limit: usize) -> Vec<&Arc<Workload>> {
+        let Some(layout) = &self.layout else { return Vec::new() };
+        let longest = layout.preference.len() + 1;
+        let groups = self.ready.all.iter().filter(|(key, _)| group_depth(key) == longest);
+        groups.flat_map(|(_, set)| set.iter()).take(limit).collect()
+    }
+
+    fn filed(&mut self, standing: Standing) -> &mut Filed {
+        match standing {
+            Standing::Ready => &mut self.ready,
+            Standing::Draining => &mut self.draining,
+        }
+    }
+
+    fn file(&mut self, workload: &Arc<Workload>) {
+        let Some(layout) = self.layout.clone() else { return };
+        if let Some(standing) = layout.standing(workload) {
+            self.filed(standing).file(&layout, workload);
+        }
+    }
+
+    fn unfile(&mut self, workload: &Workload) {
+        let Some(layout) = self.layout.clone() else { return };
+        if let Some(standing) = layout.standing(workload) {
+            self.filed(standing).unfile(&layout, workload);
+        }
+    }
+}
+
+impl Filed {
+    /// See [`ServiceEndpoints::pick`].
+    fn pick(
+        &self,
+        layout: &Layout,
+        port: Option<u16>,
+        from: &Viewpoint<'_>,
+        random: &mut fastrand::Rng,
+        tried: &[Arc<str>],
+    ) -> Option<&Arc<Workload>> {
         let groups = self.groups(layout, port)?;
         let mut key = String::new();
         // Each group holds the one before, which is nearer.
@@ -147,39 +227,18 @@ impl ServiceEndpoints {
         None
     }
 
-    /// Every endpoint that is ready for `port` in any network, by uid within a network; any port with None.
-    pub(crate) fn ready(&self, port: Option<u16>) -> Vec<&Arc<Workload>> {
-        let Some(layout) = &self.layout else { return Vec::new() };
-        let Some(groups) = self.groups(layout, port) else { return Vec::new() };
-        // Each endpoint is filed once under the prefixes of every length; count one length only.
-        let longest = layout.preference.len() + 1;
-        groups.iter().filter(|(key, _)| group_depth(key) == longest).flat_map(|(_, set)| set.iter()).collect()
-    }
-
-    /// As [`Self::ready`] for any port, at most `limit`.
-    pub(crate) fn some_ready(&self, limit: usize) -> Vec<&Arc<Workload>> {
-        let Some(layout) = &self.layout else { return Vec::new() };
-        let longest = layout.preference.len() + 1;
-        let groups = self.ready.iter().filter(|(key, _)| group_depth(key) == longest);
-        groups.flat_map(|(_, set)| set.iter()).take(limit).collect()
-    }
-
     fn groups(&self, layout: &Layout, port: Option<u16>) -> Option<&Groups> {
         match port {
-            Some(port) if layout.endpoint_ports.binary_search(&port).is_ok() => self.ready_by_port.get(&port),
-            Some(_) | None => Some(&self.ready),
+            Some(port) if layout.endpoint_ports.binary_search(&port).is_ok() => self.by_port.get(&port),
+            Some(_) | None => Some(&self.all),
         }
     }
 
-    fn file(&mut self, workload: &Arc<Workload>) {
-        let Some(layout) = self.layout.clone() else { return };
-        if !layout.is_ready(workload) {
-            return;
-        }
-        for_each_group(&layout, workload, |port, key| {
+    fn file(&mut self, layout: &Layout, workload: &Arc<Workload>) {
+        for_each_group(layout, workload, |port, key| {
             let groups = match port {
-                None => &mut self.ready,
-                Some(port) => self.ready_by_port.entry(port).or_default(),
+                None => &mut self.all,
+                Some(port) => self.by_port.entry(port).or_default(),
             };
             match groups.get_mut(key) {
                 Some(set) => set.insert(Arc::clone(workload)),
@@ -192,18 +251,14 @@ impl ServiceEndpoints {
         });
     }
 
-    fn unfile(&mut self, workload: &Workload) {
-        let Some(layout) = self.layout.clone() else { return };
-        if !layout.is_ready(workload) {
-            return;
-        }
-        for_each_group(&layout, workload, |port, key| match port {
-            None => drop_from(&mut self.ready, key, &workload.uid),
+    fn unfile(&mut self, layout: &Layout, workload: &Workload) {
+        for_each_group(layout, workload, |port, key| match port {
+            None => drop_from(&mut self.all, key, &workload.uid),
             Some(port) => {
-                let Some(groups) = self.ready_by_port.get_mut(&port) else { return };
+                let Some(groups) = self.by_port.get_mut(&port) else { return };
                 drop_from(groups, key, &workload.uid);
                 if groups.is_empty() {
-                    self.ready_by_port.remove(&port);
+                    self.by_port.remove(&port);
                 }
             }
         });
@@ -218,7 +273,7 @@ fn drop_from(groups: &mut Groups, key: &str, uid: &str) {
     }
 }
 
-/// Every group that a ready endpoint belongs to: None for all ports, and each port that it answers for itself.
+/// Every group that an endpoint belongs to: None for all ports, and each port that it answers for itself.
 fn for_each_group(layout: &Layout, workload: &Workload, mut each: impl FnMut(Option<u16>, &str)) {
     let place = Viewpoint::of(workload);
     let mut key = String::new();

@@ -11,7 +11,7 @@ use crate::identity::SpiffeId;
 use crate::resolve::Viewpoint;
 use crate::service::{Service, service_key};
 use crate::snapshot::Snapshot;
-use crate::workload::Workload;
+use crate::workload::{Health, Workload};
 
 /// Port of HBONE where nothing else is said.
 pub const HBONE_PORT: u16 = 15008;
@@ -134,7 +134,7 @@ impl Snapshot {
             return Err(UnresolvedGateway::Unknown);
         };
         let workload = self.workload_by_ip(&at.network, at.ip).ok_or(UnresolvedGateway::Unknown)?;
-        if !workload.healthy || tried.contains(&workload.uid) {
+        if workload.health == Health::Unhealthy || tried.contains(&workload.uid) {
             return Err(UnresolvedGateway::NoReadyInstance);
         }
         // The very address that was configured where it can be reached, else another one of the same workload.

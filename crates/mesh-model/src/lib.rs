@@ -10,6 +10,7 @@
 pub mod address;
 pub mod authorize;
 mod blocks;
+pub mod draining;
 mod endpoints;
 #[cfg(test)]
 mod fixture;
@@ -34,4 +35,4 @@ pub use resolve::{Destination, Endpoint, Viewpoint};
 pub use service::{AppProtocol, InvalidService, LoadBalancing, Service, ServicePort};
 pub use snapshot::{Change, InvalidChange, Snapshot};
 pub use unusable::Unusable;
-pub use workload::{InvalidWorkload, Locality, TunnelProtocol, Workload, WorkloadType};
+pub use workload::{Health, InvalidWorkload, Locality, TunnelProtocol, Workload, WorkloadType};

@@ -7,6 +7,7 @@ use mesh_proto::workload as wire;
 use thiserror::Error;
 
 use crate::address::{InvalidAddress, Reach, ip_from_bytes};
+use crate::draining;
 use crate::gateway::{GatewayAddress, InvalidGateway};
 use crate::identity::{InvalidSpiffeId, SpiffeId};
 use crate::service::{InvalidPort, Service, ServicePort, find_port, ports_from_wire};
@@ -45,7 +46,7 @@ pub struct Workload {
     /// Whether the workload itself terminates HBONE.
     pub native_tunnel: bool,
     /// Whether it takes traffic of services.
-    pub healthy: bool,
+    pub health: Health,
     /// Whether it shares its node's network namespace, and so its address.
     pub host_network: bool,
 }
@@ -86,6 +87,17 @@ pub struct Location {
 pub(crate) struct Gateways {
     waypoint: Option<GatewayAddress>,
     network_gateway: Option<GatewayAddress>,
+}
+
+/// Whether a workload takes traffic of services. Connections to its own address are its own affair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// It does.
+    Healthy,
+    /// It is being deleted and still serves: it takes connections where nobody else does.
+    Draining,
+    /// It does not.
+    Unhealthy,
 }
 
 /// How a workload is reached.
@@ -219,7 +231,7 @@ impl TryFrom<&wire::Workload> for Workload {
         if wire.uid.is_empty() {
             return Err(InvalidWorkload::NoUid);
         }
-        let (healthy, host_network) = (status(wire.status)?, network_mode(wire.network_mode)?);
+        let (health, host_network) = (health(wire)?, network_mode(wire.network_mode)?);
         Ok(Self {
             uid: wire.uid.as_str().into(),
             name: wire.name.as_str().into(),
@@ -234,7 +246,7 @@ impl TryFrom<&wire::Workload> for Workload {
             application_tunnel: wire.application_tunnel.as_ref().map_or(Ok(None), application_tunnel)?,
             tunnel_protocol: tunnel_protocol(wire.tunnel_protocol)?,
             native_tunnel: wire.native_tunnel,
-            healthy,
+            health,
             host_network,
         })
     }
@@ -351,11 +363,12 @@ fn addresses(wire: &[bytes::Bytes]) -> Result<Box<[IpAddr]>, InvalidAddress> {
     Ok(addresses.into())
 }
 
-fn status(value: i32) -> Result<bool, InvalidWorkload> {
-    match wire::WorkloadStatus::try_from(value) {
-        Ok(wire::WorkloadStatus::Healthy) => Ok(true),
-        Ok(wire::WorkloadStatus::Unhealthy) => Ok(false),
-        Err(_) => Err(InvalidWorkload::Unknown { field: "status", value }),
+fn health(wire: &wire::Workload) -> Result<Health, InvalidWorkload> {
+    match wire::WorkloadStatus::try_from(wire.status) {
+        Ok(wire::WorkloadStatus::Healthy) => Ok(Health::Healthy),
+        Ok(wire::WorkloadStatus::Unhealthy) if draining::is_said(&wire.extensions) => Ok(Health::Draining),
+        Ok(wire::WorkloadStatus::Unhealthy) => Ok(Health::Unhealthy),
+        Err(_) => Err(InvalidWorkload::Unknown { field: "status", value: wire.status }),
     }
 }
 

@@ -57,6 +57,7 @@ fn pod(number: usize) -> PodRecord {
         ips: vec![Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 10)) + bits).into()],
         ports: vec![("http".to_owned(), 8080)],
         ready: true,
+        terminating: false,
     }
 }
 

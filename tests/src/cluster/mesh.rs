@@ -65,6 +65,7 @@ impl Builder {
             ips: node.take_addresses(self.families)?,
             ports: Vec::new(),
             ready: true,
+            terminating: false,
         };
         let network = Arc::new(NetNs::create_for(self.families, format!("proxy of {}", node.name))?);
         node.attach(shared, &network, &pod.name, &pod.ips, self.families)?;

@@ -50,7 +50,9 @@ fn as_it_is(workload: &Value, pod: &PodRecord) -> bool {
     let here = pod.ips.iter().all(|ip| listed.contains(&ip.to_string().as_str()));
     // A pod may also say of itself that it speaks HBONE.
     let native = pod.labels.get("networking.istio.io/tunnel").is_some_and(|kind| kind == "http");
-    here && hbone == (pod.captured() || native) && (!pod.ready || !pod.captured() || workload["healthy"] == true)
+    let serves = pod.ready && pod.captured();
+    let (healthy, draining) = (workload["healthy"] == true, workload["draining"] == true);
+    here && hbone == (pod.captured() || native) && (!serves || if pod.terminating { draining } else { healthy })
 }
 
 #[cfg(test)]
@@ -75,6 +77,7 @@ mod tests {
             ips: vec![[10, 0, 0, 2].into()],
             ports: Vec::new(),
             ready: true,
+            terminating: false,
         };
         let dump = json!({"workloads": [
             {"name": "web", "namespace": "other"},

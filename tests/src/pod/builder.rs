@@ -62,6 +62,7 @@ impl<'c> PodBuilder<'c> {
             ips: Vec::new(),
             ports: Vec::new(),
             ready: false,
+            terminating: false,
         };
         let (command, env) = (Vec::new(), Vec::new());
         Self {

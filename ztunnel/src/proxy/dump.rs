@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use mesh_identity::store::IdentityStatus;
-use mesh_model::{Authorization, Service, Unusable, Workload};
+use mesh_model::{Authorization, Health, Service, Unusable, Workload};
 use mesh_xds::client::{Handle, Status};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -159,7 +159,8 @@ fn workload(workload: &Workload) -> Value {
         "node": workload.location.node.as_ref(),
         "cluster": workload.location.cluster_id.as_ref(),
         "protocol": format!("{:?}", workload.tunnel_protocol),
-        "healthy": workload.healthy,
+        "healthy": workload.health == Health::Healthy,
+        "draining": workload.health == Health::Draining,
         "hostNetwork": workload.host_network,
         "waypoint": workload.waypoint().map(|waypoint| format!("{waypoint:?}")),
         "canonicalName": workload.origin.canonical_name.as_ref(),

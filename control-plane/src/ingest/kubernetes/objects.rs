@@ -170,7 +170,15 @@ fn still_good(last: &Object, uid: &str, newest: &Raw) -> Option<Object> {
         return None;
     }
     let (terminating, captured) = (text("/metadata/deletionTimestamp").is_some(), text(REDIRECTION) == Some("enabled"));
-    Some(Object::Pod(Arc::new(Pod { terminating, captured, ..Pod::clone(pod) })))
+    let ready = pod.ready && (!terminating || says_ready(&newest.value));
+    Some(Object::Pod(Arc::new(Pod { terminating, captured, ready, ..Pod::clone(pod) })))
+}
+
+/// Whether a pod, valid or not, says of itself that it is ready.
+fn says_ready(pod: &Value) -> bool {
+    let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
+    let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+    conditions.into_iter().flatten().any(is_ready)
 }
 
 #[cfg(test)]
@@ -292,6 +300,25 @@ mod tests {
         going["metadata"]["annotations"] = json!({});
         assert_eq!(flags(apply(&mut objects, going)), Some((true, false)));
         assert_eq!(objects.accepted(), 1);
+    }
+
+    #[test]
+    fn a_kept_pod_that_is_going_serves_while_it_says_so() {
+        let ready = |mut pod: Value, ready: &str| {
+            pod["status"]["conditions"] = json!([{"type": "Ready", "status": ready}]);
+            pod
+        };
+        let mut objects = Objects::new(Kind::Pod);
+        apply(&mut objects, ready(pod("u1", 1, true), "True"));
+        let mut going = pod("u1", 2, false);
+        going["metadata"]["deletionTimestamp"] = json!("2026-01-02T03:04:05Z");
+        let is_ready = |event| match event {
+            Some(Event::Apply(Object::Pod(pod))) => Some(pod.ready),
+            Some(_) | None => None,
+        };
+        assert_eq!(is_ready(apply(&mut objects, ready(going.clone(), "True"))), Some(true));
+        going["metadata"]["resourceVersion"] = json!("3");
+        assert_eq!(is_ready(apply(&mut objects, ready(going, "False"))), Some(false));
     }
 
     #[test]

@@ -95,3 +95,68 @@ fn a_gateway_is_one_whose_instance_has_not_failed() {
         );
     }
 }
+
+#[test]
+fn what_is_draining_serves_when_nobody_else_is_left() {
+    let ports = &[(80, 8080)][..];
+    let endpoint = |name: &str, number: u8| in_service(pod(name, &[&format!("10.0.0.{number}")]), "web", ports);
+    let unhealthy = |workload| wire::Workload { status: wire::WorkloadStatus::Unhealthy.into(), ..workload };
+    let draining = |workload| {
+        let payload = prost_types::Any { type_url: crate::draining::PAYLOAD_TYPE.into(), value: Vec::new() };
+        let extension = wire::Extension { name: crate::draining::EXTENSION.into(), config: Some(payload) };
+        wire::Workload { extensions: vec![extension], ..unhealthy(workload) }
+    };
+    let (ready, old, older, sick) = (
+        endpoint("ready", 1),
+        draining(endpoint("old", 2)),
+        draining(endpoint("older", 3)),
+        unhealthy(endpoint("sick", 4)),
+    );
+    let cases: &[(&[&wire::Workload], bool, &[&str])] = &[
+        (&[&ready, &old, &sick], false, &["ready", "old"]),
+        (&[&old, &sick], false, &["old"]),
+        (&[&old, &older], false, &["old older"]),
+        (&[&sick], false, &[]),
+        // publishNotReadyAddresses makes no difference between them.
+        (&[&ready, &old, &sick], true, &["old ready sick"]),
+    ];
+    for (workloads, allow_unhealthy, expected) in cases {
+        let load_balancing = wire::LoadBalancing { health_policy: (*allow_unhealthy).into(), ..Default::default() };
+        let web = wire::Service { load_balancing: Some(load_balancing), ..service("web", &["10.96.0.1"], ports) };
+        let workloads: Vec<_> = workloads.iter().map(|workload| (*workload).clone()).collect();
+        let snapshot = snapshot(&workloads, &[web]);
+        let service = snapshot.service_by_name("shop/web").unwrap();
+        // What one connection after the other is given until each was tried.
+        let (from, mut random, mut tried) = (Viewpoint::default(), fastrand::Rng::with_seed(4), Vec::new());
+        for group in *expected {
+            let mut left: Vec<&str> = group.split(' ').collect();
+            while !left.is_empty() {
+                let found = snapshot.select(service, 80, &from, &mut random, &tried).unwrap();
+                let at = left.iter().position(|name| **name == *found.workload.name);
+                left.remove(at.unwrap_or_else(|| panic!("{} before {left:?}", found.workload.name)));
+                tried.push(Arc::clone(&found.workload.uid));
+            }
+        }
+        assert!(snapshot.select(service, 80, &from, &mut random, &tried).is_none(), "{expected:?}");
+    }
+}
+
+#[test]
+fn a_gateway_by_its_address_serves_while_it_drains() {
+    let at = pod("gate", &["10.0.0.1"]);
+    let payload = prost_types::Any { type_url: crate::draining::PAYLOAD_TYPE.into(), value: Vec::new() };
+    let extension = wire::Extension { name: crate::draining::EXTENSION.into(), config: Some(payload) };
+    let status = wire::WorkloadStatus::Unhealthy.into();
+    let sick = wire::Workload { status, ..at.clone() };
+    let draining = wire::Workload { extensions: vec![extension], ..sick.clone() };
+    for (workload, serves) in [(at, true), (draining, true), (sick, false)] {
+        let snapshot = snapshot(&[workload], &[]);
+        let destination = wire::gateway_address::Destination::Address(crate::fixture::network_address("10.0.0.1"));
+        let address = wire::GatewayAddress { destination: Some(destination), hbone_mtls_port: 0 };
+        let address = crate::GatewayAddress::try_from(&address).unwrap();
+        let reach = crate::Reach::new(crate::fixture::ip("10.0.0.9"), &[crate::fixture::ip("10.0.0.9")]);
+        let mut random = fastrand::Rng::with_seed(1);
+        let found = snapshot.gateway(&address, &Viewpoint::default(), &reach, &mut random, &[]);
+        assert_eq!(found.is_ok(), serves);
+    }
+}

@@ -7,9 +7,11 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
 use super::*;
+use crate::draining::{EXTENSION, PAYLOAD_TYPE};
 use crate::fixture::{ip, network_address, pod, service};
 use crate::resolve::{Destination, Viewpoint};
 use crate::service::{LoadBalancingMode, LocalityScope};
+use crate::workload::Health;
 
 const NETWORKS: [&str; 2] = ["", "far"];
 const ADDRESSES: [&str; 5] = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::1", "10.0.1.4"];
@@ -31,6 +33,11 @@ fn uid(number: usize) -> String {
     format!("Kubernetes//Pod/shop/w{number}")
 }
 
+fn draining() -> wire::Extension {
+    let payload = prost_types::Any { type_url: PAYLOAD_TYPE.into(), value: Vec::new() };
+    wire::Extension { name: EXTENSION.into(), config: Some(payload) }
+}
+
 fn port_list() -> impl Strategy<Value = Vec<wire::Port>> {
     let target = prop_oneof![Just(0_u32), 8000_u32..8003];
     btree_map(prop::sample::select(&PORTS[..]), target, 0..3).prop_map(|ports| {
@@ -47,14 +54,16 @@ fn workload() -> impl Strategy<Value = wire::Workload> {
     let place = (0..2_usize, prop::sample::select(vec!["x", "y"]), prop::sample::select(vec!["n1", "n2"]));
     let services = btree_map(prop::sample::select(&SERVICES[..]), port_list(), 0..3);
     let addresses = vec(prop::sample::select(&ADDRESSES[..]), 0..3);
-    let state = (prop::bool::weighted(0.7), prop::bool::weighted(0.2), prop::option::of(0_u32..4), 0..2_i32);
+    let health = prop_oneof![6 => Just(Health::Healthy), 2 => Just(Health::Draining), 2 => Just(Health::Unhealthy)];
+    let state = (health, prop::bool::weighted(0.2), prop::option::of(0_u32..4), 0..2_i32);
     (0..6_usize, addresses, place, services, state).prop_map(
-        |(number, addresses, (network, zone, node), services, (healthy, host, capacity, tunnel))| {
+        |(number, addresses, (network, zone, node), services, (health, host, capacity, tunnel))| {
             let mut workload = pod(&format!("w{number}"), &addresses);
             workload.network = NETWORKS[network].into();
             workload.node = node.into();
             workload.locality = Some(wire::Locality { zone: zone.into(), ..Default::default() });
-            workload.status = (!healthy).into();
+            workload.status = (health != Health::Healthy).into();
+            workload.extensions = (health == Health::Draining).then(draining).into_iter().collect();
             workload.network_mode = host.into();
             workload.capacity = capacity;
             workload.tunnel_protocol = tunnel;
@@ -183,9 +192,14 @@ impl Naive {
     }
 
     fn ready(&self, key: &str, port: Option<u16>) -> BTreeSet<&str> {
+        let allow_unhealthy = |service: &Service| service.load_balancing.allow_unhealthy;
+        self.serving(key, port, |service, health| health == Health::Healthy || allow_unhealthy(service))
+    }
+
+    fn serving(&self, key: &str, port: Option<u16>, may: impl Fn(&Service, Health) -> bool) -> BTreeSet<&str> {
         let Some(service) = self.services.get(key) else { return BTreeSet::new() };
         let ready = |workload: &&Workload| {
-            let healthy = workload.healthy || service.load_balancing.allow_unhealthy;
+            let healthy = may(service, workload.health);
             let serves = |port| service.port(port).is_some() && workload.target_port(service, port).is_some();
             let taking = workload.capacity > 0 && !workload.addresses.is_empty();
             workload.in_service(key) && healthy && taking && port.is_none_or(serves)
@@ -193,8 +207,18 @@ impl Naive {
         self.workloads.values().filter(ready).map(|workload| &*workload.uid).collect()
     }
 
-    /// The endpoints of which one may be chosen.
+    /// The endpoints of which one may be chosen: ready ones, else those that are draining.
     fn candidates(&self, key: &str, port: u16, from: &Viewpoint<'_>) -> BTreeSet<&str> {
+        let ready = self.nearest(key, self.ready(key, Some(port)), from);
+        if !ready.is_empty() {
+            return ready;
+        }
+        let draining = self.serving(key, Some(port), |_, health| health == Health::Draining);
+        self.nearest(key, draining, from)
+    }
+
+    /// Those of the endpoints `ready` that the service's load balancing prefers.
+    fn nearest<'a>(&'a self, key: &str, mut ready: BTreeSet<&'a str>, from: &Viewpoint<'_>) -> BTreeSet<&'a str> {
         let Some(service) = self.services.get(key) else { return BTreeSet::new() };
         let balancing = &service.load_balancing;
         let rank = |uid: &str| {
@@ -202,7 +226,6 @@ impl Naive {
             let shared = |scope: &&LocalityScope| to.scope(**scope) == from.scope(**scope);
             balancing.preference.iter().take_while(shared).count()
         };
-        let mut ready = self.ready(key, Some(port));
         ready.retain(|uid| *self.workloads[*uid].location.network == *from.network);
         let least = match balancing.mode {
             LoadBalancingMode::Spread | LoadBalancingMode::Passthrough => 0,

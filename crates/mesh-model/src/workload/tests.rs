@@ -9,7 +9,7 @@ fn empty_means_default() {
             .unwrap();
     assert_eq!(workload.spiffe_id().as_str(), "spiffe://cluster.local/ns/ns/sa/default");
     assert_eq!(&*workload.location.cluster_id, "Kubernetes");
-    assert_eq!((workload.capacity, workload.healthy, workload.host_network), (1, true, false));
+    assert_eq!((workload.capacity, workload.health, workload.host_network), (1, Health::Healthy, false));
     assert_eq!(workload.tunnel_protocol, TunnelProtocol::None);
     assert!(workload.addresses.is_empty());
 }
@@ -28,7 +28,7 @@ fn what_is_said_is_taken() {
     let workload = Workload::try_from(&in_service(wire, "a", &[])).unwrap();
     assert_eq!(workload.spiffe_id().as_str(), "spiffe://example.org/ns/shop/sa/web");
     assert_eq!(*workload.addresses, [ip("10.0.0.1"), ip("2001:db8::1")]);
-    assert_eq!((workload.capacity, workload.healthy, workload.host_network), (0, false, true));
+    assert_eq!((workload.capacity, workload.health, workload.host_network), (0, Health::Unhealthy, true));
     assert_eq!(workload.origin.workload_type, WorkloadType::Pod);
     assert_eq!(*workload.authorization_policies, ["a/a".into(), "b/b".into()]);
     assert_eq!(&*workload.location.locality.zone, "z");

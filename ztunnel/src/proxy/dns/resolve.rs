@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::service::LoadBalancingMode;
-use mesh_model::{Service, Snapshot, Viewpoint, Workload};
+use mesh_model::{Health, Service, Snapshot, Viewpoint, Workload};
 
 use crate::proxy::local::LocalPod;
 
@@ -183,7 +183,7 @@ impl<'a> Resolver<'a> {
         let by_name = || self.snapshot.workload_by_uid(&format!("{cluster_id}//Pod/{namespace}/{label}"));
         let by_address = || self.snapshot.workload_by_ip(network, dashed(label)?);
         let workload = by_name().filter(|workload| is_ordinal(workload)).or_else(by_address)?;
-        let ready = workload.healthy || service.load_balancing.allow_unhealthy;
+        let ready = workload.health == Health::Healthy || service.load_balancing.allow_unhealthy;
         let addresses = workload.addresses.to_vec();
         let known = ready && self.is_here(workload) && workload.in_service(service.key()) && !addresses.is_empty();
         known.then_some(addresses)
