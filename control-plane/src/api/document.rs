@@ -13,8 +13,8 @@ use serde_json::Value;
 use super::name::{Kind, ObjectId};
 use super::problem::{Problem, Problems};
 use super::{
-    Object, authorization_policy, custom, endpoint_slice, namespace, node, peer_authentication, pod, service, stand_in,
-    strict, workload_kinds,
+    Object, authorization_policy, custom, endpoint_slice, namespace, node, peer_authentication, pod, service,
+    service_entry, stand_in, strict, workload_entry, workload_kinds,
 };
 
 /// One document of a file, or one item of a `List` in it.
@@ -205,8 +205,8 @@ pub fn read_served(value: &Value) -> Outcome {
 /// Whether this version puts objects of the kind in force.
 fn is_read(kind: Kind) -> bool {
     match kind {
-        Kind::AuthorizationPolicy | Kind::PeerAuthentication => true,
-        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => false,
+        Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ServiceEntry | Kind::WorkloadEntry => true,
+        Kind::Gateway | Kind::GatewayClass => false,
         Kind::Namespace
         | Kind::Node
         | Kind::ServiceAccount
@@ -235,7 +235,12 @@ fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<P
             .map(|valid| Object::AuthorizationPolicy(Arc::new(valid))),
         Kind::PeerAuthentication => custom::typed(value, unknown, peer_authentication::validate)
             .map(|valid| Object::PeerAuthentication(Arc::new(valid))),
-        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => {
+        Kind::ServiceEntry => {
+            custom::typed(value, unknown, service_entry::validate).map(|valid| Object::ServiceEntry(Arc::new(valid)))
+        }
+        Kind::WorkloadEntry => custom::typed(value, unknown, workload_entry::validate)
+            .map(|valid| Object::WorkloadEntry(Arc::new(valid.as_checked(value)))),
+        Kind::Gateway | Kind::GatewayClass => {
             let message = format!("{kind} is not supported by this version, so it is not in force");
             Err(vec![Problem::new("kind", message, "do not rely on it")])
         }

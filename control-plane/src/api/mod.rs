@@ -19,8 +19,10 @@ mod peer_authentication;
 mod pod;
 mod problem;
 mod service;
+mod service_entry;
 mod stand_in;
 mod strict;
+mod workload_entry;
 mod workload_kinds;
 
 #[cfg(test)]
@@ -38,8 +40,10 @@ pub use node::{Locality, Node};
 pub use peer_authentication::{MtlsMode, PeerAuthentication};
 pub use pod::{ContainerPort, Owner, Phase, Pod};
 pub use problem::{Problem, Problems};
-pub use service::{AppProtocol, Families, Service, ServiceAddresses, ServicePort, TargetPort, Topology};
+pub use service::{AppProtocol, EntryPart, Families, Service, ServiceAddresses, ServicePort, TargetPort, Topology};
+pub use service_entry::{Resolution, ServiceEntry};
 pub use stand_in::of as stand_in;
+pub use workload_entry::{EntryAddress, EntryEndpoint, WorkloadEntry};
 pub use workload_kinds::{Deployment, ServiceAccount};
 
 /// A valid object, reduced to what the mesh uses of it. Cheap to clone.
@@ -63,6 +67,10 @@ pub enum Object {
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     /// Whether plaintext is taken.
     PeerAuthentication(Arc<PeerAuthentication>),
+    /// Hosts that are no services of Kubernetes.
+    ServiceEntry(Arc<ServiceEntry>),
+    /// A workload that is no pod.
+    WorkloadEntry(Arc<WorkloadEntry>),
 }
 
 impl Object {
@@ -78,6 +86,8 @@ impl Object {
             Self::Pod(pod) => ObjectId::namespaced(Kind::Pod, &pod.name),
             Self::AuthorizationPolicy(policy) => ObjectId::namespaced(Kind::AuthorizationPolicy, &policy.name),
             Self::PeerAuthentication(policy) => ObjectId::namespaced(Kind::PeerAuthentication, &policy.name),
+            Self::ServiceEntry(entry) => ObjectId::namespaced(Kind::ServiceEntry, &entry.name),
+            Self::WorkloadEntry(entry) => ObjectId::namespaced(Kind::WorkloadEntry, &entry.name),
         }
     }
 }

@@ -93,8 +93,10 @@ pub struct Owner {
     pub name: String,
 }
 
-const REDIRECTION: &str = "ambient.istio.io/redirection";
-const TUNNEL: &str = "networking.istio.io/tunnel";
+/// Annotation of a pod whose traffic is captured.
+pub(super) const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// Label of what speaks HBONE itself.
+pub(super) const TUNNEL: &str = "networking.istio.io/tunnel";
 
 /// Validates a Pod.
 ///

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use k8s_openapi::api::core::v1 as k8s;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -30,6 +32,25 @@ pub struct Service {
     pub topology: Topology,
     /// The waypoint of its own label.
     pub waypoint: WaypointBinding,
+    /// What only a host of a ServiceEntry has; none for a Service. The host is then the whole name.
+    pub entry: Option<EntryPart>,
+}
+
+/// What a host of a ServiceEntry has beside what a Service has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntryPart {
+    /// The entry's name.
+    pub name: Arc<str>,
+    /// The addresses that the entry gives, each with the length of its prefix. They need not be its own alone.
+    pub blocks: Vec<(IpAddr, u8)>,
+    /// Connections go to the address that the client asked for.
+    pub is_passthrough: bool,
+    /// Further identities that endpoints may present.
+    pub subject_alt_names: Vec<String>,
+    /// Only clients of its own namespace see it.
+    pub is_private: bool,
+    /// When the entry was created: of two that want the same address the older one has it.
+    pub created: Option<SystemTime>,
 }
 
 /// How a service is reached.
@@ -160,6 +181,7 @@ pub(super) fn validate(object: &k8s::Service) -> Result<Service, Vec<Problem>> {
         families: families(spec, &mut problems),
         topology: topology(spec, &mut problems),
         waypoint: WaypointBinding::read(&labels),
+        entry: None,
     };
     problems.finish(service)
 }

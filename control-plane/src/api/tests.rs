@@ -1,6 +1,11 @@
 //! Validation, as a table: a manifest, and the mistakes that must be found in it.
 
-use super::{DataplaneMode, Document, Object, Outcome, Phase, ServiceAddresses, TargetPort, parse};
+use serde_json::{Value, json};
+
+use super::{
+    DataplaneMode, Document, EntryAddress, Kind, Object, Outcome, Phase, Resolution, ServiceAddresses, TargetPort,
+    parse,
+};
 
 fn one(text: &str) -> Outcome {
     let mut documents = parse(text);
@@ -335,4 +340,135 @@ fn older_versions_of_a_kind_are_read() {
         accepted(&text.replace("/v1", &format!("/{version}")));
     }
     assert_eq!(mistakes(&text.replace("/v1", "/v2"))[0].split(':').next(), Some("apiVersion"));
+}
+
+fn entry(kind: &str, spec: &str) -> String {
+    format!(
+        "{{apiVersion: networking.istio.io/v1, kind: {kind}, metadata: {{name: e, namespace: ns}}, spec: {{{spec}}}}}"
+    )
+}
+
+#[test]
+fn mistakes_of_entries_are_found() {
+    let ports = "ports: [{number: 80, name: http, protocol: HTTP}]";
+    let hosts = "hosts: [a.example.com]";
+    let endpoint = |endpoint: &str| format!("{hosts}, {ports}, resolution: STATIC, endpoints: [{{{endpoint}}}]");
+    let port = |port: &str| format!("{hosts}, ports: [{{number: 80, name: http}}, {{{port}}}]");
+    for (spec, field) in [
+        (ports.to_owned(), "spec.hosts"),
+        (format!("hosts: [web], {ports}"), "spec.hosts[0]"),
+        (format!("hosts: ['*'], {ports}"), "spec.hosts[0]"),
+        (format!("hosts: [a.*.com], {ports}"), "spec.hosts[0]"),
+        (format!("hosts: [192.0.2.1], {ports}"), "spec.hosts[0]"),
+        (format!("hosts: [a.example.com, A.example.com], {ports}"), "spec.hosts[1]"),
+        (format!("{hosts}, {ports}, addresses: [0.0.0.0/0]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: [10.0.0.1/8]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: [10.0.0.0/+8]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: [127.0.0.1]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: ['::1/129']"), "spec.addresses[0]"),
+        (hosts.to_owned(), "spec.ports"),
+        (port("number: 0, name: b"), "spec.ports[1].number"),
+        (port("number: 80, name: b"), "spec.ports[1].number"),
+        (port("number: 81, name: http"), "spec.ports[1].name"),
+        (port("number: 81"), "spec.ports[1].name"),
+        (port("number: 81, name: a_b"), "spec.ports[1].name"),
+        (port("number: 81, name: b, protocol: SMTP"), "spec.ports[1].protocol"),
+        (port("number: 81, name: b, targetPort: 65536"), "spec.ports[1].targetPort"),
+        (format!("{hosts}, {ports}, location: MARS"), "spec.location"),
+        (format!("{hosts}, {ports}, resolution: MAYBE"), "spec.resolution"),
+        (format!("{hosts}, {ports}, resolution: STATIC"), "spec.endpoints"),
+        (format!("{hosts}, {ports}, endpoints: [{{address: 192.0.2.1}}]"), "spec.endpoints"),
+        (endpoint("address: a.example.com"), "spec.endpoints[0].address"),
+        (endpoint("address: 192.0.2.300"), "spec.endpoints[0].address"),
+        (endpoint("address: 127.0.0.1"), "spec.endpoints[0].address"),
+        (endpoint("address: 'unix:///run/x'"), "spec.endpoints[0].address"),
+        (endpoint("ports: {http: 80}"), "spec.endpoints[0].address"),
+        (endpoint("address: 192.0.2.1, ports: {http: 65536}"), "spec.endpoints[0].ports[http]"),
+        (endpoint("address: 192.0.2.1, network: far"), "spec.endpoints[0].network"),
+        (endpoint("address: 192.0.2.1, weight: -1"), "spec.endpoints[0].weight"),
+        (endpoint("address: 192.0.2.1, serviceAccount: 'a b'"), "spec.endpoints[0].serviceAccount"),
+        (endpoint("address: 192.0.2.1, adress: 192.0.2.2"), "spec.endpoints[0].adress"),
+        (endpoint("address: 192.0.2.1}, {address: 192.0.2.1"), "spec.endpoints[1].address"),
+        (endpoint("address: 192.0.2.1") + ", workloadSelector: {labels: {a: b}}", "spec.workloadSelector"),
+        (format!("{hosts}, {ports}, resolution: STATIC, workloadSelector: {{}}"), "spec.workloadSelector.labels"),
+        (format!("{hosts}, {ports}, workloadSelector: {{labels: {{a: b}}}}"), "spec.workloadSelector"),
+        (format!("{hosts}, {ports}, exportTo: [other]"), "spec.exportTo"),
+        (format!("{hosts}, {ports}, exportTo: ['~']"), "spec.exportTo"),
+        (format!("{hosts}, {ports}, exprotTo: ['.']"), "spec.exprotTo"),
+    ] {
+        let found = mistakes(&entry("ServiceEntry", &spec));
+        assert!(found.iter().any(|mistake| mistake.starts_with(&format!("{field}: "))), "{spec}: {found:?}");
+    }
+    for (spec, field) in [
+        ("ports: {http: 80}", "spec.address"),
+        ("address: 192.0.2.1, ports: {http: 0}", "spec.ports[http]"),
+        ("address: 192.0.2.1, labels: {'a b': c}", "spec.labels[a b]"),
+        ("address: 192.0.2.1, serviceAcount: sa", "spec.serviceAcount"),
+    ] {
+        let found = mistakes(&entry("WorkloadEntry", spec));
+        assert!(found.iter().any(|mistake| mistake.starts_with(&format!("{field}: "))), "{spec}: {found:?}");
+    }
+}
+
+#[test]
+fn entries_are_read_as_they_are_written() {
+    let text = entry(
+        "ServiceEntry",
+        "hosts: [A.example.com, '*.example.org'], addresses: [10.0.0.0/8, 'fd00::/8', 10.1.1.1], \
+        ports: [{number: 80, name: http, protocol: http}, {number: 53, name: dns, protocol: UDP}, {number: 443, name: tls, protocol: TLS, targetPort: 8443}], \
+        location: MESH_EXTERNAL, resolution: DNS_ROUND_ROBIN, exportTo: [ns], endpoints: [{address: b.example.org, weight: 0}]",
+    );
+    for version in ["v1", "v1beta1", "v1alpha3"] {
+        let Object::ServiceEntry(read) = accepted(&text.replace("/v1", &format!("/{version}"))) else { panic!() };
+        assert_eq!(read.hosts, ["a.example.com".into(), "*.example.org".into()]);
+        assert_eq!((read.addresses.len(), read.is_private, read.resolution), (3, true, Resolution::Dns));
+        let ports: Vec<_> =
+            read.ports.iter().map(|port| (port.name.as_str(), port.port, port.target.clone())).collect();
+        assert_eq!(ports, [("http", 80, TargetPort::Number(80)), ("tls", 443, TargetPort::Number(8443))]);
+        assert_eq!(read.endpoints[0].address, EntryAddress::Host("b.example.org".to_owned()));
+        assert_eq!(read.endpoints[0].weight, None);
+    }
+    let labelled = entry("WorkloadEntry", "address: 'fd00::7', labels: {a: spec, b: spec}")
+        .replace("namespace: ns}", "namespace: ns, labels: {a: own}}");
+    let Object::WorkloadEntry(read) = accepted(&labelled) else { panic!() };
+    let labels: Vec<_> = read.endpoint.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    assert_eq!((labels, read.healthy), (vec!["a=own".to_owned(), "b=spec".to_owned()], true));
+}
+
+/// What the API server would drop of an object, nobody here could read.
+#[test]
+fn the_definitions_of_entries_have_the_fields_that_are_read() {
+    let text = include_str!("../../../manifests/crds/networking.istio.io.yaml");
+    let keys = |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
+    let fields = |spec: Value| keys(&spec);
+    let definitions: Vec<Value> = text.split("\n---\n").map(|text| serde_saphyr::from_str(text).unwrap()).collect();
+    let endpoint = fields(serde_json::to_value(super::workload_entry::Spec::default()).unwrap());
+    let entry = fields(serde_json::to_value(super::service_entry::Spec::default()).unwrap());
+    for (definition, kind, known) in
+        [(&definitions[0], Kind::ServiceEntry, &entry), (&definitions[1], Kind::WorkloadEntry, &endpoint)]
+    {
+        assert_eq!(
+            (&definition["spec"]["names"]["kind"], &definition["spec"]["group"]),
+            (&json!(kind.as_str()), &json!(kind.group()))
+        );
+        assert_eq!(definition["metadata"]["name"], json!(format!("{}.{}", kind.plural(), kind.group())));
+        let versions = definition["spec"]["versions"].as_array().unwrap();
+        assert_eq!(versions.len(), 3);
+        for version in versions {
+            assert!(kind.reads_version(version["name"].as_str().unwrap()));
+            let properties = &version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
+            let mut defined = keys(properties);
+            defined.sort();
+            let mut known = known.clone();
+            known.sort();
+            assert_eq!(defined, known, "{kind} {}", version["name"]);
+            if kind == Kind::ServiceEntry {
+                let mut defined = keys(&properties["endpoints"]["items"]["properties"]);
+                defined.sort();
+                let mut known = endpoint.clone();
+                known.sort();
+                assert_eq!(defined, known);
+            }
+        }
+    }
 }

@@ -162,17 +162,20 @@ impl Index {
         dirty.authentications.insert(name.clone());
         for policy in old.into_iter().chain(new) {
             if !policy.selector.is_empty() {
-                dirty.pods.extend(self.pods.selected(&name.namespace, &policy.selector));
+                self.touch_selected_in(&name.namespace, &policy.selector, dirty);
                 continue;
             }
             // What it says, the policies of single workloads leave unsaid.
             let everywhere = name.namespace == self.options.root_namespace;
             let mut touch = |namespace: &Arc<str>| {
                 dirty.pods.extend(self.pods.in_namespace(namespace).cloned());
+                dirty.workload_entries.extend(self.workload_entries.in_namespace(namespace).cloned());
+                dirty.entries.extend(self.entries.in_namespace(namespace).cloned());
                 dirty.authentications.extend(self.authentications.of(namespace).map(|policy| policy.name.clone()));
             };
             if everywhere {
-                self.pods.namespaces().chain(self.authentications.0.keys()).for_each(touch);
+                let known = self.pods.namespaces().chain(self.workload_entries.namespaces());
+                known.chain(self.entries.namespaces()).chain(self.authentications.0.keys()).for_each(touch);
             } else {
                 touch(&name.namespace);
             }

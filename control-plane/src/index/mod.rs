@@ -9,6 +9,8 @@
 //! Node ──────┼─> pod ────────────────┤
 //! Service ───┼─> selector, addresses ┼─> service
 //! Slice ─────┘                       └─> workload (one per endpoint that is no pod)
+//! ServiceEntry ──> service (one per host), and workload (one per endpoint that it lists)
+//! WorkloadEntry ─> workload
 //! AuthorizationPolicy, PeerAuthentication ─> policy, and the names of policies in workloads
 //! ```
 
@@ -16,6 +18,7 @@ mod authentications;
 mod encode;
 mod endpoint_slices;
 mod enrolment;
+mod entries;
 mod multimap;
 mod names;
 mod namespaces;
@@ -29,7 +32,10 @@ mod services;
 mod vip;
 mod waypoint;
 mod workload;
+mod workload_entries;
 
+#[cfg(test)]
+mod entry_tests;
 #[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
@@ -91,6 +97,10 @@ pub struct Index {
     services: services::Services,
     slices: endpoint_slices::Slices,
     vips: vip::Vips,
+    entries: entries::Entries,
+    /// Addresses of the hosts of entries.
+    entry_vips: vip::Vips,
+    workload_entries: workload_entries::WorkloadEntries,
     waiting: enrolment::Waiting,
     /// Objects that only count.
     others: BTreeSet<ObjectId>,
@@ -109,6 +119,8 @@ struct Dirty {
     pods: BTreeSet<Name>,
     services: BTreeSet<Name>,
     slices: BTreeSet<Name>,
+    entries: BTreeSet<Name>,
+    workload_entries: BTreeSet<Name>,
     policies: BTreeSet<Name>,
     authentications: BTreeSet<Name>,
 }
@@ -123,7 +135,10 @@ impl Index {
             pods: pods::Pods::default(),
             services: services::Services::default(),
             slices: endpoint_slices::Slices::default(),
-            vips: vip::Vips::default(),
+            vips: vip::Vips::of_services(),
+            entries: entries::Entries::default(),
+            entry_vips: vip::Vips::of_entries(),
+            workload_entries: workload_entries::WorkloadEntries::default(),
             waiting: enrolment::Waiting::default(),
             others: BTreeSet::new(),
             policies: policies::Policies::default(),
@@ -157,6 +172,12 @@ impl Index {
         }
         for name in &dirty.slices {
             self.recompute_slice(name, &mut changes);
+        }
+        for name in &dirty.entries {
+            self.recompute_entry(name, &mut changes);
+        }
+        for name in &dirty.workload_entries {
+            self.recompute_workload_entry(name, &mut changes);
         }
         for name in &dirty.policies {
             self.recompute_policy(name, &mut changes);
@@ -200,12 +221,9 @@ impl Index {
                     Kind::EndpointSlice => self.slices.len(),
                     Kind::AuthorizationPolicy => self.policies.len(),
                     Kind::PeerAuthentication => self.authentications.len(),
-                    Kind::ServiceAccount
-                    | Kind::Deployment
-                    | Kind::ServiceEntry
-                    | Kind::WorkloadEntry
-                    | Kind::Gateway
-                    | Kind::GatewayClass => others(kind),
+                    Kind::ServiceEntry => self.entries.len(),
+                    Kind::WorkloadEntry => self.workload_entries.len(),
+                    Kind::ServiceAccount | Kind::Deployment | Kind::Gateway | Kind::GatewayClass => others(kind),
                 };
                 (kind, count)
             })
@@ -223,6 +241,9 @@ impl Index {
     pub fn conflicts(&self) -> Vec<Note> {
         let mut notes = self.namespaces.notes();
         notes.extend(self.vips.notes());
+        notes.extend(self.hosts_without_address());
+        notes.extend(self.entries.notes());
+        notes.extend(self.workload_entries.notes());
         notes.extend(self.policies.notes());
         notes.extend(self.authentications.notes());
         notes
@@ -266,6 +287,16 @@ impl Index {
                 let old = self.authentications.insert(policy);
                 self.touch_authentication(&name, old.as_deref(), dirty);
             }
+            Object::ServiceEntry(entry) => {
+                let name = entry.name.clone();
+                let old = self.entries.insert(entry);
+                self.touch_entry(&name, old.as_deref(), dirty);
+            }
+            Object::WorkloadEntry(entry) => {
+                let name = entry.name.clone();
+                let old = self.workload_entries.insert(entry);
+                self.touch_workload_entry(&name, old.as_deref(), dirty);
+            }
             other @ (Object::ServiceAccount(_) | Object::Deployment(_)) => {
                 self.others.insert(other.id());
             }
@@ -306,12 +337,15 @@ impl Index {
                 let old = self.authentications.remove(&name);
                 self.touch_authentication(&name, old.as_deref(), dirty);
             }
-            Kind::ServiceAccount
-            | Kind::Deployment
-            | Kind::ServiceEntry
-            | Kind::WorkloadEntry
-            | Kind::Gateway
-            | Kind::GatewayClass => {
+            Kind::ServiceEntry => {
+                let old = self.entries.remove(&name);
+                self.touch_entry(&name, old.as_deref(), dirty);
+            }
+            Kind::WorkloadEntry => {
+                let old = self.workload_entries.remove(&name);
+                self.touch_workload_entry(&name, old.as_deref(), dirty);
+            }
+            Kind::ServiceAccount | Kind::Deployment | Kind::Gateway | Kind::GatewayClass => {
                 self.others.remove(id);
             }
         }

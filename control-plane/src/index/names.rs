@@ -14,8 +14,17 @@ use crate::api::Name;
 const NETWORK: &str = "";
 
 impl Options {
-    /// The fully qualified host name of a service.
+    /// The fully qualified host name of a service. A host of a ServiceEntry is one by itself: it has a dot, which the name of
+    /// a Service cannot have.
     pub(super) fn hostname(&self, service: &Name) -> String {
+        if service.name.contains('.') {
+            return service.name.to_string();
+        }
+        self.cluster_hostname(service)
+    }
+
+    /// The fully qualified host name of a Service.
+    pub(super) fn cluster_hostname(&self, service: &Name) -> String {
         format!("{}.{}.svc.{}", service.name, service.namespace, self.cluster_domain)
     }
 
@@ -27,6 +36,16 @@ impl Options {
     /// The uid of a pod's workload.
     pub(super) fn pod_uid(&self, pod: &Name) -> String {
         format!("{}//Pod/{}/{}", self.cluster_id, pod.namespace, pod.name)
+    }
+
+    /// The uid of a WorkloadEntry's workload.
+    pub(super) fn workload_entry_uid(&self, entry: &Name) -> String {
+        format!("{}/networking.istio.io/WorkloadEntry/{}/{}", self.cluster_id, entry.namespace, entry.name)
+    }
+
+    /// The uid of the workload of an endpoint that a ServiceEntry lists.
+    pub(super) fn inline_uid(&self, entry: &Name, address: IpAddr) -> String {
+        format!("{}/networking.istio.io/ServiceEntry/{}/{}/{address}", self.cluster_id, entry.namespace, entry.name)
     }
 
     /// The uid of the workload of an endpoint that is no pod.

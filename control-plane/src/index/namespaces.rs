@@ -68,7 +68,9 @@ impl Namespaces {
 }
 
 impl Index {
-    pub(super) fn touch_namespace(&self, namespace: &Arc<str>, dirty: &mut Dirty) {
+    pub(super) fn touch_namespace(&mut self, namespace: &Arc<str>, dirty: &mut Dirty) {
+        self.touch_entries_in(namespace, dirty);
+        dirty.workload_entries.extend(self.workload_entries.in_namespace(namespace).cloned());
         dirty.pods.extend(self.pods.in_namespace(namespace).cloned());
         dirty.services.extend(self.services.in_namespace(namespace).cloned());
     }

@@ -117,13 +117,22 @@ impl Index {
         }
     }
 
-    /// The pods that a policy of `namespace` with this selector is for: of the root namespace, those of the whole mesh.
+    /// The workloads that a policy of `namespace` with this selector is for: of the root namespace, those of the whole mesh.
     fn touch_selected(&self, namespace: &Arc<str>, selector: &Labels, dirty: &mut Dirty) {
         if *namespace == self.options.root_namespace {
-            dirty.pods.extend(self.pods.namespaces().flat_map(|namespace| self.pods.selected(namespace, selector)));
+            let namespaces = self.pods.namespaces().chain(self.workload_entries.namespaces());
+            let namespaces: BTreeSet<&Arc<str>> = namespaces.chain(self.entries.namespaces()).collect();
+            namespaces.into_iter().for_each(|namespace| self.touch_selected_in(namespace, selector, dirty));
         } else {
-            dirty.pods.extend(self.pods.selected(namespace, selector));
+            self.touch_selected_in(namespace, selector, dirty);
         }
+    }
+
+    /// The workloads of `namespace` that carry every label of `selector`, and those that cannot be told by it.
+    pub(super) fn touch_selected_in(&self, namespace: &Arc<str>, selector: &Labels, dirty: &mut Dirty) {
+        dirty.pods.extend(self.pods.selected(namespace, selector));
+        dirty.workload_entries.extend(self.workload_entries.selected(namespace, selector).cloned());
+        dirty.entries.extend(self.entries.in_namespace(namespace).cloned());
     }
 
     pub(super) fn recompute_policy(&mut self, name: &Name, changes: &mut Changes) {

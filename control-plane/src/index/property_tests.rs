@@ -24,6 +24,8 @@ enum Edit {
     Slice { namespace: u8, name: u8, service: u8, addresses: Vec<u8> },
     Policy { namespace: u8, name: u8, spec: &'static str },
     Authentication { namespace: u8, name: u8, spec: &'static str },
+    ServiceEntry { namespace: u8, name: u8, created: u8, spec: &'static str },
+    WorkloadEntry { namespace: u8, name: u8, app: u8, spec: &'static str },
     Delete { kind: Kind, namespace: u8, name: u8 },
 }
 
@@ -44,6 +46,8 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         Just(Kind::EndpointSlice),
         Just(Kind::AuthorizationPolicy),
         Just(Kind::PeerAuthentication),
+        Just(Kind::ServiceEntry),
+        Just(Kind::WorkloadEntry),
     ];
     let edit = prop_oneof![
         1 => (0..2u8, labels).prop_map(|(name, labels)| Edit::Namespace { name, labels }),
@@ -62,6 +66,12 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         ),
         2 => (0..3u8, 0..3u8, prop::sample::select(AUTHENTICATIONS.to_vec())).prop_map(
             |(namespace, name, spec)| Edit::Authentication { namespace, name, spec }
+        ),
+        2 => (0..2u8, 0..3u8, 0..3u8, prop::sample::select(SERVICE_ENTRIES.to_vec())).prop_map(
+            |(namespace, name, created, spec)| Edit::ServiceEntry { namespace, name, created, spec }
+        ),
+        2 => (0..2u8, 0..3u8, 0..3u8, prop::sample::select(WORKLOAD_ENTRIES.to_vec())).prop_map(
+            |(namespace, name, app, spec)| Edit::WorkloadEntry { namespace, name, app, spec }
         ),
         2 => (kind, 0..3u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),
     ];
@@ -89,6 +99,23 @@ const AUTHENTICATIONS: [&str; 8] = [
     // Not valid.
     "selector: {matchLabels: {app: a0}}, mtls: {mode: STRIKT}",
     "mtls: {mode: STRIKT}",
+];
+
+const SERVICE_ENTRIES: [&str; 8] = [
+    "hosts: [a.example.com], resolution: STATIC, endpoints: [{address: 10.0.0.1}, {address: 10.0.0.7, labels: {app: a0}}]",
+    "hosts: [a.example.com, b.example.com], resolution: STATIC, workloadSelector: {labels: {app: a0}}",
+    "hosts: [b.example.com, '*.example.com'], resolution: STATIC, addresses: [10.1.0.0/16], workloadSelector: {labels: {app: a1}}",
+    "hosts: [a.example.com], resolution: DNS",
+    "hosts: [b.example.com], resolution: DNS, endpoints: [{address: b.example.org}, {address: 10.0.0.8, ports: {p: 99}}]",
+    "hosts: [a.example.com], exportTo: ['.']",
+    "hosts: [x0.ns0.svc.cluster.local], resolution: STATIC, endpoints: [{address: 10.0.0.1}]",
+    "hosts: [x0.ns1.svc.cluster.local], addresses: [10.96.0.1], resolution: STATIC, endpoints: [{address: 10.0.0.9}]",
+];
+const WORKLOAD_ENTRIES: [&str; 4] = [
+    "address: 10.0.0.1",
+    "address: 10.0.0.8, ports: {web: 8, p: 9}, serviceAccount: sa",
+    "address: 10.0.0.8, labels: {networking.istio.io/tunnel: http}, weight: 2",
+    "address: vm.example.com",
 ];
 
 /// The third one is the root namespace.
@@ -156,6 +183,15 @@ fn event(edit: &Edit) -> Event {
         Edit::Authentication { namespace, name, spec } => {
             authentication(&namespace_of(*namespace), &format!("x{name}"), spec)
         }
+        Edit::ServiceEntry { namespace, name, created, spec } => format!(
+            "{{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {{name: x{name}, namespace: ns{namespace},
+               creationTimestamp: 2026-01-0{}T00:00:00Z}}, spec: {{ports: [{{number: 80, name: p}}], {spec}}}}}",
+            created + 1
+        ),
+        Edit::WorkloadEntry { namespace, name, app, spec } => format!(
+            "{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: x{name}, namespace: ns{namespace},
+               labels: {{app: a{app}}}}}, spec: {{{spec}}}}}"
+        ),
         Edit::Delete { kind: kind @ Kind::Namespace, name, .. } => return delete(*kind, "", &format!("ns{name}")),
         Edit::Delete { kind: kind @ Kind::Node, name, .. } => return delete(*kind, "", &format!("node{name}")),
         Edit::Delete { kind, namespace, name } => {

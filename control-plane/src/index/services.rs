@@ -21,6 +21,8 @@ use crate::api::{
 #[derive(Debug, Default)]
 pub(super) struct Services {
     all: HashMap<Name, Arc<Service>>,
+    /// How many of them are hosts of ServiceEntries.
+    hosts: usize,
     by_namespace: MultiMap<Arc<str>, Name>,
     /// By the first label of their selector: a pod that is selected carries it.
     by_label: MultiMap<(Arc<str>, String, String), Name>,
@@ -39,6 +41,7 @@ impl Services {
         if let Some((key, value)) = service.selector.first_key_value() {
             self.by_label.insert((name.namespace.clone(), key.clone(), value.clone()), name.clone());
         }
+        self.hosts += usize::from(service.entry.is_some());
         self.all.insert(name.clone(), service);
         old
     }
@@ -46,6 +49,7 @@ impl Services {
     /// Returns what was there.
     pub(super) fn remove(&mut self, name: &Name) -> Option<Arc<Service>> {
         let service = self.all.remove(name)?;
+        self.hosts -= usize::from(service.entry.is_some());
         self.by_namespace.remove(&name.namespace, name);
         if let Some((key, value)) = service.selector.first_key_value() {
             self.by_label.remove(&(name.namespace.clone(), key.clone(), value.clone()), name);
@@ -53,8 +57,9 @@ impl Services {
         Some(service)
     }
 
+    /// How many there are, without the hosts of ServiceEntries.
     pub(super) fn len(&self) -> usize {
-        self.all.len()
+        self.all.len() - self.hosts
     }
 
     pub(super) fn in_namespace(&self, namespace: &str) -> impl Iterator<Item = &Name> {
@@ -62,7 +67,7 @@ impl Services {
     }
 
     /// The services of a namespace that select a pod with these labels.
-    fn selecting(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<&Arc<Service>> {
+    pub(super) fn selecting(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<&Arc<Service>> {
         let candidates = labels.iter().flat_map(|(key, value)| {
             self.by_label.get(&(namespace.clone(), key.clone(), value.clone())).filter_map(|name| self.all.get(name))
         });
@@ -77,7 +82,7 @@ impl Services {
 }
 
 /// Whether the data plane hears of the service at all.
-fn is_carried(service: &Service) -> bool {
+pub(super) fn is_carried(service: &Service) -> bool {
     match service.addresses {
         ServiceAddresses::Given(_) | ServiceAddresses::Allocate | ServiceAddresses::Headless => true,
         ServiceAddresses::External => false,
@@ -96,7 +101,7 @@ impl Index {
             return;
         }
         for service in old.into_iter().chain(new) {
-            dirty.pods.extend(self.pods.selected(&name.namespace, &service.selector));
+            self.touch_selected_in(&name.namespace, &service.selector, dirty);
         }
         for slice in self.slices.of_service(name) {
             dirty.slices.insert(slice.name.clone());
@@ -111,25 +116,41 @@ impl Index {
             self.addresses.withdraw(&key, changes);
             return;
         };
-        let addresses = self.vips.of(name);
+        let vips = if service.entry.is_some() { &self.entry_vips } else { &self.vips };
+        let addresses = vips.of(name);
+        let entry = service.entry.as_ref();
+        let (mut blocks, mut aliases) = (Vec::new(), Vec::new());
+        let given = entry.into_iter().flat_map(|entry| entry.blocks.iter().copied());
+        let hosts = addresses.into_iter().map(|address| (address, if address.is_ipv4() { 32 } else { 128 }));
+        for (address, length) in hosts.chain(given) {
+            let is_host = length == if address.is_ipv4() { 32 } else { 128 };
+            blocks.push(wire::NetworkAddress {
+                address: names::address_bytes(address),
+                length: (!is_host).then(|| length.into()),
+                ..Default::default()
+            });
+            aliases.extend(is_host.then(|| names::alias(address)));
+        }
+        let visibility = match entry {
+            Some(entry) if entry.is_private => wire::service::Visibility::Namespace,
+            Some(_) | None => wire::service::Visibility::Public,
+        };
         let message = wire::Service {
-            name: name.name.to_string(),
+            name: service.entry.as_ref().map_or(&name.name, |entry| &entry.name).to_string(),
             namespace: name.namespace.to_string(),
             hostname: self.options.hostname(name),
-            addresses: addresses
-                .iter()
-                .map(|address| wire::NetworkAddress { address: names::address_bytes(*address), ..Default::default() })
-                .collect(),
+            addresses: blocks,
             ports: service.ports.iter().map(port_on_wire).collect(),
             waypoint: self.waypoint(&name.namespace, &service.waypoint),
             load_balancing: load_balancing(&service),
             ip_families: families(service.families).into(),
             extensions: port_names(&service.ports).into_iter().collect(),
+            subject_alt_names: entry.map(|entry| entry.subject_alt_names.clone()).unwrap_or_default(),
             // Kubernetes' own services are the definition of their host names.
-            canonical: true,
+            canonical: entry.is_none(),
+            visibility: visibility.into(),
             ..Default::default()
         };
-        let aliases = addresses.into_iter().map(names::alias).collect();
         self.addresses.publish(encode::service(key.into(), &message, aliases), changes);
     }
 
@@ -169,7 +190,7 @@ pub(super) fn slice_ports(slice: &EndpointSlice, service: &Service) -> Vec<wire:
 }
 
 /// A named target port differs from pod to pod, and is 0 here.
-fn port_on_wire(port: &ServicePort) -> wire::Port {
+pub(super) fn port_on_wire(port: &ServicePort) -> wire::Port {
     let target_port = match port.target {
         TargetPort::Number(number) => number.into(),
         TargetPort::Named(_) => 0,
@@ -204,8 +225,12 @@ fn load_balancing(service: &Service) -> Option<wire::LoadBalancing> {
         Topology::PreferZone => (Mode::Failover, &near[..3]),
         Topology::PreferNode => (Mode::Failover, &near[..]),
     };
+    let (mode, preference) = match &service.entry {
+        Some(entry) if entry.is_passthrough => (Mode::Passthrough, &[][..]),
+        Some(_) | None => (mode, preference),
+    };
     let health = if service.publish_not_ready { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
-    if preference.is_empty() && health == HealthPolicy::OnlyHealthy {
+    if mode == Mode::UnspecifiedMode && health == HealthPolicy::OnlyHealthy {
         return None;
     }
     Some(wire::LoadBalancing {

@@ -7,10 +7,14 @@
 //! the one that has it written in its spec wins, then the one whose `namespace/name` comes first; the other asks for
 //! its next. Like a stable matching, the outcome does not depend on the order of arrival.
 //!
+//! Hosts of ServiceEntries have a range of their own, 240.240.1.0 to 240.240.255.254, which nobody routes (RFC 1112, section
+//! 4). Of two that ask for the same address there the one whose entry is older has it: a new entry takes no address away.
+//!
 //! An address that two services have written in their specs goes to the first by name; the other is published without.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
@@ -20,33 +24,35 @@ use crate::api::{Families, Kind, Name, ObjectId, Service, ServiceAddresses};
 /// Addresses that one service asks for before it goes without. The chance to need more is negligible until the range is
 /// nearly full.
 const MAX_ATTEMPTS: u32 = 64;
-/// The first address of the range to choose from.
+/// The first address of the range to choose from for services.
 const FIRST: Ipv4Addr = Ipv4Addr::new(10, 96, 1, 0);
-/// Addresses in the range: up to 10.96.255.254.
+/// The first address of the range for hosts of entries.
+const FIRST_OF_ENTRIES: Ipv4Addr = Ipv4Addr::new(240, 240, 1, 0);
+/// Addresses in a range: without the first 256 of a /16, and its last.
 const SIZE: u32 = 255 * 256 - 1;
 
-/// Claims on addresses. Derived order: given addresses win, then the name.
+/// Claims on addresses. Derived order: given addresses win, then age, then the name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Claim {
     chosen: bool,
+    /// Not said of services.
+    created: Option<SystemTime>,
     service: Name,
 }
 
 /// Who has which address.
 #[derive(Debug)]
 pub(super) struct Vips {
+    /// The first address to choose.
+    first: Ipv4Addr,
     /// How many addresses there are to choose from.
     size: u32,
     claims: HashMap<IpAddr, BTreeSet<Claim>>,
     services: HashMap<Name, Wish>,
+    /// Of those that say when they were created.
+    created: HashMap<Name, SystemTime>,
     /// Services that did not get what they asked for.
     losers: BTreeSet<Name>,
-}
-
-impl Default for Vips {
-    fn default() -> Self {
-        Self { size: SIZE, claims: HashMap::new(), services: HashMap::new(), losers: BTreeSet::new() }
-    }
 }
 
 #[derive(Debug)]
@@ -58,6 +64,21 @@ enum Wish {
 }
 
 impl Vips {
+    /// For services.
+    pub(super) fn of_services() -> Self {
+        Self::new(FIRST, SIZE)
+    }
+
+    /// For hosts of entries.
+    pub(super) fn of_entries() -> Self {
+        Self::new(FIRST_OF_ENTRIES, SIZE)
+    }
+
+    fn new(first: Ipv4Addr, size: u32) -> Self {
+        let (claims, services, created) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { first, size, claims, services, created, losers: BTreeSet::new() }
+    }
+
     /// The service is new or has changed. Returns the services whose addresses may have changed.
     pub(super) fn set(&mut self, service: &Service) -> BTreeSet<Name> {
         let is_same = match (&service.addresses, self.services.get(&service.name)) {
@@ -66,10 +87,14 @@ impl Vips {
             (ServiceAddresses::Headless | ServiceAddresses::External, None) => true,
             _ => false,
         };
-        if is_same {
+        let created = service.entry.as_ref().and_then(|entry| entry.created);
+        if is_same && self.created.get(&service.name) == created.as_ref() {
             return BTreeSet::new();
         }
         let mut touched = self.take_back(&service.name);
+        if let Some(created) = created {
+            self.created.insert(service.name.clone(), created);
+        }
         match &service.addresses {
             ServiceAddresses::Given(addresses) => self.give(&service.name, addresses, &mut touched),
             // The range has no IPv6 addresses.
@@ -92,13 +117,14 @@ impl Vips {
 
     fn take_back(&mut self, service: &Name) -> BTreeSet<Name> {
         let mut touched = BTreeSet::new();
+        let created = self.created.remove(service);
         let (addresses, chosen) = match self.services.remove(service) {
             None => return touched,
             Some(Wish::Given(addresses)) => (addresses, false),
             Some(Wish::Chosen(addresses)) => (addresses, true),
         };
         touched.insert(service.clone());
-        let claim = Claim { chosen, service: service.clone() };
+        let claim = Claim { chosen, created, service: service.clone() };
         for address in addresses {
             self.release(address, &claim, &mut touched);
         }
@@ -160,6 +186,13 @@ impl Vips {
         notes
     }
 
+    /// Services that want an address to be chosen, and got none.
+    pub(super) fn without(&self) -> impl Iterator<Item = &Name> {
+        self.losers.iter().filter(|service| {
+            matches!(self.services.get(*service), Some(Wish::Chosen(_))) && self.of(service).is_empty()
+        })
+    }
+
     fn has(&self, address: IpAddr, service: &Name) -> bool {
         self.claims.get(&address).and_then(BTreeSet::first).is_some_and(|claim| claim.service == *service)
     }
@@ -167,8 +200,9 @@ impl Vips {
     fn give(&mut self, service: &Name, addresses: &[IpAddr], touched: &mut BTreeSet<Name>) {
         self.services.insert(service.clone(), Wish::Given(addresses.to_vec()));
         touched.insert(service.clone());
+        let created = self.created.get(service).copied();
         for address in addresses {
-            let loser = self.claim(*address, &Claim { chosen: false, service: service.clone() });
+            let loser = self.claim(*address, &Claim { chosen: false, created, service: service.clone() });
             self.displaced(loser, touched);
         }
     }
@@ -197,7 +231,7 @@ impl Vips {
         while let Some(service) = asking.take() {
             touched.insert(service.clone());
             let Some(Wish::Chosen(asked)) = self.services.get_mut(&service) else { return };
-            let Some(address) = candidate(&service, asked.len(), self.size) else { return };
+            let Some(address) = candidate(&service, asked.len(), self.first, self.size) else { return };
             // The sequence may come back to an address; what refused once refuses twice.
             let is_again = asked.contains(&address);
             asked.push(address);
@@ -205,7 +239,8 @@ impl Vips {
                 asking = Some(service);
                 continue;
             }
-            let claim = Claim { chosen: true, service: service.clone() };
+            let created = self.created.get(&service).copied();
+            let claim = Claim { chosen: true, created, service: service.clone() };
             let loser = self.claim(address, &claim);
             asking = if self.has(address, &service) { loser.map(|loser| loser.service) } else { Some(service) };
         }
@@ -237,7 +272,7 @@ impl Vips {
 }
 
 /// The address that a service asks for at its n-th attempt, among `size`; none once it has asked often enough.
-fn candidate(service: &Name, attempt: usize, size: u32) -> Option<IpAddr> {
+fn candidate(service: &Name, attempt: usize, first: Ipv4Addr, size: u32) -> Option<IpAddr> {
     let attempt = u32::try_from(attempt).ok().filter(|attempt| *attempt < MAX_ATTEMPTS)?;
     let mut hash = Sha256::new();
     hash.update(service.namespace.as_bytes());
@@ -246,7 +281,7 @@ fn candidate(service: &Name, attempt: usize, size: u32) -> Option<IpAddr> {
     hash.update(attempt.to_be_bytes());
     let start = hash.finalize().first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes))?;
     let offset = start.checked_rem(size)?;
-    Some(Ipv4Addr::from_bits(FIRST.to_bits() + offset).into())
+    Some(Ipv4Addr::from_bits(first.to_bits() + offset).into())
 }
 
 #[cfg(test)]
@@ -257,10 +292,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::api::{Topology, WaypointBinding};
+    use crate::api::{EntryPart, Topology, WaypointBinding};
 
-    fn service(name: &str, addresses: ServiceAddresses) -> Arc<Service> {
+    /// An age of 0 is none.
+    fn service(name: &str, addresses: ServiceAddresses, age: u8) -> Arc<Service> {
+        let created = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(100 - u64::from(age));
+        let entry = EntryPart {
+            name: "entry".into(),
+            blocks: Vec::new(),
+            is_passthrough: false,
+            subject_alt_names: Vec::new(),
+            is_private: false,
+            created: Some(created),
+        };
         Arc::new(Service {
+            entry: (age > 0).then_some(entry),
             name: Name::new("ns", name),
             addresses,
             ports: Vec::new(),
@@ -281,12 +327,12 @@ mod tests {
 
         /// A range this small is nearly always full, so that services displace each other all the time.
         #[test]
-        fn the_outcome_does_not_depend_on_history(edits in prop::collection::vec((0..9u8, 0..6u8), 1..80)) {
+        fn the_outcome_does_not_depend_on_history(edits in prop::collection::vec((0..9u8, 0..6u8, 0..3u8), 1..80)) {
             let size = 6;
-            let mut vips = Vips { size, ..Vips::default() };
+            let mut vips = Vips::new(FIRST, size);
             let mut services: BTreeMap<Name, Arc<Service>> = BTreeMap::new();
             let mut known: BTreeMap<Name, Vec<IpAddr>> = BTreeMap::new();
-            for (name, wish) in edits {
+            for (name, wish, age) in edits {
                 let wish = match wish {
                     0..=2 => Some(ServiceAddresses::Allocate),
                     3 => Some(ServiceAddresses::Given(vec![FIRST.into(), Ipv4Addr::new(10, 96, 1, 3).into()])),
@@ -296,7 +342,7 @@ mod tests {
                 let name = Name::new("ns", format!("s{name}"));
                 let touched = match wish {
                     Some(wish) => {
-                        let service = service(&name.name, wish);
+                        let service = service(&name.name, wish, age);
                         services.insert(name, service.clone());
                         vips.set(&service)
                     }
@@ -310,7 +356,7 @@ mod tests {
                     known.insert(name, now);
                 }
             }
-            let mut fresh = Vips { size, ..Vips::default() };
+            let mut fresh = Vips::new(FIRST, size);
             for service in services.values().rev() {
                 fresh.set(service);
             }
@@ -330,11 +376,27 @@ mod tests {
     }
 
     #[test]
+    fn an_older_entry_keeps_its_address() {
+        for (first, second) in [(1, 2), (2, 1)] {
+            let mut vips = Vips::new(FIRST_OF_ENTRIES, 1);
+            let (a, b) = (
+                service("a.example.com", ServiceAddresses::Allocate, first),
+                service("b.example.com", ServiceAddresses::Allocate, second),
+            );
+            vips.set(&a);
+            vips.set(&b);
+            let (older, younger) = if first > second { (&a, &b) } else { (&b, &a) };
+            assert_eq!(vips.of(&older.name), [IpAddr::from(FIRST_OF_ENTRIES)]);
+            assert_eq!((vips.of(&younger.name), vips.without().collect::<Vec<_>>()), (vec![], vec![&younger.name]));
+        }
+    }
+
+    #[test]
     fn the_range_ends_before_the_broadcast_address() {
         let last = Ipv4Addr::from_bits(FIRST.to_bits() + SIZE - 1);
         assert_eq!(last, Ipv4Addr::new(10, 96, 255, 254));
         let name = Name::new("ns", "a");
-        assert_eq!(candidate(&name, 0, 1), Some(FIRST.into()));
-        assert_eq!(candidate(&name, MAX_ATTEMPTS as usize, SIZE), None);
+        assert_eq!(candidate(&name, 0, FIRST, 1), Some(FIRST.into()));
+        assert_eq!(candidate(&name, MAX_ATTEMPTS as usize, FIRST, SIZE), None);
     }
 }

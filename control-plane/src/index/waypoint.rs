@@ -28,7 +28,7 @@ fn address(options: &Options, namespace: &str, waypoint: &WaypointRef) -> wire::
     wire::GatewayAddress {
         destination: Some(wire::gateway_address::Destination::Hostname(wire::NamespacedHostname {
             namespace: service.namespace.to_string(),
-            hostname: options.hostname(&service),
+            hostname: options.cluster_hostname(&service),
         })),
         hbone_mtls_port: HBONE_PORT,
     }

@@ -1,15 +1,21 @@
 //! A pod as the data plane knows it.
 
+use std::net::IpAddr;
+
 use mesh_model::draining::{EXTENSION, PAYLOAD_TYPE};
 use mesh_proto::extension;
 use mesh_proto::workload as wire;
 use prost::Message as _;
 
+use super::services::port_on_wire;
 use super::{Index, Options, names};
-use crate::api::{Labels, Owner, Pod, WaypointBinding};
+use crate::api::{EntryEndpoint, Labels, Locality, Name, Owner, Pod, ServicePort, TargetPort, WaypointBinding};
 
 /// The trust domain that an empty field stands for.
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
+/// The labels that name a workload in metrics, the first that is there.
+const CANONICAL_NAME: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
+const CANONICAL_REVISION: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
 const POD_TEMPLATE_HASH: &str = "pod-template-hash";
 /// Carried by the pods of a gateway or waypoint, which must not be sent through themselves.
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
@@ -50,16 +56,8 @@ pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire
         service_account: pod.service_account.to_string(),
         waypoint: around.waypoint,
         node: pod.node.to_string(),
-        canonical_name: first_label(
-            &pod.labels,
-            ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"],
-            &workload_name,
-        ),
-        canonical_revision: first_label(
-            &pod.labels,
-            ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"],
-            "latest",
-        ),
+        canonical_name: first_label(&pod.labels, CANONICAL_NAME, &workload_name),
+        canonical_revision: first_label(&pod.labels, CANONICAL_REVISION, "latest"),
         workload_type: workload_type.into(),
         workload_name,
         native_tunnel: is_hbone && pod.native_tunnel,
@@ -72,6 +70,64 @@ pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire
             .into(),
         ..Default::default()
     }
+}
+
+/// The workload of an endpoint that an entry describes, except for the services it belongs to. `owner` is the entry.
+pub(super) fn of_endpoint(
+    options: &Options,
+    owner: &Name,
+    endpoint: &EntryEndpoint,
+    address: IpAddr,
+    healthy: bool,
+    around: Surroundings,
+) -> wire::Workload {
+    let is_hbone = endpoint.captured || endpoint.native_tunnel;
+    let Locality { region, zone, subzone } = endpoint.locality.clone();
+    let locality = wire::Locality { region, zone, subzone };
+    wire::Workload {
+        uid: around.uid,
+        name: owner.name.to_string(),
+        namespace: owner.namespace.to_string(),
+        addresses: vec![names::address_bytes(address)],
+        tunnel_protocol: if is_hbone { wire::TunnelProtocol::Hbone } else { wire::TunnelProtocol::None }.into(),
+        trust_domain: trust_domain(options),
+        service_account: endpoint.service_account.clone(),
+        waypoint: around.waypoint,
+        canonical_name: first_label(&endpoint.labels, CANONICAL_NAME, &owner.name),
+        canonical_revision: first_label(&endpoint.labels, CANONICAL_REVISION, "latest"),
+        workload_type: wire::WorkloadType::Pod.into(),
+        workload_name: owner.name.to_string(),
+        native_tunnel: endpoint.native_tunnel,
+        status: Health::of(healthy, false).status().into(),
+        cluster_id: options.cluster_id.clone(),
+        locality: (locality != wire::Locality::default()).then_some(locality),
+        authorization_policies: around.policies,
+        capacity: endpoint.weight,
+        ..Default::default()
+    }
+}
+
+/// The ports of a ServiceEntry on an endpoint, which may have numbers of its own for their names.
+pub(super) fn entry_ports(endpoint: &EntryEndpoint, ports: &[ServicePort]) -> Vec<wire::Port> {
+    let on_wire = |port: &ServicePort| {
+        let own = endpoint.ports.get(&port.name).map(|own| u32::from(*own));
+        let whole = port_on_wire(port);
+        wire::Port { target_port: own.unwrap_or(whole.target_port), ..whole }
+    };
+    ports.iter().map(on_wire).collect()
+}
+
+/// The ports of a Service on an endpoint: a target port with a name is looked up among the endpoint's own, and one without
+/// it does not serve the port.
+pub(super) fn service_ports(endpoint: &EntryEndpoint, ports: &[ServicePort]) -> Vec<wire::Port> {
+    let on_wire = |port: &ServicePort| {
+        let target_port = match &port.target {
+            TargetPort::Number(number) => *number,
+            TargetPort::Named(name) => *endpoint.ports.get(name)?,
+        };
+        Some(wire::Port { target_port: target_port.into(), ..port_on_wire(port) })
+    };
+    ports.iter().filter_map(on_wire).collect()
 }
 
 /// Whether a workload takes traffic of services.

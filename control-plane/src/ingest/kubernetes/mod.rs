@@ -38,7 +38,7 @@ const GATHER: Duration = Duration::from_millis(10);
 const MAX_PENDING: usize = 100_000;
 
 /// The kinds that are followed.
-const WATCHED: [Kind; 8] = [
+const WATCHED: [Kind; 10] = [
     Kind::Namespace,
     Kind::Node,
     Kind::ServiceAccount,
@@ -47,6 +47,8 @@ const WATCHED: [Kind; 8] = [
     Kind::Pod,
     Kind::AuthorizationPolicy,
     Kind::PeerAuthentication,
+    Kind::ServiceEntry,
+    Kind::WorkloadEntry,
 ];
 
 /// The source.

@@ -84,7 +84,20 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
             "selector": selector.is_object().then(|| json!({"matchLabels": selector})),
             "mtls": {"mode": if variant == 5 { "STRIKT" } else if variant == 1 { "PERMISSIVE" } else { "STRICT" }},
         }}),
-        Kind::ServiceEntry | Kind::WorkloadEntry | Kind::Gateway | Kind::GatewayClass => json!({}),
+        Kind::ServiceEntry => json!({"spec": {
+            "hosts": [format!("h{}.example.com", variant % 3)], "location": "MESH_INTERNAL", "resolution": "STATIC",
+            "ports": [{"number": if variant == 5 { 0 } else { 80 }, "name": "http", "protocol": "HTTP", "targetPort": port % 65_536}],
+            "endpoints": selector.is_null().then(|| json!([{"address": "10.0.0.7"}, {"address": format!("10.0.0.{}", name + 1)}])),
+            "workloadSelector": selector.is_object().then(|| json!({"labels": selector})),
+        }}),
+        Kind::WorkloadEntry => json!({
+            "spec": {
+                "address": if variant == 5 { String::new() } else { format!("10.0.0.{}", name + 2) }, "serviceAccount": format!("sa{variant}"),
+                "labels": {"app": format!("a{}", variant % 2)}, "ports": {"http": port % 65_536}, "weight": variant,
+            },
+            "status": {"conditions": [{"type": "Healthy", "status": if variant == 1 { "False" } else { "True" }}]},
+        }),
+        Kind::Gateway | Kind::GatewayClass => json!({}),
     };
     let mut whole = json!({"apiVersion": kind.api_version(), "kind": kind.as_str(), "metadata": metadata});
     for (key, value) in more.as_object().into_iter().flatten() {
