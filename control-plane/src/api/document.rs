@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::name::{Kind, ObjectId};
 use super::problem::{Problem, Problems};
 use super::{
-    Object, authorization_policy, custom, endpoint_slice, namespace, node, peer_authentication, pod, service,
+    Object, authorization_policy, custom, endpoint_slice, gateway, namespace, node, peer_authentication, pod, service,
     service_entry, stand_in, strict, workload_entry, workload_kinds,
 };
 
@@ -147,7 +147,7 @@ fn read_object(value: &Value, unknown: Unknown) -> Outcome {
         return refused(None, Problem::new(field, "is missing", "say which kind of object this is"));
     }
     let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
-    let Some(kind) = Kind::find(group, kind_name).filter(|kind| is_read(*kind)) else {
+    let Some(kind) = Kind::find(group, kind_name) else {
         if MESH_GROUPS.contains(&group) {
             let message = format!("{group} {kind_name} is not supported by this version, so it is not in force");
             return Outcome::Unsupported { label, problem: Problem::new("kind", message, "do not rely on it") };
@@ -202,21 +202,6 @@ pub fn read_served(value: &Value) -> Outcome {
     read_object(value, Unknown::IsFine)
 }
 
-/// Whether this version puts objects of the kind in force.
-fn is_read(kind: Kind) -> bool {
-    match kind {
-        Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ServiceEntry | Kind::WorkloadEntry => true,
-        Kind::Gateway | Kind::GatewayClass => false,
-        Kind::Namespace
-        | Kind::Node
-        | Kind::ServiceAccount
-        | Kind::Deployment
-        | Kind::Service
-        | Kind::EndpointSlice
-        | Kind::Pod => true,
-    }
-}
-
 fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<Problem>> {
     match kind {
         Kind::Namespace => typed(value, unknown, namespace::validate).map(|valid| Object::Namespace(Arc::new(valid))),
@@ -240,9 +225,10 @@ fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<P
         }
         Kind::WorkloadEntry => custom::typed(value, unknown, workload_entry::validate)
             .map(|valid| Object::WorkloadEntry(Arc::new(valid.as_checked(value)))),
-        Kind::Gateway | Kind::GatewayClass => {
-            let message = format!("{kind} is not supported by this version, so it is not in force");
-            Err(vec![Problem::new("kind", message, "do not rely on it")])
+        Kind::Gateway => custom::typed(value, unknown, gateway::validate)
+            .map(|valid| Object::Gateway(Arc::new(valid.as_placed(value)))),
+        Kind::GatewayClass => {
+            custom::typed(value, unknown, gateway::validate_class).map(|valid| Object::GatewayClass(Arc::new(valid)))
         }
     }
 }

@@ -8,6 +8,8 @@ use super::problem::Problems;
 pub type Labels = BTreeMap<String, String>;
 
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// Carried by what a gateway or waypoint is made of, which must not be sent through itself.
+pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 

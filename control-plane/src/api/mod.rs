@@ -11,6 +11,7 @@ mod check;
 mod custom;
 mod document;
 mod endpoint_slice;
+mod gateway;
 mod labels;
 mod name;
 mod namespace;
@@ -33,7 +34,8 @@ use std::sync::Arc;
 pub use authorization_policy::{AuthorizationPolicy, PolicyAction, PolicyTarget, TargetRef};
 pub use document::{Document, Outcome, parse, read_served, validate_served};
 pub use endpoint_slice::{Endpoint, EndpointSlice, PodReference, SlicePort};
-pub use labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
+pub use gateway::{Gateway, GatewayClass, GatewayPlace, HboneListener, WaypointFor};
+pub use labels::{DataplaneMode, GATEWAY_NAME, Labels, WaypointBinding, WaypointRef};
 pub use name::{Kind, Name, ObjectId};
 pub use namespace::Namespace;
 pub use node::{Locality, Node};
@@ -71,6 +73,10 @@ pub enum Object {
     ServiceEntry(Arc<ServiceEntry>),
     /// A workload that is no pod.
     WorkloadEntry(Arc<WorkloadEntry>),
+    /// A gateway, which may be a waypoint.
+    Gateway(Arc<Gateway>),
+    /// A class of gateways.
+    GatewayClass(Arc<GatewayClass>),
 }
 
 impl Object {
@@ -88,6 +94,8 @@ impl Object {
             Self::PeerAuthentication(policy) => ObjectId::namespaced(Kind::PeerAuthentication, &policy.name),
             Self::ServiceEntry(entry) => ObjectId::namespaced(Kind::ServiceEntry, &entry.name),
             Self::WorkloadEntry(entry) => ObjectId::namespaced(Kind::WorkloadEntry, &entry.name),
+            Self::Gateway(gateway) => ObjectId::namespaced(Kind::Gateway, &gateway.name),
+            Self::GatewayClass(class) => ObjectId::cluster(Kind::GatewayClass, class.name.clone()),
         }
     }
 }

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1 as k8s;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::check;
-use super::labels::{Labels, WaypointBinding};
+use super::labels::{GATEWAY_NAME, Labels, WaypointBinding};
 use super::name::{Kind, Name};
 use super::problem::{Problem, Problems};
 
@@ -180,10 +180,18 @@ pub(super) fn validate(object: &k8s::Service) -> Result<Service, Vec<Problem>> {
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         families: families(spec, &mut problems),
         topology: topology(spec, &mut problems),
-        waypoint: WaypointBinding::read(&labels),
+        waypoint: waypoint(&labels),
         entry: None,
     };
     problems.finish(service)
+}
+
+/// The service of a waypoint is not reached through itself because its namespace is.
+fn waypoint(labels: &Labels) -> WaypointBinding {
+    match WaypointBinding::read(labels) {
+        WaypointBinding::Unset if labels.contains_key(GATEWAY_NAME) => WaypointBinding::Off,
+        binding => binding,
+    }
 }
 
 fn addresses(object: &k8s::Service, spec: &k8s::ServiceSpec, problems: &mut Problems) -> ServiceAddresses {

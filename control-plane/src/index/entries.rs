@@ -13,6 +13,7 @@ use mesh_proto::workload as wire;
 
 use super::multimap::MultiMap;
 use super::resource::{Changes, Resource};
+use super::waypoint::Addressed;
 use super::{Dirty, Index, Note, encode, names, workload};
 use crate::api::{
     EntryAddress, EntryEndpoint, EntryPart, Families, Kind, Name, ObjectId, Resolution, Service, ServiceAddresses,
@@ -63,6 +64,10 @@ impl Entries {
         Some(entry)
     }
 
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<ServiceEntry>> {
+        self.all.values()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.all.len()
     }
@@ -110,9 +115,14 @@ impl Index {
     /// What the entries of a namespace become depends on its waypoint.
     pub(super) fn touch_entries_in(&mut self, namespace: &str, dirty: &mut Dirty) {
         let names: Vec<Name> = self.entries.in_namespace(namespace).cloned().collect();
+        self.touch_entries(&names, dirty);
+    }
+
+    /// What these entries become may have changed, though they have not.
+    pub(super) fn touch_entries(&mut self, names: &[Name], dirty: &mut Dirty) {
         let touched =
             names.iter().filter_map(|name| self.entries.all.get(name)).flat_map(|entry| hosts(entry)).collect();
-        dirty.entries.extend(names);
+        dirty.entries.extend(names.iter().cloned());
         self.refresh_hosts(touched, dirty);
     }
 
@@ -181,7 +191,7 @@ impl Index {
                 let has_address = |endpoint: &EntryEndpoint| matches!(endpoint.address, EntryAddress::Ip(_));
                 !entry.selector.is_empty()
                     || entry.endpoints.iter().any(has_address)
-                    || self.waypoint(&entry.name.namespace, &entry.waypoint).is_some()
+                    || self.waypoint(&entry.name.namespace, &entry.waypoint, Addressed::Service).is_some()
             }
         }
     }

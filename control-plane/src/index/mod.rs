@@ -42,6 +42,8 @@ mod policy_tests;
 mod property_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod waypoint_tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -101,6 +103,7 @@ pub struct Index {
     /// Addresses of the hosts of entries.
     entry_vips: vip::Vips,
     workload_entries: workload_entries::WorkloadEntries,
+    gateways: waypoint::Gateways,
     waiting: enrolment::Waiting,
     /// Objects that only count.
     others: BTreeSet<ObjectId>,
@@ -139,6 +142,7 @@ impl Index {
             entries: entries::Entries::default(),
             entry_vips: vip::Vips::of_entries(),
             workload_entries: workload_entries::WorkloadEntries::default(),
+            gateways: waypoint::Gateways::default(),
             waiting: enrolment::Waiting::default(),
             others: BTreeSet::new(),
             policies: policies::Policies::default(),
@@ -223,7 +227,9 @@ impl Index {
                     Kind::PeerAuthentication => self.authentications.len(),
                     Kind::ServiceEntry => self.entries.len(),
                     Kind::WorkloadEntry => self.workload_entries.len(),
-                    Kind::ServiceAccount | Kind::Deployment | Kind::Gateway | Kind::GatewayClass => others(kind),
+                    Kind::Gateway => self.gateways.len(),
+                    Kind::GatewayClass => self.gateways.class_count(),
+                    Kind::ServiceAccount | Kind::Deployment => others(kind),
                 };
                 (kind, count)
             })
@@ -244,6 +250,7 @@ impl Index {
         notes.extend(self.hosts_without_address());
         notes.extend(self.entries.notes());
         notes.extend(self.workload_entries.notes());
+        notes.extend(self.gateways.notes());
         notes.extend(self.policies.notes());
         notes.extend(self.authentications.notes());
         notes
@@ -297,6 +304,16 @@ impl Index {
                 let old = self.workload_entries.insert(entry);
                 self.touch_workload_entry(&name, old.as_deref(), dirty);
             }
+            Object::Gateway(gateway) => {
+                let name = gateway.name.clone();
+                let old = self.gateways.insert(gateway);
+                self.touch_gateway(&name, old.as_deref(), dirty);
+            }
+            Object::GatewayClass(class) => {
+                let name = class.name.clone();
+                let old = self.gateways.insert_class(class);
+                self.touch_gateway_class(&name, old.as_deref(), dirty);
+            }
             other @ (Object::ServiceAccount(_) | Object::Deployment(_)) => {
                 self.others.insert(other.id());
             }
@@ -345,7 +362,15 @@ impl Index {
                 let old = self.workload_entries.remove(&name);
                 self.touch_workload_entry(&name, old.as_deref(), dirty);
             }
-            Kind::ServiceAccount | Kind::Deployment | Kind::Gateway | Kind::GatewayClass => {
+            Kind::Gateway => {
+                let old = self.gateways.remove(&name);
+                self.touch_gateway(&name, old.as_deref(), dirty);
+            }
+            Kind::GatewayClass => {
+                let old = self.gateways.remove_class(&id.name);
+                self.touch_gateway_class(&id.name, old.as_deref(), dirty);
+            }
+            Kind::ServiceAccount | Kind::Deployment => {
                 self.others.remove(id);
             }
         }

@@ -24,6 +24,10 @@ pub(super) struct Pods {
 }
 
 impl Pods {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        self.all.values()
+    }
+
     /// The pod of this name.
     pub(super) fn get(&self, name: &Name) -> Option<&Arc<Pod>> {
         self.all.get(name)

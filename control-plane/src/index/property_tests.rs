@@ -26,6 +26,8 @@ enum Edit {
     Authentication { namespace: u8, name: u8, spec: &'static str },
     ServiceEntry { namespace: u8, name: u8, created: u8, spec: &'static str },
     WorkloadEntry { namespace: u8, name: u8, app: u8, spec: &'static str },
+    Gateway { namespace: u8, labels: &'static str, class: u8, spec: &'static str },
+    GatewayClass { name: u8, controller: &'static str },
     Delete { kind: Kind, namespace: u8, name: u8 },
 }
 
@@ -48,6 +50,8 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         Just(Kind::PeerAuthentication),
         Just(Kind::ServiceEntry),
         Just(Kind::WorkloadEntry),
+        Just(Kind::Gateway),
+        Just(Kind::GatewayClass),
     ];
     let edit = prop_oneof![
         1 => (0..2u8, labels).prop_map(|(name, labels)| Edit::Namespace { name, labels }),
@@ -72,6 +76,12 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
         ),
         2 => (0..2u8, 0..3u8, 0..3u8, prop::sample::select(WORKLOAD_ENTRIES.to_vec())).prop_map(
             |(namespace, name, app, spec)| Edit::WorkloadEntry { namespace, name, app, spec }
+        ),
+        2 => (0..2u8, prop::sample::select(GATEWAY_LABELS.to_vec()), 0..3u8, prop::sample::select(LISTENERS.to_vec())).prop_map(
+            |(namespace, labels, class, spec)| Edit::Gateway { namespace, labels, class, spec }
+        ),
+        1 => (0..2u8, prop::sample::select(vec!["istio.io/mesh-controller", "example.com/other"])).prop_map(
+            |(name, controller)| Edit::GatewayClass { name, controller }
         ),
         2 => (kind, 0..3u8, 0..5u8).prop_map(|(kind, namespace, name)| Edit::Delete { kind, namespace, name }),
     ];
@@ -101,6 +111,12 @@ const AUTHENTICATIONS: [&str; 8] = [
     "mtls: {mode: STRIKT}",
 ];
 
+const GATEWAY_LABELS: [&str; 3] = ["", "istio.io/waypoint-for: all", "istio.io/waypoint-for: workload"];
+const LISTENERS: [&str; 3] = [
+    "port: 15008, protocol: HBONE",
+    "port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: All}}",
+    "port: 80, protocol: HTTP",
+];
 const SERVICE_ENTRIES: [&str; 8] = [
     "hosts: [a.example.com], resolution: STATIC, endpoints: [{address: 10.0.0.1}, {address: 10.0.0.7, labels: {app: a0}}]",
     "hosts: [a.example.com, b.example.com], resolution: STATIC, workloadSelector: {labels: {app: a0}}",
@@ -157,8 +173,9 @@ fn event(edit: &Edit) -> Event {
                 _ => String::new(),
             };
             format!(
-                "{{apiVersion: v1, kind: Service, metadata: {{name: x{name}, namespace: ns{namespace}}},
-                  spec: {{{address} {selector} ports: [{{name: p, port: 80, targetPort: {port}}}]}}}}"
+                "{{apiVersion: v1, kind: Service, metadata: {{name: x{name}, namespace: ns{namespace}, labels: {{{}}}}},
+                  spec: {{{address} {selector} ports: [{{name: p, port: 80, targetPort: {port}}}]}}}}",
+                if *name == 3 { "istio.io/use-waypoint: x0, istio.io/use-waypoint-namespace: ns0" } else { "" }
             )
         }
         Edit::Slice { namespace, name, service, addresses } => {
@@ -192,6 +209,19 @@ fn event(edit: &Edit) -> Event {
             "{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: x{name}, namespace: ns{namespace},
                labels: {{app: a{app}}}}}, spec: {{{spec}}}}}"
         ),
+        // Namespaces are bound to `gate`; services and pods may be to `x0`.
+        Edit::Gateway { namespace, labels, class, spec } => format!(
+            "{{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {{name: {}, namespace: ns{namespace}, labels: {{{labels}}}}},
+               spec: {{gatewayClassName: x{class}, listeners: [{{name: l, {spec}}}]}}}}",
+            if *class == 2 { "x0" } else { "gate" }
+        ),
+        Edit::GatewayClass { name, controller } => format!(
+            "{{apiVersion: gateway.networking.k8s.io/v1, kind: GatewayClass, metadata: {{name: x{name}}}, spec: {{controllerName: {controller}}}}}"
+        ),
+        Edit::Delete { kind: kind @ Kind::Gateway, namespace, name } => {
+            return delete(*kind, &namespace_of(*namespace), if *name < 3 { "gate" } else { "x0" });
+        }
+        Edit::Delete { kind: kind @ Kind::GatewayClass, name, .. } => return delete(*kind, "", &format!("x{name}")),
         Edit::Delete { kind: kind @ Kind::Namespace, name, .. } => return delete(*kind, "", &format!("ns{name}")),
         Edit::Delete { kind: kind @ Kind::Node, name, .. } => return delete(*kind, "", &format!("node{name}")),
         Edit::Delete { kind, namespace, name } => {

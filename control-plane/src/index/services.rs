@@ -11,6 +11,7 @@ use prost::Message as _;
 use super::multimap::MultiMap;
 use super::pods::selects;
 use super::resource::Changes;
+use super::waypoint::Addressed;
 use super::{Dirty, Index, encode, names};
 use crate::api::{
     AppProtocol, EndpointSlice, Families, Labels, Name, Pod, Service, ServiceAddresses, ServicePort, TargetPort,
@@ -29,6 +30,10 @@ pub(super) struct Services {
 }
 
 impl Services {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.all.values()
+    }
+
     pub(super) fn get(&self, name: &Name) -> Option<&Arc<Service>> {
         self.all.get(name)
     }
@@ -141,7 +146,7 @@ impl Index {
             hostname: self.options.hostname(name),
             addresses: blocks,
             ports: service.ports.iter().map(port_on_wire).collect(),
-            waypoint: self.waypoint(&name.namespace, &service.waypoint),
+            waypoint: self.waypoint(&name.namespace, &service.waypoint, Addressed::Service),
             load_balancing: load_balancing(&service),
             ip_families: families(service.families).into(),
             extensions: port_names(&service.ports).into_iter().collect(),

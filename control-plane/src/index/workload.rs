@@ -1,4 +1,4 @@
-//! A pod as the data plane knows it.
+//! A pod, or an endpoint that is none, as the data plane knows it.
 
 use std::net::IpAddr;
 
@@ -8,8 +8,11 @@ use mesh_proto::workload as wire;
 use prost::Message as _;
 
 use super::services::port_on_wire;
+use super::waypoint::Addressed;
 use super::{Index, Options, names};
-use crate::api::{EntryEndpoint, Labels, Locality, Name, Owner, Pod, ServicePort, TargetPort, WaypointBinding};
+use crate::api::{
+    EntryEndpoint, GATEWAY_NAME, Labels, Locality, Name, Owner, Pod, ServicePort, TargetPort, WaypointBinding,
+};
 
 /// The trust domain that an empty field stands for.
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -17,8 +20,6 @@ const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 const CANONICAL_NAME: [&str; 3] = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
 const CANONICAL_REVISION: [&str; 3] = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
 const POD_TEMPLATE_HASH: &str = "pod-template-hash";
-/// Carried by the pods of a gateway or waypoint, which must not be sent through themselves.
-const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// What a workload takes from other objects than its pod.
 pub(super) struct Surroundings {
@@ -37,7 +38,7 @@ impl Index {
         if pod.waypoint == WaypointBinding::Unset && pod.labels.contains_key(GATEWAY_NAME) {
             return None;
         }
-        self.waypoint(&pod.name.namespace, &pod.waypoint)
+        self.waypoint(&pod.name.namespace, &pod.waypoint, Addressed::Workload)
     }
 }
 

@@ -8,6 +8,7 @@ use mesh_proto::workload as wire;
 use super::multimap::MultiMap;
 use super::pods::selects;
 use super::resource::Changes;
+use super::waypoint::Addressed;
 use super::{Dirty, Index, Note, encode, names, workload};
 use crate::api::{EntryAddress, Kind, Labels, Name, ObjectId, WorkloadEntry};
 
@@ -29,6 +30,10 @@ impl WorkloadEntries {
     pub(super) fn remove(&mut self, name: &Name) -> Option<Arc<WorkloadEntry>> {
         self.by_namespace.remove(&name.namespace, name);
         self.all.remove(name)
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<WorkloadEntry>> {
+        self.all.values()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -88,7 +93,7 @@ impl Index {
         };
         let around = workload::Surroundings {
             uid,
-            waypoint: self.waypoint(&name.namespace, &entry.waypoint),
+            waypoint: self.waypoint(&name.namespace, &entry.waypoint, Addressed::Workload),
             locality: None,
             policies: self.policies_of(&name.namespace, &entry.endpoint.labels),
             is_waiting: false,

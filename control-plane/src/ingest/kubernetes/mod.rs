@@ -38,7 +38,7 @@ const GATHER: Duration = Duration::from_millis(10);
 const MAX_PENDING: usize = 100_000;
 
 /// The kinds that are followed.
-const WATCHED: [Kind; 10] = [
+const WATCHED: [Kind; 12] = [
     Kind::Namespace,
     Kind::Node,
     Kind::ServiceAccount,
@@ -49,6 +49,8 @@ const WATCHED: [Kind; 10] = [
     Kind::PeerAuthentication,
     Kind::ServiceEntry,
     Kind::WorkloadEntry,
+    Kind::Gateway,
+    Kind::GatewayClass,
 ];
 
 /// The source.

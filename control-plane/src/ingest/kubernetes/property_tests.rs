@@ -41,6 +41,9 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
         "managedFields": [{"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
             "fieldsV1": {"f:spec": {}}}],
     });
+    if variant == 2 {
+        metadata["labels"]["istio.io/use-waypoint"] = json!("x0");
+    }
     if !kind.is_cluster_scoped() {
         metadata["namespace"] = json!(format!("x{}", variant % 2));
     }
@@ -97,7 +100,16 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
             },
             "status": {"conditions": [{"type": "Healthy", "status": if variant == 1 { "False" } else { "True" }}]},
         }),
-        Kind::Gateway | Kind::GatewayClass => json!({}),
+        Kind::Gateway => json!({
+            "spec": {
+                "gatewayClassName": if variant == 5 { "" } else { "istio-waypoint" },
+                "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE", "allowedRoutes": {"namespaces": {"from": "Same"}}}],
+            },
+            "status": {"addresses": [{"type": "IPAddress", "value": format!("10.96.0.{}", variant + 1)}]},
+        }),
+        Kind::GatewayClass => {
+            json!({"spec": {"controllerName": if variant == 5 { "" } else { "istio.io/mesh-controller" }}})
+        }
     };
     let mut whole = json!({"apiVersion": kind.api_version(), "kind": kind.as_str(), "metadata": metadata});
     for (key, value) in more.as_object().into_iter().flatten() {
