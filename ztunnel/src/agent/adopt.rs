@@ -111,8 +111,8 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
 /// Takes over one pod, with the listeners that a proxy returned, if one did. Blocks shortly.
 pub fn one(host: &Host, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Adoption {
     let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
-        let dead = host.capture.adopt_pod(&saved.pod.uid).is_none_or(|capture| capture.is_dead().unwrap_or(false));
-        return if dead {
+        let is_dead = || host.capture.adopt_pod(&saved.pod.uid).is_none_or(|pod| pod.is_dead().unwrap_or(false));
+        return if saved.is_gone() || is_dead() {
             Adoption::Gone
         } else {
             Adoption::Failed(String::from("its network namespace was not found"))

@@ -1,8 +1,10 @@
-//! The pods of the node: one task that owns them, enrols and withdraws them one after the other, and tells the proxies.
+//! The pods of the node: one task that owns them, enrols them one after the other, withdraws each in a task of its own, and
+//! tells the proxies.
 
+mod leaving;
 mod rounds;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,12 +12,13 @@ use std::time::Duration;
 use mesh_proto::node;
 use tokio::sync::{mpsc, oneshot};
 
+use leaving::Leaving;
 use rounds::Schedule;
 
 use super::adopt::{self, Stranded};
 use super::host::Host;
-use super::netns::{Netns, inode_at};
-use super::pod::{self, EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
+use super::netns::{Netns, NetnsError, inode_at};
+use super::pod::{EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
@@ -90,9 +93,18 @@ struct Connected {
     dns: bool,
 }
 
+/// What became of an announcement.
+enum Enrolling {
+    /// Its pod is in force.
+    Ended,
+    /// What is there of the pod has to leave first.
+    AfterWithdrawal,
+}
+
 enum Command {
     Enrol { info: PodInfo, netns: OwnedFd, sandbox: Sandbox, done: oneshot::Sender<Result<(), ManagerError>> },
     Withdraw { uid: String, sandbox: String, done: oneshot::Sender<Result<(), ManagerError>> },
+    Listed { uids: HashSet<String> },
     List { done: oneshot::Sender<Option<Vec<Listed>>> },
     Join { id: u64, joining: Joining, notices: oneshot::Sender<mpsc::Receiver<Notice>> },
     Leave { id: u64 },
@@ -108,6 +120,8 @@ impl Manager {
     pub fn start(host: Arc<Host>, state: State) -> Result<Self, StateError> {
         let pods = Shared::default();
         let (adopted, stranded, complete) = adopt::all(&host, &state)?;
+        // They were there before any list that this agent will see.
+        let listed = adopted.keys().chain(stranded.keys()).cloned().collect();
         *pods.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
         let (commands, queue) = mpsc::channel(QUEUE);
         let task = Task {
@@ -118,6 +132,8 @@ impl Manager {
             proxies: HashMap::new(),
             refusals: Refusals::default(),
             schedule: Schedule::default(),
+            leaving: Leaving::default(),
+            listed,
             complete,
         };
         tokio::spawn(task.run(queue));
@@ -139,6 +155,13 @@ impl Manager {
     /// When something of it stays.
     pub async fn withdraw(&self, uid: String, sandbox: String) -> Result<(), ManagerError> {
         self.ask(|done| Command::Withdraw { uid, sandbox, done }).await?
+    }
+
+    /// All pods that exist on this node, by UID. Those that an earlier list would have shown and this one does not are
+    /// withdrawn, unless something of them runs here.
+    pub async fn listed(&self, uids: HashSet<String>) {
+        // The task may be gone too.
+        let _ = self.commands.send(Command::Listed { uids }).await;
     }
 
     /// All pods, each checked in the kernel now.
@@ -210,6 +233,10 @@ struct Task {
     proxies: HashMap<u64, Connected>,
     refusals: Refusals,
     schedule: Schedule,
+    leaving: Leaving,
+    /// UIDs of pods that a list of all that exist would show if they still existed: those of the last list, and those that were
+    /// there before the first. A pod that starts may be enrolled before it is in a list.
+    listed: HashSet<String>,
     /// Whether no pod is captured that the agent does not know.
     complete: bool,
 }
@@ -223,37 +250,47 @@ impl Task {
         loop {
             tokio::select! {
                 command = queue.recv() => match command {
-                    // An answer that nobody waits for any more is dropped: the work is done all the same.
-                    Some(Command::Enrol { info, netns, sandbox, done }) => {
-                        let _ = done.send(self.enrol(info, netns, sandbox).await);
-                    }
-                    Some(Command::Withdraw { uid, sandbox, done }) => {
-                        let _ = done.send(self.withdraw_from(&uid, &sandbox).await);
-                    }
-                    Some(Command::List { done }) => {
-                        let _ = done.send(self.list().await);
-                    }
-                    Some(Command::Join { id, joining, notices }) => {
-                        let _ = notices.send(self.join(id, joining).await);
-                    }
-                    Some(Command::Leave { id }) => {
-                        self.proxies.remove(&id);
-                        self.refusals.forget_proxy(id);
-                        self.follow_proxies().await;
-                    }
-                    Some(Command::Answered { proxy, uid, error }) => {
-                        self.refusals.note(proxy, uid, error, tokio::time::Instant::now());
-                    }
+                    Some(command) => self.carry_out(command).await,
                     None => return,
                 },
+                Some(left) = self.leaving.next() => self.left(left).await,
                 _ = rounds.tick() => self.round().await,
                 _ = ticks.tick(), if self.has_pods() => self.tick().await,
             }
         }
     }
 
-    async fn enrol(&mut self, info: PodInfo, netns: OwnedFd, mut sandbox: Sandbox) -> Result<(), ManagerError> {
-        let uid = info.uid.clone();
+    /// An answer that nobody waits for any more is dropped: the work is done all the same.
+    async fn carry_out(&mut self, command: Command) {
+        match self.leaving.defer(command) {
+            Some(Command::Enrol { info, netns, sandbox, done }) => match self.enrol(&info, &netns, &sandbox).await {
+                Ok(Enrolling::Ended) => drop(done.send(Ok(()))),
+                Ok(Enrolling::AfterWithdrawal) => {
+                    let uid = info.uid.clone();
+                    self.withdraw(&uid, None, Some(Command::Enrol { info, netns, sandbox, done }));
+                }
+                Err(error) => drop(done.send(Err(error))),
+            },
+            Some(Command::Withdraw { uid, sandbox, done }) => self.withdraw_from(&uid, &sandbox, done),
+            Some(Command::Listed { uids }) => self.take_list(uids).await,
+            Some(Command::List { done }) => drop(done.send(self.list().await)),
+            Some(Command::Join { id, joining, notices }) => drop(notices.send(self.join(id, joining).await)),
+            Some(Command::Leave { id }) => {
+                self.proxies.remove(&id);
+                self.refusals.forget_proxy(id);
+                self.follow_proxies().await;
+            }
+            Some(Command::Answered { proxy, uid, error }) => {
+                self.refusals.note(proxy, uid, error, tokio::time::Instant::now());
+            }
+            // It comes again.
+            None => {}
+        }
+    }
+
+    async fn enrol(&mut self, info: &PodInfo, netns: &OwnedFd, sandbox: &Sandbox) -> Result<Enrolling, ManagerError> {
+        let (info, mut sandbox, uid) = (info.clone(), sandbox.clone(), info.uid.clone());
+        let netns = netns.try_clone().map_err(|error| EnrolError::from(NetnsError::Enter(error)))?;
         let netns = blocking(move || Ok(Netns::new(netns)?)).await?;
         let inode = netns.inode();
         // A path that means something else here (another mount namespace) would make the pod look gone.
@@ -264,16 +301,26 @@ impl Task {
         if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
             return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
         }
-        self.retry_stranded(&uid, &info, &netns).await?;
+        if let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(&uid) {
+            // Another by now, or withdrawn and not wholly released, which comes first.
+            if *leaving || saved.netns_cookie != netns.cookie() || saved.pod != info {
+                return Ok(Enrolling::AfterWithdrawal);
+            }
+            let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
+            let netns = netns.try_clone().map_err(EnrolError::from)?;
+            let pod = blocking(move || Pod::adopt(&host, &saved, netns, listeners)).await?;
+            self.adopted(pod);
+        }
         if let Some(pod) = self.get(&uid) {
             if in_it(&pod) && pod.info == info {
-                return self.enrol_again(pod, sandbox).await;
+                self.enrol_again(pod, sandbox).await?;
+                return Ok(Enrolling::Ended);
             }
             if in_it(&pod) && pod.listeners().is_none() {
                 // Withdrawn, it could not be enrolled again: the proxy has the ports.
                 return Err(EnrolError::NoListeners.into());
             }
-            self.withdraw(&uid).await?;
+            return Ok(Enrolling::AfterWithdrawal);
         }
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
         let enrolled = blocking(move || Ok(Pod::enrol(&host, &state, info, netns, sandbox))).await?;
@@ -289,7 +336,7 @@ impl Task {
         tracing::info!(pod = uid, name = pod.info.name, namespace = pod.info.namespace, "enrolled");
         self.lock().insert(uid, Arc::clone(&pod));
         self.announce(&pod);
-        Ok(())
+        Ok(Enrolling::Ended)
     }
 
     /// A pod that is enrolled was announced once more. Whatever is missing, its capture is never given up here.
@@ -310,20 +357,6 @@ impl Task {
         Ok(done?)
     }
 
-    /// A stranded pod was announced again: the same one is adopted, in the namespace that was given; one that is
-    /// another by now is withdrawn, and what was withdrawn is wholly released before it is enrolled anew.
-    async fn retry_stranded(&mut self, uid: &str, info: &PodInfo, netns: &Netns) -> Result<(), ManagerError> {
-        let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(uid) else { return Ok(()) };
-        if *leaving || saved.netns_cookie != netns.cookie() || saved.pod != *info {
-            return self.withdraw(uid).await;
-        }
-        let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
-        let netns = netns.try_clone().map_err(EnrolError::from)?;
-        let pod = blocking(move || Pod::adopt(&host, &saved, netns, listeners)).await?;
-        self.adopted(pod);
-        Ok(())
-    }
-
     /// A pod is stranded no more.
     fn adopted(&mut self, pod: Pod) {
         tracing::info!(pod = pod.info.uid, "adopted after all");
@@ -334,94 +367,15 @@ impl Task {
     }
 
     /// Withdraws a pod unless it is enrolled in another sandbox than this one by now.
-    async fn withdraw_from(&mut self, uid: &str, sandbox: &str) -> Result<(), ManagerError> {
+    fn withdraw_from(&mut self, uid: &str, sandbox: &str, done: leaving::Done) {
         let enrolled = self.get(uid).map(|pod| pod.sandbox().id);
         let enrolled = enrolled.or_else(|| self.stranded.get(uid).map(|stranded| stranded.saved.sandbox.clone()));
         match enrolled {
             Some(enrolled) if !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox => {
                 tracing::info!(pod = uid, sandbox, enrolled, "a former sandbox ended; the pod stays enrolled");
-                Ok(())
+                let _ = done.send(Ok(()));
             }
-            Some(_) | None => self.withdraw(uid).await,
-        }
-    }
-
-    async fn withdraw(&mut self, uid: &str) -> Result<(), ManagerError> {
-        self.refusals.forget_pod(uid);
-        self.schedule.forget(uid);
-        if let Some(stranded) = self.stranded.remove(uid) {
-            return self.withdraw_stranded(uid, stranded).await;
-        }
-        let Some(pod) = self.lock().remove(uid) else { return Ok(()) };
-        let leaving = pod.leave();
-        drop(pod);
-        self.withdraw_stranded(uid, leaving).await
-    }
-
-    /// Releases a pod and restores its namespace, if it is to be found by now; without it there are no rules to remove.
-    /// When something fails it is stranded, its file stays, and it is tried again.
-    async fn withdraw_stranded(&mut self, uid: &str, mut stranded: Stranded) -> Result<(), ManagerError> {
-        stranded.leaving = true;
-        stranded.saved.leaving = true;
-        let left = self.leave(uid, &mut stranded).await;
-        if let Err(error) = left {
-            stranded.reason = format!("withdrawn, but not wholly released: {error}");
-            self.stranded.insert(uid.to_owned(), stranded);
-            return Err(error.into());
-        }
-        tracing::info!(pod = uid, "withdrawn");
-        Ok(())
-    }
-
-    async fn leave(&mut self, uid: &str, stranded: &mut Stranded) -> Result<(), EnrolError> {
-        let (host, saved, state) = (Arc::clone(&self.host), stranded.saved.clone(), self.state.clone());
-        let known = stranded.netns.as_ref().and_then(|netns| netns.try_clone().ok());
-        let netns = blocking(move || {
-            // First of all: an agent that is started meanwhile must finish it, and not take the pod over.
-            if let Err(error) = state.save(&saved) {
-                tracing::warn!(pod = saved.pod.uid, %error, "cannot write down that a pod is withdrawn");
-            }
-            // Held, so that it stays to be restored when the proxy closes its sockets.
-            let find = || Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie);
-            let netns = known.or_else(find);
-            pod::release(&host, &saved, netns.as_ref())?;
-            Ok(netns)
-        })
-        .await?;
-        stranded.listeners = None;
-        self.tell_removed(uid).await;
-        let (state, saved) = (self.state.clone(), stranded.saved.clone());
-        blocking(move || {
-            if let Some(netns) = netns {
-                pod::restore(&netns, saved.before)?;
-            } else {
-                tracing::warn!(pod = saved.pod.uid, "withdrawn without its network namespace, which was not found");
-            }
-            Ok(state.remove(&saved.pod.uid)?)
-        })
-        .await
-    }
-
-    /// Waits until every proxy has closed the pod's sockets; one that does not in time is cut off.
-    async fn tell_removed(&mut self, uid: &str) {
-        let mut acks = Vec::new();
-        for (id, Connected { notices, .. }) in &self.proxies {
-            let (acked, ack) = oneshot::channel();
-            if notices.try_send(Notice::Removed(uid.to_owned(), acked)).is_ok() {
-                acks.push((*id, ack));
-            }
-        }
-        let deadline = tokio::time::Instant::now() + ACK_PATIENCE;
-        for (id, ack) in acks {
-            // An error says that the connection ended: then the proxy is gone, or will be told again when it is back.
-            if tokio::time::timeout_at(deadline, ack).await.is_err() {
-                tracing::error!(
-                    proxy = id,
-                    pod = uid,
-                    "the proxy did not close a pod's sockets in time; it is cut off"
-                );
-                self.proxies.remove(&id);
-            }
+            Some(_) | None => self.withdraw(uid, Some(done), None),
         }
     }
 
@@ -449,6 +403,7 @@ impl Task {
             weaker: String::new(),
             sandbox: saved.sandbox.clone(),
         }));
+        listed.extend(self.leaving.list());
         Some(listed)
     }
 

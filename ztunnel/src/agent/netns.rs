@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::fstatat;
 
 use super::capture::netns_cookie;
 use super::netlink::{self, Changes, Netlink};
@@ -129,15 +132,52 @@ pub fn inode_at(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|found| found.ino())
 }
 
-/// Whether a namespace has left its path and no process is in it. What cannot be found out counts as no. Blocks
-/// shortly.
+/// Whether a namespace has left its path and no process is in it. What cannot be found out counts as no. For a path that
+/// this process has seen the namespace at, or an empty one. Blocks shortly.
 #[must_use]
 pub fn is_gone(path: &Path, inode: u64) -> bool {
     let left = match fs::metadata(path) {
         Ok(found) => found.ino() != inode,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     };
-    left && processes().is_ok_and(|mut all| !all.any(|path| inode_at(&path) == Some(inode)))
+    left && is_without_processes(inode)
+}
+
+/// Whether no process is in a namespace. What cannot be found out counts as no. Blocks shortly.
+#[must_use]
+pub fn is_without_processes(inode: u64) -> bool {
+    processes().is_ok_and(|mut all| !all.any(|path| inode_at(&path) == Some(inode)))
+}
+
+/// A folder in which namespaces have names, as every process knows it that sees it, under whatever path. It exists as long
+/// as the machine is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Folder {
+    device: u64,
+    inode: u64,
+}
+
+impl Folder {
+    /// The one that this path's name stands in; `None` if it is not to be seen, or there is no path.
+    #[must_use]
+    pub fn of(path: &Path) -> Option<Self> {
+        Self::identify(&fs::metadata(path.parent()?).ok()?)
+    }
+
+    fn identify(found: &fs::Metadata) -> Option<Self> {
+        found.is_dir().then(|| Self { device: found.dev(), inode: found.ino() })
+    }
+
+    /// Whether what another process has seen at a path in this folder has lost that name. What cannot be found out counts
+    /// as no.
+    #[must_use]
+    pub fn lacks(self, path: &Path) -> bool {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return false };
+        let Ok(folder) = File::open(parent) else { return false };
+        // Asked of the folder that was opened: another may be mounted there meanwhile.
+        let is_same = folder.metadata().is_ok_and(|found| Self::identify(&found) == Some(self));
+        is_same && fstatat(&folder, name, AtFlags::empty()) == Err(Errno::ENOENT)
+    }
 }
 
 /// The path of each process's network namespace.

@@ -55,6 +55,9 @@ pub enum EnrolError {
     /// The file that a restarted agent reads.
     #[error(transparent)]
     State(#[from] StateError),
+    /// What it was before has to leave first, and has not.
+    #[error("it was withdrawn, but not wholly released: {0}")]
+    NotReleased(String),
     /// The proxy was to return its listeners, and they are not there yet.
     #[error("the proxy that holds its listeners has not returned them; capture stays in force, try again later")]
     NoListeners,
@@ -172,7 +175,7 @@ impl Pod {
         let (capture, told) = keep::adopt(host, &info, &netns, listeners.as_deref())?;
         let mut sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
         // A path that this agent cannot see, or that is another's by now, says nothing about the pod's end.
-        if inode_at(&sandbox.path) != Some(netns.inode()) {
+        if inode_at(&sandbox.path) != Some(netns.inode()) && !saved.has_lost_its_path() {
             sandbox.path = PathBuf::new();
         }
         let (sandbox, listeners, told) = (Mutex::new(sandbox), Mutex::new(listeners), Mutex::new(told));

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::capture::folder_name;
-use super::netns::Netns;
+use super::netns::{Folder, Netns, is_without_processes};
 use super::pod::{PodInfo, Sandbox};
 use super::pod_network::Before;
 
@@ -21,6 +21,10 @@ pub struct Saved {
     pub pod: PodInfo,
     /// Where its namespace was found; may be empty.
     pub netns_path: PathBuf,
+    /// The folder of that path, by which another agent knows whether it sees the same one. Not known of pods that a former
+    /// version enrolled.
+    #[serde(default)]
+    pub netns_folder: Option<Folder>,
     /// The runtime's id of the sandbox; empty if it was not given.
     #[serde(default)]
     pub sandbox: String,
@@ -43,12 +47,27 @@ impl Saved {
             version: VERSION,
             pod: pod.clone(),
             netns_path: sandbox.path.clone(),
+            netns_folder: Folder::of(&sandbox.path),
             sandbox: sandbox.id.clone(),
             netns_cookie: netns.cookie(),
             netns_inode: netns.inode(),
             before,
             leaving: false,
         }
+    }
+
+    /// Whether the namespace's path was removed where it was. One that this agent cannot see, or that is another's by now,
+    /// says nothing.
+    #[must_use]
+    pub fn has_lost_its_path(&self) -> bool {
+        self.netns_folder.is_some_and(|folder| folder.lacks(&self.netns_path))
+    }
+
+    /// Whether the pod's namespace is gone: its path was removed where it was, and no process is in it. Sockets may keep it
+    /// alive, and so the programs that are attached to it. Blocks shortly.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.has_lost_its_path() && is_without_processes(self.netns_inode)
     }
 
     /// The same of a pod that is withdrawn.

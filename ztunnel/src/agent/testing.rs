@@ -41,6 +41,22 @@ impl Scratch {
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
+
+    /// Gives a namespace a path, as runtimes do.
+    pub fn name(&self, pod: &TestPod, name: &str) -> PathBuf {
+        let path = self.path("netns").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "").unwrap();
+        let open = format!("/proc/self/fd/{}", pod.netns.as_fd().as_raw_fd());
+        mount(Some(open.as_str()), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        path
+    }
+}
+
+/// Takes a namespace's path away, as runtimes do.
+pub fn unname(path: &Path) {
+    umount2(path, MntFlags::MNT_DETACH).unwrap();
+    fs::remove_file(path).unwrap();
 }
 
 impl Drop for Scratch {
@@ -69,6 +85,9 @@ fn sweep() {
 
 fn remove(folder: &Path) {
     let _ = umount2(&folder.join("bpf"), MntFlags::MNT_DETACH);
+    for name in fs::read_dir(folder.join("netns")).into_iter().flatten().filter_map(Result::ok) {
+        let _ = umount2(&name.path(), MntFlags::MNT_DETACH);
+    }
     let _ = fs::remove_dir_all(folder);
 }
 

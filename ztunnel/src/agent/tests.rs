@@ -3,6 +3,7 @@
 
 mod adoption;
 mod drifting;
+mod ending;
 mod families;
 mod leftovers;
 mod networks;
@@ -21,7 +22,7 @@ use prost::Message as _;
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::runtime::Runtime;
 
-use super::testing::{A, A6, B, B6, Scratch, TestPod, cgroup_root, pair};
+use super::testing::{A, A6, B, B6, Scratch, TestPod, cgroup_root, pair, unname};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -34,6 +35,7 @@ struct Agent {
     _run_dir: RunDir,
     _tasks: Tasks,
     host: Arc<Host>,
+    manager: Manager,
     run: PathBuf,
 }
 
@@ -50,9 +52,9 @@ impl Agent {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut tasks = Tasks::new();
         let guard = runtime.enter();
-        super::start(&run_dir, 65534, &host, None, &Readiness::new(), &mut tasks).unwrap();
+        let manager = super::start(&run_dir, 65534, &host, None, &Readiness::new(), &mut tasks).unwrap();
         drop(guard);
-        Self { runtime: Some(runtime), _run_dir: run_dir, _tasks: tasks, host, run }
+        Self { runtime: Some(runtime), _run_dir: run_dir, _tasks: tasks, host, manager, run }
     }
 
     fn announcer(&self) -> Announcer {
@@ -61,6 +63,12 @@ impl Agent {
 
     fn proxy(&self, kept: Vec<(&str, Vec<OwnedFd>)>) -> Proxy {
         self.proxy_of_version(handover::VERSION, kept)
+    }
+
+    /// A source of labels shows all pods that exist.
+    fn listed(&self, uids: &[&str]) {
+        let uids = uids.iter().map(|uid| (*uid).to_owned()).collect();
+        self.runtime.as_ref().unwrap().block_on(self.manager.listed(uids));
     }
 
     fn proxy_of_version(&self, version: u32, kept: Vec<(&str, Vec<OwnedFd>)>) -> Proxy {
@@ -95,6 +103,13 @@ impl Announcer {
         let pod_wire = Some(wire(uid, pod.address));
         let request = node::EnrolPod { pod: pod_wire, netns_path: path.into(), container_id: sandbox.into() };
         ok(self.ask(pod_request::Kind::Enrol(request), &[pod.netns.as_fd()]))
+    }
+
+    /// As the plugin asks.
+    fn admit(&self, uid: &str, pod: &TestPod, sandbox: &str) -> Result<(), String> {
+        let pod_wire = Some(wire(uid, pod.address));
+        let request = node::AdmitPod { pod: pod_wire, container_id: sandbox.into(), ..Default::default() };
+        ok(self.ask(pod_request::Kind::Admit(request), &[pod.netns.as_fd()]))
     }
 
     fn withdraw(&self, uid: &str) -> Result<(), String> {

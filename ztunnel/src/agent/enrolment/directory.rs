@@ -99,7 +99,12 @@ impl Source for Directory {
                 let pods: usize = found.pods.values().map(BTreeMap::len).sum();
                 tracing::info!(namespaces = found.namespaces.len(), pods, "labels read");
                 if knowledge
-                    .send(Arc::new(Known { knowledge: found, origin: Origin::Source, running: Vec::new() }))
+                    .send(Arc::new(Known {
+                        knowledge: found,
+                        origin: Origin::Source,
+                        running: Vec::new(),
+                        lists_pods: false,
+                    }))
                     .is_err()
                 {
                     return;

@@ -273,7 +273,7 @@ impl Cluster {
         let running = self.pods.objects.values().filter_map(|(_, running)| running.as_ref());
         let running = running.filter(is_seen).cloned().collect();
         let knowledge = Knowledge { namespaces: self.namespaces.objects.clone(), pods };
-        Some(Known { knowledge, origin: Origin::Source, running })
+        Some(Known { knowledge, origin: Origin::Source, running, lists_pods: true })
     }
 }
 

@@ -64,6 +64,8 @@ pub struct Known {
     pub origin: Origin,
     /// Pods that run on this node, where the source tells.
     pub running: Vec<Running>,
+    /// Whether every pod of this node is among those of `knowledge`, by UID.
+    pub lists_pods: bool,
 }
 
 /// A pod that runs on this node in a network of its own.
@@ -316,7 +318,7 @@ fn earlier(file: &Path, has_source: bool) -> Known {
         return Known::default();
     }
     match knowledge::load(file, MAX_AGE) {
-        Ok(Some(knowledge)) => Known { knowledge, origin: Origin::File, running: Vec::new() },
+        Ok(Some(knowledge)) => Known { knowledge, origin: Origin::File, running: Vec::new(), lists_pods: false },
         Ok(None) => Known::default(),
         Err(error) if error.is_absence() => Known::default(),
         Err(error) => {

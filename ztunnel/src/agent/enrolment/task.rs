@@ -1,5 +1,7 @@
-//! The one task that decides: pods as they start, pods as their labels change, and sandboxes as they end, one after the
-//! other, so that no decision overtakes another.
+//! The one task that decides: pods as they start, pods as their labels change, and sandboxes as they end. Each pod is moved by
+//! a task of its own, one thing after the other, so that no decision overtakes another.
+
+mod moving;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
@@ -13,6 +15,7 @@ use mesh_proto::node;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use self::moving::{Moving, Then};
 use super::found::{self, Found};
 use super::{Admission, AdmissionError, Admitted, Checked, Known, NOBODY, Origin, Problems, Running, name};
 use crate::agent::manager::{Manager, ManagerError};
@@ -43,6 +46,9 @@ pub enum Command {
     Prune { valid: Vec<String>, asked_at_ms: u64, done: oneshot::Sender<usize> },
 }
 
+/// Who waits for an answer.
+type Done<T> = oneshot::Sender<T>;
+
 /// The task's state.
 pub struct Task {
     manager: Manager,
@@ -59,6 +65,7 @@ pub struct Task {
     asked: HashMap<String, u64>,
     /// By UID.
     failures: HashMap<String, Failure>,
+    moving: Moving,
     tell: Tell,
 }
 
@@ -97,6 +104,7 @@ impl Task {
             ended: VecDeque::new(),
             asked: HashMap::new(),
             failures: HashMap::new(),
+            moving: Moving::default(),
             tell,
         }
     }
@@ -111,6 +119,14 @@ impl Task {
                     Some(command) => self.carry_out(command).await,
                     None => return,
                 },
+                Some((then, deferred)) = self.moving.next() => {
+                    if let Some(then) = then {
+                        then(&mut self);
+                    }
+                    for command in deferred {
+                        self.carry_out(command).await;
+                    }
+                }
                 changed = self.known.changed(), if followed => {
                     if changed.is_err() {
                         tracing::error!("the source of labels ended; what it said last stays in force");
@@ -144,26 +160,13 @@ impl Task {
 
     /// An answer that nobody waits for any more is dropped: the work is done all the same.
     async fn carry_out(&mut self, command: Command) {
-        match command {
-            Command::Admit { admission, netns, done } => {
-                let (uid, sandbox) = (admission.pod.uid.clone(), admission.sandbox.clone());
-                let admitted = self.admit(*admission, netns).await;
-                match &admitted {
-                    Ok(Admitted::Enrolled(why)) => tracing::info!(pod = uid, sandbox, why, "admitted: enrolled"),
-                    Ok(Admitted::Passed(why)) => tracing::info!(pod = uid, sandbox, %why, "admitted: passes"),
-                    Err(error) => tracing::warn!(pod = uid, sandbox, %error, "not admitted"),
-                }
-                let _ = done.send(admitted);
-            }
-            Command::Delete { uid, sandbox, asked_at_ms, done } => {
-                let _ = done.send(self.delete(uid, sandbox, asked_at_ms).await);
-            }
-            Command::Check { sandbox, done } => {
-                let _ = done.send(self.check(&sandbox));
-            }
-            Command::Prune { valid, asked_at_ms, done } => {
-                let _ = done.send(self.prune(&valid, asked_at_ms).await);
-            }
+        match self.moving.defer(command) {
+            Some(Command::Admit { admission, netns, done }) => self.admit(*admission, netns, done),
+            Some(Command::Delete { uid, sandbox, asked_at_ms, done }) => self.delete(uid, sandbox, asked_at_ms, done),
+            Some(Command::Check { sandbox, done }) => drop(done.send(self.check(&sandbox))),
+            Some(Command::Prune { valid, asked_at_ms, done }) => self.prune(&valid, asked_at_ms, done).await,
+            // It comes again.
+            None => {}
         }
     }
 
@@ -171,34 +174,61 @@ impl Task {
         Arc::clone(&self.known.borrow())
     }
 
-    async fn admit(&mut self, admission: Admission, netns: OwnedFd) -> Result<Admitted, AdmissionError> {
+    fn admit(&mut self, admission: Admission, netns: OwnedFd, done: Done<Result<Admitted, AdmissionError>>) {
+        let (uid, sandbox) = (admission.pod.uid.clone(), admission.sandbox.clone());
+        let answer = move |admitted: Result<Admitted, AdmissionError>| {
+            match &admitted {
+                Ok(Admitted::Enrolled(why)) => tracing::info!(pod = uid, sandbox, why, "admitted: enrolled"),
+                Ok(Admitted::Passed(why)) => tracing::info!(pod = uid, sandbox, %why, "admitted: passes"),
+                Err(error) => tracing::warn!(pod = uid, sandbox, %error, "not admitted"),
+            }
+            let _ = done.send(admitted);
+        };
         if self.ended.iter().any(|(ended, at)| *ended == admission.sandbox && *at > admission.asked_at_ms) {
-            return Err(AdmissionError::Ended);
+            return answer(Err(AdmissionError::Ended));
         }
         self.asked.insert(admission.sandbox.clone(), admission.asked_at_ms);
         let known = self.known();
         match known.knowledge.decide(name(&admission), &NOBODY) {
-            Decision::Pass(pass) => self.pass(admission, netns, pass).await,
+            Decision::Pass(pass) => self.pass(admission, netns, pass, answer),
             Decision::Enrol(why) => {
                 let account = known.knowledge.pod(name(&admission)).map(|known| known.service_account.clone());
                 let account = account.unwrap_or(admission.pod.service_account);
                 if account.is_empty() {
-                    return Err(AdmissionError::NoIdentity(self.has_source));
+                    return answer(Err(AdmissionError::NoIdentity(self.has_source)));
                 }
                 let pod = node::Pod { service_account: account, ..admission.pod };
-                let uid = pod.uid.clone();
-                let info = PodInfo::try_from(Some(pod)).map_err(|error| ManagerError::from(EnrolError::from(error)))?;
+                let info = match PodInfo::try_from(Some(pod)) {
+                    Ok(info) => info,
+                    Err(error) => return answer(Err(ManagerError::from(EnrolError::from(error)).into())),
+                };
+                let (uid, manager) = (info.uid.clone(), self.manager.clone());
                 let sandbox = Sandbox { id: admission.sandbox, path: admission.netns_path };
-                self.manager.enrol(info, netns, sandbox).await?;
-                self.forget_passed(&uid);
-                Ok(Admitted::Enrolled(why.to_string()))
+                self.moving.begin(uid.clone(), async move {
+                    let enrolled = manager.enrol(info, netns, sandbox).await;
+                    Box::new(move |task: &mut Self| {
+                        if enrolled.is_ok() {
+                            task.forget_passed(&uid);
+                        }
+                        answer(enrolled.map(|()| Admitted::Enrolled(why.to_string())).map_err(AdmissionError::from));
+                    }) as Then
+                });
             }
         }
     }
 
     /// Remembered before it starts: an agent that is ended here finds it again.
-    async fn pass(&mut self, admission: Admission, netns: OwnedFd, pass: Pass) -> Result<Admitted, AdmissionError> {
-        let inode = File::from(netns).metadata().map_err(AdmissionError::Netns)?.ino();
+    fn pass(
+        &mut self,
+        admission: Admission,
+        netns: OwnedFd,
+        pass: Pass,
+        answer: impl FnOnce(Result<Admitted, AdmissionError>) + Send + 'static,
+    ) {
+        let inode = match File::from(netns).metadata() {
+            Ok(found) => found.ino(),
+            Err(error) => return answer(Err(AdmissionError::Netns(error))),
+        };
         let Admission { pod, mut netns_path, sandbox, .. } = admission;
         if inode_at(&netns_path) != Some(inode) {
             tracing::warn!(
@@ -207,19 +237,27 @@ impl Task {
             );
             netns_path = PathBuf::new();
         }
-        // It may have been enrolled in an earlier sandbox, under earlier labels.
-        self.manager.withdraw(pod.uid.clone(), String::new()).await?;
-        self.forget_passed(&pod.uid);
-        let addresses = pod.addresses.iter().filter_map(|bytes| address(bytes)).collect();
-        let remembered = PassedPod {
-            uid: pod.uid,
-            name: pod.name,
-            namespace: pod.namespace,
-            service_account: pod.service_account,
-            addresses,
-        };
-        self.remember(Passed::new(remembered, &sandbox, &netns_path, inode));
-        Ok(Admitted::Passed(pass))
+        let (uid, manager) = (pod.uid.clone(), self.manager.clone());
+        self.moving.begin(uid.clone(), async move {
+            // It may have been enrolled in an earlier sandbox, under earlier labels.
+            let withdrawn = manager.withdraw(uid.clone(), String::new()).await;
+            Box::new(move |task: &mut Self| {
+                if let Err(error) = withdrawn {
+                    return answer(Err(error.into()));
+                }
+                task.forget_passed(&uid);
+                let addresses = pod.addresses.iter().filter_map(|bytes| address(bytes)).collect();
+                let remembered = PassedPod {
+                    uid,
+                    name: pod.name,
+                    namespace: pod.namespace,
+                    service_account: pod.service_account,
+                    addresses,
+                };
+                task.remember(Passed::new(remembered, &sandbox, &netns_path, inode));
+                answer(Ok(Admitted::Passed(pass)));
+            }) as Then
+        });
     }
 
     fn remember(&mut self, passed: Passed) {
@@ -245,7 +283,7 @@ impl Task {
         }
     }
 
-    async fn delete(&mut self, uid: String, sandbox: String, asked_at_ms: u64) -> Result<(), ManagerError> {
+    fn delete(&mut self, uid: String, sandbox: String, asked_at_ms: u64, done: Done<Result<(), ManagerError>>) {
         if sandbox.is_empty() {
             self.forget_passed(&uid);
         } else {
@@ -259,7 +297,11 @@ impl Task {
                 self.ended.pop_front();
             }
         }
-        self.manager.withdraw(uid, sandbox).await
+        let manager = self.manager.clone();
+        self.moving.begin(uid.clone(), async move {
+            let withdrawn = manager.withdraw(uid, sandbox).await;
+            Box::new(move |_: &mut Self| drop(done.send(withdrawn))) as Then
+        });
     }
 
     fn check(&self, sandbox: &str) -> Option<Checked> {
@@ -271,7 +313,7 @@ impl Task {
         }
     }
 
-    async fn prune(&mut self, valid: &[String], asked_at_ms: u64) -> usize {
+    async fn prune(&mut self, valid: &[String], asked_at_ms: u64, done: Done<usize>) {
         let valid: HashSet<&str> = valid.iter().map(String::as_str).collect();
         let mut ended = Vec::new();
         for pod in self.manager.pods() {
@@ -282,7 +324,7 @@ impl Task {
             let is_later = self.asked.get(sandbox).is_some_and(|asked| *asked > asked_at_ms);
             !sandbox.is_empty() && !valid.contains(sandbox.as_str()) && !is_later
         });
-        let mut pruned = 0;
+        let mut answers = Vec::new();
         for (uid, sandbox, inode) in ended {
             // Without a path the question is whether a process is in it.
             if !has_left(PathBuf::new(), inode).await {
@@ -290,12 +332,25 @@ impl Task {
                 continue;
             }
             tracing::info!(pod = uid, sandbox, "ended, as the runtime's list says");
-            match self.delete(uid.clone(), sandbox, asked_at_ms).await {
-                Ok(()) => pruned += 1,
-                Err(error) => tracing::warn!(pod = uid, %error, "cannot be withdrawn"),
+            let (done, answer) = oneshot::channel();
+            answers.push((uid.clone(), answer));
+            let deferred = self.moving.defer(Command::Delete { uid, sandbox, asked_at_ms, done });
+            if let Some(Command::Delete { uid, sandbox, asked_at_ms, done }) = deferred {
+                self.delete(uid, sandbox, asked_at_ms, done);
             }
         }
-        pruned
+        tokio::spawn(async move {
+            let mut pruned = 0;
+            for (uid, answer) in answers {
+                match answer.await {
+                    Ok(Ok(())) => pruned += 1,
+                    Ok(Err(error)) => tracing::warn!(pod = uid, %error, "cannot be withdrawn"),
+                    // The agent stops.
+                    Err(_) => return,
+                }
+            }
+            let _ = done.send(pruned);
+        });
     }
 
     /// Takes note of pods that the plugin let pass without an agent, and forgets those that are gone.
@@ -319,7 +374,10 @@ impl Task {
         self.failures
             .retain(|uid, _| manager.pod(uid).is_some() || passed.values().any(|one| one.uid == *uid) || runs(uid));
         let enrolled: HashSet<String> = manager.pods().iter().map(|pod| pod.sandbox().id).collect();
-        self.asked.retain(|sandbox, _| passed.contains_key(sandbox) || enrolled.contains(sandbox));
+        // Of those on their way it is not known yet.
+        if self.moving.is_empty() {
+            self.asked.retain(|sandbox, _| passed.contains_key(sandbox) || enrolled.contains(sandbox));
+        }
     }
 
     /// Leaves what is known to the plugin.
@@ -355,8 +413,7 @@ impl Task {
             if let Decision::Pass(pass) = known.knowledge.decide(named, &NOBODY)
                 && self.is_due(&info.uid)
             {
-                let done = self.withdraw(&pod, pass).await;
-                self.note(&info.uid, done);
+                self.withdraw(&pod, pass);
             }
         }
         for passed in self.passed.values().cloned().collect::<Vec<_>>() {
@@ -373,22 +430,25 @@ impl Task {
                 && self.is_due(&passed.uid)
             {
                 let account = known.knowledge.pod(named(&passed)).map(|pod| pod.service_account.clone());
-                let uid = passed.uid.clone();
-                tracing::info!(pod = uid, name = passed.name, namespace = passed.namespace, %why, "to be enrolled while it runs");
-                let done = self.enrol_late(passed, account.unwrap_or_default()).await;
-                self.note(&uid, done);
+                let (uid, name, namespace) = (&passed.uid, &passed.name, &passed.namespace);
+                tracing::info!(pod = uid, name, namespace, %why, "to be enrolled while it runs");
+                self.enrol_late(passed, account.unwrap_or_default());
             }
         }
-        self.follow_unannounced(&known).await;
+        self.follow_unannounced(&known);
+        if known.lists_pods {
+            let uids = known.knowledge.pods.values().flat_map(BTreeMap::values).flat_map(|pod| &pod.uids);
+            self.manager.listed(uids.cloned().collect()).await;
+        }
     }
 
     /// Pods that ran before anybody announced them, as all do on a node that the mesh is new to.
-    async fn follow_unannounced(&mut self, known: &Known) {
+    fn follow_unannounced(&mut self, known: &Known) {
         for running in &known.running {
-            let is_announced = running
-                .uids
-                .iter()
-                .any(|uid| self.manager.pod(uid).is_some() || self.passed.values().any(|passed| passed.uid == *uid));
+            let is_announced = running.uids.iter().any(|uid| {
+                let has_passed = || self.passed.values().any(|passed| passed.uid == *uid);
+                self.moving.contains(uid) || self.manager.pod(uid).is_some() || has_passed()
+            });
             let named = PodName { namespace: &running.namespace, name: &running.name, uid: Some(&running.uid) };
             if !is_announced
                 && !running.ends
@@ -397,32 +457,33 @@ impl Task {
             {
                 let (uid, namespace, name) = (&running.uid, &running.namespace, &running.name);
                 tracing::info!(pod = uid, name, namespace, "runs and was never announced; to be enrolled");
-                let done = self.enrol_found(running.clone()).await;
-                self.note(uid, done);
+                self.enrol_found(running.clone());
             }
         }
     }
 
-    async fn enrol_found(&self, pod: Running) -> Result<(), String> {
-        let uids = pod.uids.clone();
-        let opened = tokio::task::spawn_blocking(move || open_found(&uids));
-        let (netns, path) = opened.await.map_err(|error| error.to_string())??;
+    fn enrol_found(&mut self, pod: Running) {
+        let (known_as, manager, uids) = (pod.uid.clone(), self.manager.clone(), pod.uids.clone());
+        let opened = self.moving.search(move || open_found(&uids));
         // As the runtime will name it.
         let uid = pod.uids.last().cloned().unwrap_or(pod.uid);
-        let info = PodInfo {
-            uid,
-            name: pod.name,
-            namespace: pod.namespace,
-            service_account: pod.service_account,
-            addresses: pod.addresses,
+        let named = uid.clone();
+        let enrolled = async move {
+            let (netns, path) = opened.await?;
+            let info = PodInfo {
+                uid,
+                name: pod.name,
+                namespace: pod.namespace,
+                service_account: pod.service_account,
+                addresses: pod.addresses,
+            };
+            enrol(&manager, &info, netns, Sandbox { id: String::new(), path }).await
         };
-        let info = PodInfo::try_from(Some(info.to_wire())).map_err(|error| error.to_string())?;
-        let sandbox = Sandbox { id: String::new(), path };
-        self.manager.enrol(info, netns.into(), sandbox).await.map_err(|error| error.to_string())
+        self.follow_to(named, known_as, enrolled, |_| {});
     }
 
     /// A pod that runs has lost its label.
-    async fn withdraw(&mut self, pod: &Pod, pass: Pass) -> Result<(), String> {
+    fn withdraw(&mut self, pod: &Pod, pass: Pass) {
         let (info, sandbox) = (&pod.info, pod.sandbox());
         tracing::info!(pod = info.uid, name = info.name, namespace = info.namespace, why = %pass, "to be withdrawn while it runs");
         let remembered = PassedPod {
@@ -438,30 +499,51 @@ impl Task {
             // First: an agent that is ended here finds it again, and finds it enrolled.
             self.remember(Passed::new(remembered, &sandbox.id, &sandbox.path, pod.netns().inode()));
         }
-        self.manager.withdraw(info.uid.clone(), String::new()).await.map_err(|error| error.to_string())
+        let (uid, manager) = (info.uid.clone(), self.manager.clone());
+        let withdrawn = async move { manager.withdraw(uid, String::new()).await.map_err(|error| error.to_string()) };
+        self.follow_to(info.uid.clone(), info.uid.clone(), withdrawn, |_| {});
     }
 
     /// A pod that runs has got the label.
-    async fn enrol_late(&mut self, passed: Passed, service_account: String) -> Result<(), String> {
-        let Passed { netns_path, netns_inode, uid, .. } = passed.clone();
-        let opened = tokio::task::spawn_blocking(move || namespace_of(netns_path, netns_inode, uid));
-        let (netns, path) = opened.await.map_err(|error| error.to_string())??;
-        let info = PodInfo {
-            uid: passed.uid,
-            name: passed.name,
-            namespace: passed.namespace,
-            service_account,
-            addresses: passed.addresses,
+    fn enrol_late(&mut self, passed: Passed, service_account: String) {
+        let Passed { netns_path, netns_inode, uid, sandbox, .. } = passed.clone();
+        let (known_as, manager, forgotten) = (uid.clone(), self.manager.clone(), sandbox.clone());
+        let opened = self.moving.search(move || namespace_of(netns_path, netns_inode, uid));
+        let enrolled = async move {
+            let (netns, path) = opened.await?;
+            let info = PodInfo {
+                uid: passed.uid,
+                name: passed.name,
+                namespace: passed.namespace,
+                service_account,
+                addresses: passed.addresses,
+            };
+            enrol(&manager, &info, netns, Sandbox { id: sandbox, path }).await
         };
-        let info = PodInfo::try_from(Some(info.to_wire())).map_err(|error| error.to_string())?;
-        let sandbox = Sandbox { id: passed.sandbox.clone(), path };
-        self.manager.enrol(info, netns.into(), sandbox).await.map_err(|error| error.to_string())?;
-        self.forget_sandbox(&passed.sandbox);
-        Ok(())
+        self.follow_to(known_as.clone(), known_as, enrolled, move |task| task.forget_sandbox(&forgotten));
+    }
+
+    /// Brings a pod to where its labels say. What becomes of it is noted under the UID that the source knows it by.
+    fn follow_to(
+        &mut self,
+        uid: String,
+        known_as: String,
+        way: impl Future<Output = Result<(), String>> + Send + 'static,
+        arrived: impl FnOnce(&mut Self) + Send + 'static,
+    ) {
+        self.moving.begin(uid, async move {
+            let done = way.await;
+            Box::new(move |task: &mut Self| {
+                if done.is_ok() {
+                    arrived(task);
+                }
+                task.note(&known_as, done);
+            }) as Then
+        });
     }
 
     fn is_due(&self, uid: &str) -> bool {
-        self.failures.get(uid).is_none_or(|failure| failure.next <= Instant::now())
+        !self.moving.contains(uid) && self.failures.get(uid).is_none_or(|failure| failure.next <= Instant::now())
     }
 
     /// Logs what became of a change, the same reason once.
@@ -478,6 +560,12 @@ impl Task {
         let wait = before.map_or(ROUND, |before| (before.wait * 2).min(LONGEST));
         self.failures.insert(uid.to_owned(), Failure { reason, wait, next: Instant::now() + wait });
     }
+}
+
+async fn enrol(manager: &Manager, info: &PodInfo, netns: File, sandbox: Sandbox) -> Result<(), String> {
+    // As if it had been announced: what cannot be a pod is refused.
+    let info = PodInfo::try_from(Some(info.to_wire())).map_err(|error| error.to_string())?;
+    manager.enrol(info, netns.into(), sandbox).await.map_err(|error| error.to_string())
 }
 
 fn named(passed: &Passed) -> PodName<'_> {

@@ -20,7 +20,7 @@ fn known(pod: Mode, namespace: Mode) -> Arc<Known> {
         namespaces: [("shop".into(), namespace)].into(),
         pods: [("shop".into(), [("web".into(), read)].into())].into(),
     };
-    Arc::new(Known { knowledge, origin: Origin::Source, running: Vec::new() })
+    Arc::new(Known { knowledge, origin: Origin::Source, running: Vec::new(), lists_pods: false })
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,14 +1,14 @@
 //! What the manager does unasked: pods that are gone are withdrawn, those that lost something in the kernel are mended,
 //! stranded ones are tried again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::adopt::{self, Adoption, Stranded};
 use super::super::drift::Drift;
 use super::super::netns::{self, inode_at};
-use super::super::pod::{EnrolError, Pod};
+use super::super::pod::{EnrolError, Pod, Sandbox};
 use super::{Connected, Notice, Task, blocking};
 
 /// How often pods are looked after that are gone, have no listeners, are stranded or refused by a proxy.
@@ -117,9 +117,7 @@ impl Task {
                 let (uid, path) = (pod.info.uid.clone(), pod.sandbox().path);
                 tracing::warn!(pod = uid, path = %path.display(), "its network namespace is gone and nobody withdrew it");
                 drop(pod);
-                if let Err(error) = self.withdraw(&uid).await {
-                    tracing::warn!(pod = uid, %error, "cannot withdraw");
-                }
+                self.withdraw(&uid, None, None);
             } else if pod.has_listeners(&self.host).is_err() {
                 let opening = Arc::clone(&pod);
                 let host = Arc::clone(&self.host);
@@ -144,11 +142,35 @@ impl Task {
         }
     }
 
+    /// Takes note of which pods exist. One that does not any more may still run, as when its object is deleted by force; and
+    /// its runtime may be about to say that it ends. One with neither a process nor its path is gone.
+    pub(super) async fn take_list(&mut self, uids: HashSet<String>) {
+        let pods = self.all().into_iter().map(|pod| (pod.info.uid.clone(), pod.sandbox(), pod.netns().inode()));
+        let stranded =
+            self.stranded.iter().filter(|(_, stranded)| !stranded.leaving).map(|(uid, Stranded { saved, .. })| {
+                let sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
+                (uid.clone(), sandbox, saved.netns_inode)
+            });
+        let is_unlisted = |uid: &String, sandbox: &Sandbox| {
+            // A runtime that gives no UID has the pod named by its sandbox.
+            *uid != sandbox.id && self.listed.contains(uid) && !uids.contains(uid)
+        };
+        let unlisted: Vec<_> = pods.chain(stranded).filter(|(uid, sandbox, _)| is_unlisted(uid, sandbox)).collect();
+        self.listed.retain(|uid| unlisted.iter().any(|(unlisted, ..)| unlisted == uid));
+        self.listed.extend(uids);
+        for (uid, Sandbox { path, .. }, inode) in unlisted {
+            if blocking(move || Ok(netns::is_gone(&path, inode))).await.unwrap_or(false) {
+                tracing::warn!(pod = uid, "it exists no more, nothing of it runs here, and nobody withdrew it");
+                self.withdraw(&uid, None, None);
+            }
+        }
+    }
+
     /// Checks the node's own programs, and whether others stand beside them.
     async fn look_at_node(&mut self) {
         let host = Arc::clone(&self.host);
         // What another version's agent left goes only when nothing depends on it any more.
-        let all_known = self.complete && self.stranded.is_empty();
+        let all_known = self.complete && self.stranded.is_empty() && self.leaving.is_empty();
         let looked = blocking(move || {
             let mended = host.mend_hooks()?;
             host.look_for_foreign_programs()?;
@@ -182,23 +204,16 @@ impl Task {
     }
 
     async fn look_after_stranded(&mut self, uid: &str) {
-        let Some(Stranded { saved, listeners, leaving, reason, .. }) = self.stranded.get(uid) else { return };
+        let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(uid) else { return };
         if *leaving {
-            let known = reason.clone();
-            match self.withdraw(uid).await {
-                Ok(()) => {}
-                Err(error) if known.ends_with(&error.to_string()) => {}
-                Err(error) => tracing::warn!(pod = uid, %error, "cannot withdraw yet"),
-            }
-            return;
+            return self.withdraw(uid, None, None);
         }
         let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
         match blocking(move || Ok(adopt::one(&host, &saved, listeners))).await {
             Ok(Adoption::Adopted(pod)) => self.adopted(*pod),
             Ok(Adoption::Gone) => {
-                if let Err(error) = self.withdraw(uid).await {
-                    tracing::warn!(pod = uid, %error, "cannot clean up after a pod that is gone");
-                }
+                tracing::info!(pod = uid, "its network namespace is gone and nobody withdrew it");
+                self.withdraw(uid, None, None);
             }
             Ok(Adoption::Failed(reason)) => {
                 if let Some(stranded) = self.stranded.get_mut(uid)

@@ -206,7 +206,7 @@ fn pod_whose_path_vanished_is_kept_while_a_process_lives_in_it() {
 }
 
 /// An enrolled pod whose listeners a proxy has, and an agent that was restarted and does not find its namespace.
-fn stranded(scratch: &Scratch, a: &TestPod) -> (Agent, Vec<OwnedFd>) {
+pub(super) fn stranded(scratch: &Scratch, a: &TestPod) -> (Agent, Vec<OwnedFd>) {
     let agent = Agent::start(scratch);
     agent.announcer().enrol(UID, a, "").unwrap();
     let proxy = agent.proxy(Vec::new());
