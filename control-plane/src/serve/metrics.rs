@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_xds::server::{self, Catalog};
+use mesh_xds::server::{self, Catalog, ClientStatus, Sent, Snapshot, TypeStatus};
 use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -27,9 +27,6 @@ pub struct Metrics {
     refused: Gauge,
     files: Gauge,
     changes: Family<TypeLabel, Counter>,
-    pub(super) pushes: Family<TypeLabel, Counter>,
-    pub(super) pushed_resources: Family<TypeLabel, Counter>,
-    pub(super) clients_refused: Counter,
     pub(super) certificates_issued: Counter,
     certificates_refused: Family<CodeLabel, Counter>,
 }
@@ -88,17 +85,6 @@ impl Metrics {
         );
         registry.register("culvert_source_files", "Files that the source consists of", own.files.clone());
         registry.register("culvert_xds_changes", "Resources changed, by type", own.changes.clone());
-        registry.register("culvert_xds_pushes", "Discovery responses sent, by type", own.pushes.clone());
-        registry.register(
-            "culvert_xds_pushed_resources",
-            "Resources in discovery responses sent, by type",
-            own.pushed_resources.clone(),
-        );
-        registry.register(
-            "culvert_xds_clients_refused",
-            "Discovery clients that were not let in",
-            own.clients_refused.clone(),
-        );
         registry.register("culvert_ca_certificates_issued", "Certificates issued", own.certificates_issued.clone());
         registry.register(
             "culvert_ca_requests_refused",
@@ -172,6 +158,7 @@ impl Debug for Present {
 
 impl Collector for Present {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let snapshot = self.catalog.snapshot();
         let clients = self.discovery.clients();
         let mut show = |name: &str, help: &str, value: usize| {
             let metric = ConstGauge::new(gauge(value));
@@ -189,10 +176,36 @@ impl Collector for Present {
             "Discovery responses that wait for their ACK",
             types().filter(|kind| kind.in_flight).count(),
         )?;
-        let nacks = ConstCounter::new(self.discovery.nacks());
-        let help = "Discovery responses refused by clients";
-        nacks.encode(encoder.encode_descriptor("culvert_xds_nacks", help, None, nacks.metric_type())?)?;
-        let snapshot = self.catalog.snapshot();
+        let pending: Vec<u64> = clients.iter().map(|client| pending(client, &snapshot)).collect();
+        show(
+            "culvert_xds_pending_changes",
+            "Changes that clients have not been sent yet, those of all clients together",
+            usize::try_from(pending.iter().sum::<u64>()).unwrap_or(usize::MAX),
+        )?;
+        show(
+            "culvert_xds_slowest_pending_changes",
+            "Changes that the client which is furthest behind has not been sent yet",
+            usize::try_from(pending.into_iter().max().unwrap_or_default()).unwrap_or(usize::MAX),
+        )?;
+        let mut count = |name: &str, help: &str, value: u64| {
+            let metric = ConstCounter::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        count("culvert_xds_nacks", "Discovery responses refused by clients", self.discovery.nacks())?;
+        count("culvert_xds_clients_refused", "Discovery clients that were not let in", self.discovery.refused())?;
+        let sent = self.discovery.sent();
+        let mut counters = |name, help, read: fn(&Sent) -> u64| {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for type_url in [WORKLOAD_TYPE, AUTHORIZATION_TYPE, ""] {
+                let value = sent.get(type_url).map(read).unwrap_or_default();
+                ConstCounter::new(value).encode(family.encode_family(&TypeLabel::of(type_url))?)?;
+            }
+            Ok(())
+        };
+        counters("culvert_xds_pushes", "Discovery responses sent, by type", |sent| sent.responses)?;
+        counters("culvert_xds_pushed_resources", "Resources in discovery responses sent, by type", |sent| {
+            sent.resources
+        })?;
         let mut encoder =
             encoder.encode_descriptor("culvert_xds_resources", "Resources served, by type", None, MetricType::Gauge)?;
         for type_url in [WORKLOAD_TYPE, AUTHORIZATION_TYPE] {
@@ -201,6 +214,12 @@ impl Collector for Present {
         }
         Ok(())
     }
+}
+
+/// Changes that a client has not been sent yet. Those that do not concern it count until the server has looked at them.
+pub(super) fn pending(client: &ClientStatus, snapshot: &Snapshot) -> u64 {
+    let of = |kind: &TypeStatus| snapshot.version(&kind.type_url).saturating_sub(kind.considered);
+    client.types.iter().map(of).sum()
 }
 
 /// How the watches of the source are doing, read when metrics are asked for.
@@ -277,7 +296,6 @@ mod tests {
         let metrics = Metrics::register(&mut registry, catalog, discovery, Watches::default(), None);
         metrics.source([(Kind::Pod, 3)], 2, 1);
         metrics.changed(WORKLOAD_TYPE, 4);
-        metrics.pushes.get_or_create(&TypeLabel::of("something else")).inc();
         metrics.certificates_issued.inc();
         metrics.certificate_refused(Code::PermissionDenied);
         let mut text = String::new();
@@ -287,8 +305,12 @@ mod tests {
             "culvert_objects_refused 1",
             "culvert_source_files 2",
             "culvert_xds_changes_total{type=\"address\"} 4",
-            "culvert_xds_pushes_total{type=\"other\"} 1",
+            "culvert_xds_pushes_total{type=\"other\"} 0",
+            "culvert_xds_pushed_resources_total{type=\"address\"} 0",
+            "culvert_xds_clients_refused_total 0",
             "culvert_xds_clients 0",
+            "culvert_xds_pending_changes 0",
+            "culvert_xds_slowest_pending_changes 0",
             "culvert_xds_nacks_total 0",
             "culvert_xds_resources{type=\"authorization\"} 0",
             "culvert_ca_certificates_issued_total 1",

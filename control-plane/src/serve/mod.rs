@@ -18,7 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::Error;
 
 use crate::ca::{Authenticator, CaService};
-use metered::{MeteredAuthority, MeteredDiscovery};
+use metered::MeteredAuthority;
 
 pub(crate) use listener::accept;
 pub use metrics::Metrics;
@@ -54,9 +54,8 @@ pub async fn grpc(
     watcher: drain::Watcher,
 ) -> Result<(), Error> {
     let incoming = listener::accept(listener, acceptor, MAX_CONNECTIONS, watcher.clone());
-    let limit = server::Options::default().max_request;
     let served = server::transport()
-        .add_service(MeteredDiscovery::new(discovery.clone(), metrics).into_server(limit))
+        .add_service(discovery.clone())
         .add_service(MeteredAuthority::new(authority, metrics).into_server())
         .serve_with_incoming_shutdown(incoming, async {
             watcher.draining().await;

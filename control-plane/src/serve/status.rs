@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_runtime::http::{Reply, Router};
-use mesh_xds::server::{Catalog, ClientStatus, Service};
+use mesh_xds::server::{Catalog, ClientStatus, Service, Snapshot};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 
 use super::dump;
+use super::metrics::pending;
 use super::pipeline::View;
 use crate::api::Kind;
 use crate::ingest::Watches;
@@ -30,7 +31,7 @@ pub fn mount(
     router.get("/status", "objects accepted and refused, clients and their NACKs", move |_| {
         let view = view.borrow().clone();
         let leader = leading.as_ref().map(Leading::now);
-        let reply = Reply::json(&status(&view, &versions, &discovery.clients(), &watches, leader.as_ref()));
+        let reply = Reply::json(&status(&view, &versions, &discovery, &watches, leader.as_ref()));
         async move { reply }
     });
     router.get("/config_dump", "everything that is served", move |_| {
@@ -48,11 +49,12 @@ pub fn mount(
 fn status(
     view: &View,
     catalog: &Catalog,
-    clients: &[ClientStatus],
+    discovery: &Service,
     watches: &Watches,
     leader: Option<&Leadership>,
 ) -> Value {
     let snapshot = catalog.snapshot();
+    let (clients, refused) = (discovery.clients(), discovery.nacks());
     let types: Vec<Value> = snapshot
         .versions()
         .map(|(type_url, version)| {
@@ -68,7 +70,8 @@ fn status(
         "watches": watches.reports().into_iter().map(watch_report).collect::<serde_json::Map<_, _>>(),
         "notes": view.notes,
         "resources": types,
-        "clients": clients.iter().map(client).collect::<Vec<_>>(),
+        "refused_responses": refused,
+        "clients": clients.iter().map(|known| client(known, &snapshot)).collect::<Vec<_>>(),
     })
 }
 
@@ -83,7 +86,7 @@ fn watch_report((kind, report): (Kind, KindReport)) -> (String, Value) {
     (kind.as_str().to_owned(), value)
 }
 
-fn client(client: &ClientStatus) -> Value {
+fn client(client: &ClientStatus, snapshot: &Snapshot) -> Value {
     let types = client.types.iter().map(|kind| {
         json!({
             "type": &*kind.type_url,
@@ -103,6 +106,8 @@ fn client(client: &ClientStatus) -> Value {
         "node_id": client.node_id,
         "address": client.address.map(|address| address.to_string()),
         "connected_since": rfc3339(client.connected_since),
+        "pending_changes": pending(client, snapshot),
+        "refused_responses": client.nacks,
         "types": types.collect::<Vec<_>>(),
     })
 }

@@ -43,7 +43,7 @@ async fn control(catalog: Arc<Catalog>, address: &str, options: server::Options)
     let service = Service::new(catalog, authenticate, options);
     let listener = tokio::net::TcpListener::bind(address).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let router = server::transport().add_service(service.server());
+    let router = server::transport().add_service(service.clone());
     let incoming = TcpListenerStream::new(listener);
     let server = tokio::spawn(async move {
         router.serve_with_incoming(incoming).await.unwrap();
@@ -144,6 +144,7 @@ async fn sync_update_removal_and_refusal() {
     .await;
     let client = control.service.clients().remove(0);
     assert_eq!((&*client.client, &*client.node_id), ("ns/sa", "ztunnel~node1"));
+    assert_eq!((client.nacks, control.service.nacks()), (1, 1));
 
     set(&catalog, &[thing("a", &[], "2"), thing("b", &[], "2")]);
     until("the update", &mut node.store, |store| store.len() == 3 && store["a"].body == "2").await;
@@ -277,4 +278,100 @@ async fn silence_and_age_end_a_stream() {
     let again = |status: &client::Status| status.terminations.get("Reconnect").is_some_and(|count| *count > 1);
     until("streams that age", &mut node.handle.status(), again).await;
     assert_eq!(node.applied.load(Ordering::SeqCst), 1, "nothing is sent twice");
+}
+
+#[tokio::test]
+async fn a_client_that_says_no_more_still_gets_what_it_asked_for() {
+    use mesh_proto::discovery::DeltaDiscoveryRequest;
+    use mesh_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+
+    let catalog = Arc::new(Catalog::new());
+    let large = Resource { body: Bytes::from(vec![7; 8 << 20]), ..thing("large", &[], "1") };
+    set(&catalog, &[large]);
+    let control = control(catalog, "127.0.0.1:0", server::Options::default()).await;
+    let first = DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..DeltaDiscoveryRequest::default() };
+    let mut request = tonic::Request::new(tokio_stream::iter([first]));
+    *request.metadata_mut() = client::metadata(TOKEN, "Kubernetes").unwrap();
+    let channel = client::endpoint(&format!("http://{}", control.address)).unwrap().connect().await.unwrap();
+    let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(16 << 20);
+    let mut responses = client.delta_aggregated_resources(request).await.unwrap().into_inner();
+    let response = tokio::time::timeout(BOUND, responses.message()).await.unwrap().unwrap().unwrap();
+    assert_eq!(response.resources.len(), 1);
+    let end = tokio::time::timeout(BOUND, responses.message()).await.unwrap();
+    assert!(end.is_ok_and(|end| end.is_none()));
+    poll("the client to be gone", || control.service.clients().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_ended_and_nothing_is_kept_for_it() {
+    let catalog = Arc::new(Catalog::new());
+    let large = Resource { body: Bytes::from(vec![7; 1 << 20]), ..thing("large", &[], "1") };
+    set(&catalog, &[large]);
+    let options = server::Options { patience: Duration::from_secs(2), ..server::Options::default() };
+    let control = control(catalog, "127.0.0.1:0", options).await;
+    let mut deaf = slow_reader(control.address).await;
+    poll("the response to be on its way", || {
+        control.service.clients().iter().any(|client| client.types[..].len() == 1)
+    })
+    .await;
+    poll("the client to be ended", || control.service.clients().is_empty()).await;
+    // What the connection had taken comes, and then it is cut off: nobody takes that for the whole.
+    let (mut got, mut is_cut) = (0, false);
+    while let Some(piece) = tokio::time::timeout(BOUND, deaf.data()).await.unwrap() {
+        let Ok(piece) = piece else {
+            is_cut = true;
+            break;
+        };
+        let _ = deaf.flow_control().release_capacity(piece.len());
+        got += piece.len();
+    }
+    assert!(is_cut && got < 1 << 19, "cut: {is_cut}, {got} bytes");
+}
+
+#[tokio::test]
+async fn a_client_that_is_slower_than_patience_but_reads_is_waited_for() {
+    let catalog = Arc::new(Catalog::new());
+    let large = Resource { body: Bytes::from(vec![7; 2 << 20]), ..thing("large", &[], "1") };
+    set(&catalog, &[large]);
+    let options = server::Options { patience: Duration::from_secs(2), ..server::Options::default() };
+    let control = control(Arc::clone(&catalog), "127.0.0.1:0", options).await;
+    let mut slow = slow_reader(control.address).await;
+    let mut got = 0;
+    while got < 2 << 20 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        for _ in 0..8 {
+            let piece = tokio::time::timeout(BOUND, slow.data()).await.unwrap().expect("the stream goes on").unwrap();
+            slow.flow_control().release_capacity(piece.len()).unwrap();
+            got += piece.len();
+        }
+    }
+    assert_eq!(control.service.clients().len(), 1);
+}
+
+/// The body of an answer to a request for everything, read as the caller likes, with the windows of HTTP/2's defaults.
+async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
+    use prost::Message as _;
+
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let path = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+    let request = http::Request::post(format!("http://{address}{path}"))
+        .header("content-type", "application/grpc")
+        .header("authorization", format!("Bearer {TOKEN}"))
+        .header("clusterid", "Kubernetes")
+        .body(())
+        .unwrap();
+    let (response, mut requests) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    let first = mesh_proto::discovery::DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..Default::default() };
+    let mut framed = vec![0, 0, 0, 0, u8::try_from(first.encoded_len()).unwrap()];
+    framed.extend(first.encode_to_vec());
+    requests.send_data(framed.into(), false).unwrap();
+    let body = response.await.unwrap().into_body();
+    // It stays open as long as the body is read.
+    tokio::spawn(async move {
+        std::future::pending::<()>().await;
+        drop(requests);
+    });
+    body
 }

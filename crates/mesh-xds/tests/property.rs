@@ -117,7 +117,7 @@ impl World {
         let mut client = client::Machine::new(Node { id: "n".into(), ..Node::default() }, types, max_names);
         client.connected();
         Self {
-            catalog: Catalog::with_log(3),
+            catalog: Catalog::remembering(3),
             server: server::Machine::new(Arc::clone(&limits)),
             limits,
             client,
@@ -189,7 +189,7 @@ impl World {
     fn down(&mut self) -> bool {
         loop {
             match self.server.respond(&self.catalog.snapshot()) {
-                Ok(Some(response)) => self.down.push_back(response),
+                Ok(Some(response)) => self.down.push_back(response.to_message()),
                 Ok(None) => break,
                 Err(Violation::TooFarBehind) => {
                     self.reconnect();

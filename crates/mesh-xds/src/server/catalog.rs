@@ -1,21 +1,26 @@
-//! What there is to serve: the current resources of each type, and a bounded log of what changed.
+//! What there is to serve: the current resources of each type, and the order in which they changed last.
 //!
 //! A change costs time in proportion to the logarithm of the number of resources. Readers take a [`Snapshot`], which
-//! shares its structure with the catalog, and never wait for a writer. Clients that are further behind than the log
-//! reaches must start over.
+//! shares its structure with the catalog, and never wait for a writer. However far a client is behind, each name is told
+//! once; only removals are forgotten one day, and clients that have missed one must start over. What is sent is encoded
+//! once, in pieces that clients share.
 
 mod kind;
+mod part;
+mod whole;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-pub(super) use self::kind::{Kind, Overrun};
+pub(super) use self::kind::{Kind, Overrun, Stored};
+pub(super) use self::part::{Draft, Part};
+pub(super) use self::whole::Whole;
 use crate::Resource;
 
-/// Changes kept per type at least; twice the number of resources if that is more.
-const MIN_LOG: usize = 16_384;
+/// Removals remembered per type at least; as many as there are resources if that is more.
+const MIN_REMOVALS: usize = 16_384;
 
 /// A resource, and the resources whose subscribers get it as well.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +46,7 @@ pub struct Catalog {
     /// Held by the one update that is going on.
     writing: Mutex<()>,
     changes: watch::Sender<u64>,
-    min_log: usize,
+    min_removals: usize,
 }
 
 impl Default for Catalog {
@@ -53,12 +58,12 @@ impl Default for Catalog {
 impl Catalog {
     /// Nothing.
     pub fn new() -> Self {
-        Self::with_log(MIN_LOG)
+        Self::remembering(MIN_REMOVALS)
     }
 
-    /// Nothing, with a log of at least `min_log` changes per type.
-    pub fn with_log(min_log: usize) -> Self {
-        Self { current: RwLock::default(), writing: Mutex::new(()), changes: watch::Sender::new(0), min_log }
+    /// Nothing; remembers at least `min_removals` removals per type.
+    pub fn remembering(min_removals: usize) -> Self {
+        Self { current: RwLock::default(), writing: Mutex::new(()), changes: watch::Sender::new(0), min_removals }
     }
 
     /// Puts in `set` and takes out `removed`, at once. A name in both is set. What is set to what it already is, and the
@@ -90,7 +95,7 @@ impl Catalog {
             kind.set(entry);
         }
         let changes = kind.version() - before;
-        kind.trim(self.min_log);
+        kind.trim(self.min_removals);
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
         if changes > 0 {
             self.changes.send_modify(|version| *version += changes);
@@ -117,12 +122,12 @@ impl Snapshot {
     /// The resources with this primary name or alias: more than one if they share an alias.
     pub fn lookup(&self, type_url: &str, name: &str) -> Vec<&Resource> {
         let Some(kind) = self.kind(type_url) else { return Vec::new() };
-        kind.lookup(name).iter().filter_map(|name| kind.get(name)).map(|entry| &entry.resource).collect()
+        kind.lookup(name).iter().filter_map(|name| kind.get(name)).map(|stored| &stored.entry.resource).collect()
     }
 
     /// Every resource of a type, in the order of their names.
     pub fn resources(&self, type_url: &str) -> impl Iterator<Item = &Resource> {
-        self.kind(type_url).into_iter().flat_map(|kind| kind.after(None)).map(|(_, entry)| &entry.resource)
+        self.kind(type_url).into_iter().flat_map(Kind::all).map(|(_, stored)| &stored.entry.resource)
     }
 
     /// The number of resources of a type.
@@ -133,6 +138,11 @@ impl Snapshot {
     /// The types that ever had a resource, and the number of changes to each so far.
     pub fn versions(&self) -> impl Iterator<Item = (&Arc<str>, u64)> {
         self.0.iter().map(|(type_url, kind)| (type_url, kind.version()))
+    }
+
+    /// The number of changes to a type so far.
+    pub fn version(&self, type_url: &str) -> u64 {
+        self.kind(type_url).map_or(0, Kind::version)
     }
 
     pub(super) fn kind(&self, type_url: &str) -> Option<&Kind> {

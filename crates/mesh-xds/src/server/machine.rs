@@ -1,7 +1,7 @@
 //! One client's stream, without I/O: requests in, responses out.
 //!
-//! - One response per type is in flight; changes meanwhile are not queued but found again in the catalog's log, so a
-//!   slow client costs no memory.
+//! - One response per type is in flight; changes meanwhile are not queued but found again in the catalog's log, each name
+//!   once, so a slow client costs no memory.
 //! - A type waits while one before it in [`Limits::order`] has something to send: policies come before the workloads
 //!   that they apply to.
 //! - A type that the catalog does not have is answered like one without resources, so that a client which knows more
@@ -13,10 +13,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use mesh_proto::discovery::DeltaDiscoveryRequest;
 
-use self::subscription::Subscription;
+use self::subscription::{Names, Subscription};
 use super::catalog::{Kind, Snapshot};
+use super::encode;
+use super::response::Response;
 use super::status::{Nack, TypeStatus};
 use crate::{AUTHORIZATION_TYPE, MORE, WORKLOAD_TYPE};
 
@@ -36,7 +38,8 @@ pub struct Limits {
     pub max_names: usize,
     /// Versions that a client may bring, per type.
     pub max_known: usize,
-    /// Encoded resources in one response, in bytes; one resource may be larger.
+    /// Encoded resources in one response, in bytes, of which the last one may be beyond. Clients that are equally far
+    /// share them; each of the others has its own, until it has taken them.
     pub max_response: usize,
     /// The same for a response of the first state, in full if it fits: a client that does not know how a response says that
     /// more follow takes the first one for all that there is. With what surrounds the resources it must stay below what
@@ -52,7 +55,7 @@ impl Default for Limits {
             max_types: 16,
             max_names: 131_072,
             max_known: 2_000_000,
-            max_response: 1 << 20,
+            max_response: 256 << 10,
             max_first_response: 48 << 20,
             order: vec![AUTHORIZATION_TYPE.into(), WORKLOAD_TYPE.into()],
         }
@@ -136,11 +139,9 @@ impl Machine {
         let Some(subscription) = self.subscriptions.get_mut(at) else { return Ok(()) };
         if let Some(done) = subscription.acknowledge(&request.response_nonce, request.error_detail.is_none()) {
             let type_url = subscription.type_url.clone();
-            for name in &done {
-                self.nacks.remove(&(type_url.clone(), name.to_string()));
-            }
+            self.nacks.retain(|(of, name), _| *of != type_url || !done.contain(name, kind));
             if let Some(error) = &request.error_detail {
-                for (resource, reason) in read_nack(&error.message, &done) {
+                for (resource, reason) in read_nack(&error.message, &done, kind) {
                     self.remember(type_url.clone(), resource, reason, now);
                 }
             }
@@ -155,7 +156,7 @@ impl Machine {
 
     /// The next response, if there is something to send that need not wait for an ACK. `catalog` must not be older than
     /// the one of an earlier call.
-    pub fn respond(&mut self, catalog: &Snapshot) -> Result<Option<DeltaDiscoveryResponse>, Violation> {
+    pub fn respond(&mut self, catalog: &Snapshot) -> Result<Option<Response>, Violation> {
         let empty = Kind::default();
         for subscription in &mut self.subscriptions {
             let kind = catalog.kind(&subscription.type_url).unwrap_or(&empty);
@@ -168,17 +169,18 @@ impl Machine {
                 return Ok(None);
             }
             let nonce = (self.nonces + 1).to_string();
-            let limits = &self.limits;
-            let max = if subscription.is_syncing() { limits.max_first_response } else { limits.max_response };
-            let Some(chunk) = subscription.chunk(kind, max, &nonce) else { continue };
+            let chunk = subscription.chunk(kind, &self.limits, &nonce).map_err(|_| Violation::TooFarBehind)?;
+            let Some(chunk) = chunk else { continue };
             self.nonces += 1;
             let more = if chunk.more { MORE } else { "" };
-            return Ok(Some(DeltaDiscoveryResponse {
-                system_version_info: format!("{}{more}", kind.version()),
-                resources: chunk.resources,
-                type_url: subscription.type_url.to_string(),
+            let head = encode::head(&subscription.type_url, &nonce, &format!("{}{more}", kind.version()));
+            return Ok(Some(Response {
+                type_url: subscription.type_url.clone(),
                 nonce,
-                removed_resources: chunk.removed,
+                resources: chunk.resources,
+                more: chunk.more,
+                head,
+                content: chunk.content,
             }));
         }
         Ok(None)
@@ -189,7 +191,7 @@ impl Machine {
         self.subscriptions.iter().any(Subscription::is_in_flight)
     }
 
-    /// Whether some type's initial state is not sent yet.
+    /// Whether some type's initial state is not sent and acknowledged yet.
     pub fn is_syncing(&self) -> bool {
         self.subscriptions.iter().any(Subscription::is_syncing)
     }
@@ -201,18 +203,26 @@ impl Machine {
 
     /// The state of each type.
     pub fn status(&self) -> Vec<TypeStatus> {
-        self.subscriptions
-            .iter()
-            .map(|subscription| TypeStatus {
-                nacks: self
-                    .nacks
-                    .iter()
-                    .filter(|((type_url, _), _)| *type_url == subscription.type_url)
-                    .map(|(_, nack)| nack.clone())
-                    .collect(),
-                ..subscription.status()
-            })
-            .collect()
+        let mut types = Vec::new();
+        self.write_status(&mut types);
+        types
+    }
+
+    /// Writes the state of each type over an older one, of which nothing is left: this is done for every client at every
+    /// change.
+    pub fn write_status(&self, types: &mut Vec<TypeStatus>) {
+        types.truncate(self.subscriptions.len());
+        for (at, subscription) in self.subscriptions.iter().enumerate() {
+            let mut status = subscription.status();
+            if !self.nacks.is_empty() {
+                let of_type = self.nacks.iter().filter(|((type_url, _), _)| *type_url == subscription.type_url);
+                status.nacks = of_type.map(|(_, nack)| nack.clone()).collect();
+            }
+            match types.get_mut(at) {
+                Some(older) => *older = status,
+                None => types.push(status),
+            }
+        }
     }
 
     /// Where the type's subscription is, made if there was none.
@@ -244,11 +254,13 @@ fn check(name: &str) -> Result<(), Violation> {
 
 /// The resources and reasons that a NACK names: lines of `name: reason`, as our own client writes them. Anything else is
 /// one reason for an unnamed resource.
-fn read_nack(message: &str, sent: &[Arc<str>]) -> Vec<(String, String)> {
+fn read_nack(message: &str, sent: &Names, kind: &Kind) -> Vec<(String, String)> {
     let named: Vec<(String, String)> = message
         .lines()
+        // What is remembered is bounded; what is looked through is as well.
+        .take(4 * MAX_NACKS)
         .filter_map(|line| line.split_once(": "))
-        .filter(|(name, _)| sent.iter().any(|sent| **sent == **name))
+        .filter(|(name, _)| sent.contain(name, kind))
         .map(|(name, reason)| (name.to_owned(), cut(reason)))
         .collect();
     if named.is_empty() { vec![(String::new(), cut(message))] } else { named }

@@ -1,27 +1,31 @@
-//! The server over gRPC: one task and one [`Machine`] per client.
+//! The server over gRPC.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
-use futures_util::FutureExt as _;
-use mesh_proto::discovery::aggregated_discovery_service_server::{
-    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-};
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::MetadataMap;
-use tonic::{Request, Response, Status, Streaming};
+use tokio::sync::{Semaphore, watch};
+use tonic::body::Body;
+use tonic::codec::{Codec as _, Streaming};
+use tonic::metadata::{GRPC_CONTENT_TYPE, MetadataMap};
+use tonic::server::NamedService;
+use tonic::{Request, Status};
+use tonic_prost::ProstCodec;
 
-use super::{Catalog, ClientStatus, Limits, Machine};
+use super::body::{self, Transfer};
+use super::stream::Stream;
+use super::{Catalog, ClientStatus, Limits};
 
-/// Requests taken at once.
-const MAX_BATCH: usize = 16;
+/// The one method.
+const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 /// How the service behaves.
 #[derive(Clone, Debug)]
@@ -30,12 +34,17 @@ pub struct Options {
     pub limits: Limits,
     /// Clients at a time; more are refused.
     pub max_clients: usize,
-    /// Clients that may bring their initial versions at a time, because those are large; more wait.
+    /// Clients whose first request is read at a time, because the versions in it are large; more wait.
+    pub max_reading: usize,
+    /// Clients that are sent their first state at a time, so that each has it sooner; more wait, but no longer than
+    /// `patience`.
     pub max_syncing: usize,
     /// Largest request, in bytes.
     pub max_request: usize,
-    /// Time for the first request, for an ACK, and for the client to take a response.
+    /// Time for the first request; for an ACK, from when the client last took something of the response.
     pub patience: Duration,
+    /// Time for an ACK, however slowly the client takes the response.
+    pub max_transfer: Duration,
     /// Life of a stream, less up to a tenth; after it the client must come back and authenticate again.
     pub max_age: Duration,
 }
@@ -45,9 +54,11 @@ impl Default for Options {
         Self {
             limits: Limits::default(),
             max_clients: 4096,
-            max_syncing: 64,
+            max_reading: 16,
+            max_syncing: 32,
             max_request: 64 << 20,
             patience: Duration::from_secs(60),
+            max_transfer: Duration::from_secs(600),
             max_age: Duration::from_secs(3600),
         }
     }
@@ -58,6 +69,15 @@ impl Default for Options {
 pub struct Client {
     /// Who it is, for status and logs.
     pub name: String,
+}
+
+/// What was sent to all clients so far, of one type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Responses.
+    pub responses: u64,
+    /// Resources in them.
+    pub resources: u64,
 }
 
 /// A tonic server with the settings that a discovery service needs: HTTP/2 keepalive, so that dead clients end.
@@ -72,28 +92,31 @@ pub fn transport() -> tonic::transport::Server {
 type Authenticated = Pin<Box<dyn Future<Output = Result<Client, Status>> + Send>>;
 type Authenticate = dyn Fn(&MetadataMap, Option<SocketAddr>) -> Authenticated + Send + Sync;
 
-/// The discovery service over a [`Catalog`]. Cheap to clone; clones share the clients.
+/// The discovery service over a [`Catalog`], to be added to a tonic server. Cheap to clone; clones share the clients.
 ///
 /// Serve it only when the catalog is filled: a client that comes back to an empty one drops all that it has.
 #[derive(Clone)]
 pub struct Service(Arc<Inner>);
 
-struct Inner {
-    catalog: Arc<Catalog>,
+pub(super) struct Inner {
+    pub(super) catalog: Arc<Catalog>,
     authenticate: Box<Authenticate>,
-    limits: Arc<Limits>,
-    options: Options,
+    pub(super) limits: Arc<Limits>,
+    pub(super) options: Options,
     places: Arc<Semaphore>,
-    syncing: Arc<Semaphore>,
+    pub(super) reading: Arc<Semaphore>,
+    pub(super) syncing: Arc<Semaphore>,
     next_id: AtomicU64,
     nacks: AtomicU64,
-    clients: Mutex<BTreeMap<u64, ClientStatus>>,
-    closing: watch::Sender<bool>,
+    refused: AtomicU64,
+    sent: Mutex<BTreeMap<Arc<str>, Sent>>,
+    clients: Mutex<BTreeMap<u64, Arc<Mutex<ClientStatus>>>>,
+    pub(super) closing: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Service").field("clients", &self.clients().len()).finish_non_exhaustive()
+        f.debug_struct("Service").field("clients", &lock(&self.0.clients).len()).finish_non_exhaustive()
     }
 }
 
@@ -113,23 +136,22 @@ impl Service {
             authenticate: Box::new(move |metadata, peer| Box::pin(authenticate(metadata, peer))),
             limits: Arc::new(options.limits.clone()),
             places: Arc::new(Semaphore::new(options.max_clients)),
+            reading: Arc::new(Semaphore::new(options.max_reading)),
             syncing: Arc::new(Semaphore::new(options.max_syncing)),
             options,
             next_id: AtomicU64::new(1),
             nacks: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            sent: Mutex::new(BTreeMap::new()),
             clients: Mutex::new(BTreeMap::new()),
             closing: watch::Sender::new(false),
         }))
     }
 
-    /// The gRPC service, to be added to a tonic server.
-    pub fn server(&self) -> AggregatedDiscoveryServiceServer<Self> {
-        AggregatedDiscoveryServiceServer::new(self.clone()).max_decoding_message_size(self.0.options.max_request)
-    }
-
     /// The connected clients.
     pub fn clients(&self) -> Vec<ClientStatus> {
-        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        let clients: Vec<_> = lock(&self.0.clients).values().cloned().collect();
+        clients.iter().map(|client| lock(client).clone()).collect()
     }
 
     /// How many responses clients have refused so far, those that have left included.
@@ -137,193 +159,119 @@ impl Service {
         self.0.nacks.load(Ordering::Relaxed)
     }
 
+    /// How many clients were not let in so far.
+    pub fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
+    }
+
+    /// What was sent so far, by type. Types that the catalog never had are together under the empty name.
+    pub fn sent(&self) -> BTreeMap<Arc<str>, Sent> {
+        lock(&self.0.sent).clone()
+    }
+
     /// Ends all streams, now and later, so that a server can drain; the clients reconnect elsewhere.
     pub fn close(&self) {
         self.0.closing.send_replace(true);
     }
-}
 
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Service {
-    type DeltaAggregatedResourcesStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
-
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+    /// Lets the client in: the body of the answer, which a task of its own fills.
+    async fn open(&self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Result<body::Body, Status> {
         let client = (self.0.authenticate)(request.metadata(), request.remote_addr()).await?;
         let place = Arc::clone(&self.0.places)
             .try_acquire_owned()
             .map_err(|_| Status::resource_exhausted("too many discovery clients"))?;
-        let stream = Stream::new(Arc::clone(&self.0), client, request.remote_addr(), place);
-        // One response waits here, the rest in the catalog.
-        let (responses, outgoing) = mpsc::channel(1);
-        tokio::spawn(stream.run(request.into_inner(), responses));
-        Ok(Response::new(ReceiverStream::new(outgoing)))
-    }
-}
-
-/// One client's stream.
-struct Stream {
-    service: Arc<Inner>,
-    id: u64,
-    machine: Machine,
-    ack_by: Option<Instant>,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Stream {
-    fn new(service: Arc<Inner>, client: Client, address: Option<SocketAddr>, place: OwnedSemaphorePermit) -> Self {
-        let id = service.next_id.fetch_add(1, Ordering::Relaxed);
-        tracing::info!(id, client = client.name, address = ?address, "discovery client connected");
-        let status = ClientStatus {
+        let place = Arc::new(place);
+        let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(id, client = client.name, "discovery client connected");
+        let status = Arc::new(Mutex::new(ClientStatus {
             id,
             client: client.name,
             node_id: String::new(),
-            address,
+            address: request.remote_addr(),
             connected_since: SystemTime::now(),
+            nacks: 0,
             types: Vec::new(),
-        };
-        service.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(id, status);
-        let machine = Machine::new(Arc::clone(&service.limits));
-        Self { service, id, machine, ack_by: None, _place: place }
+        }));
+        lock(&self.0.clients).insert(id, status.clone());
+        // Each type has one response in flight.
+        let transfer = Arc::new(Transfer::new(self.0.limits.max_types));
+        let stream = Stream::new(Arc::clone(&self.0), id, status, transfer.clone(), place.clone());
+        tokio::spawn(stream.run(request.into_inner()));
+        Ok(body::Body::new(transfer, place))
     }
 
-    async fn run(
-        mut self,
-        requests: Streaming<DeltaDiscoveryRequest>,
-        responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
-    ) {
-        let end = tokio::select! {
-            end = self.exchange(requests, &responses) => end,
-            () = responses.closed() => Ok(()),
-        };
-        match end {
-            Ok(()) => tracing::info!(id = self.id, "discovery client left"),
+    async fn answer<B>(self, request: http::Request<B>) -> http::Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        if request.uri().path() != METHOD {
+            return Status::unimplemented("there is no such method").into_http();
+        }
+        let max = self.0.options.max_request;
+        let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
+        let request = Request::from_http(request).map(|body| Streaming::new_request(decoder, body, None, Some(max)));
+        match self.open(request).await {
+            Ok(body) => {
+                let mut response = http::Response::new(Body::new(body));
+                response.headers_mut().insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
+                response
+            }
             Err(status) => {
-                tracing::info!(id = self.id, code = ?status.code(), reason = status.message(), "discovery stream ended");
-                // A client that does not read learns it from the end of the stream.
-                let _ = responses.try_send(Err(status));
+                self.0.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(code = ?status.code(), reason = status.message(), "discovery client refused");
+                status.into_http()
             }
-        }
-    }
-
-    async fn exchange(
-        &mut self,
-        mut requests: Streaming<DeltaDiscoveryRequest>,
-        responses: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
-    ) -> Result<(), Status> {
-        let Options { patience, max_age, .. } = self.service.options;
-        let mut changes = self.service.catalog.changes();
-        let mut closing = self.service.closing.subscribe();
-        let end_of_life = tokio::time::sleep(max_age.mul_f64(1.0 - 0.1 * fastrand::f64()));
-        tokio::pin!(end_of_life);
-
-        // Before a message is read: the versions that a client brings are decoded only with a permit.
-        let permit = tokio::time::timeout(patience, Arc::clone(&self.service.syncing).acquire_owned());
-        let mut permit = Some(permit.await.map_err(|_| Status::unavailable("busy: reconnect"))?);
-        let first = tokio::time::timeout(patience, requests.message());
-        match first.await.map_err(|_| Status::deadline_exceeded("no request came"))?? {
-            Some(first) => self.take(first, &mut requests)?,
-            None => return Ok(()),
-        }
-        loop {
-            self.respond(responses).await?;
-            permit.take_if(|_| !self.machine.is_syncing());
-            self.publish();
-            tokio::select! {
-                request = requests.message() => match request? {
-                    Some(request) => self.take(request, &mut requests)?,
-                    None => return Ok(()),
-                },
-                changed = changes.changed() => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                }
-                _ = closing.wait_for(|closing| *closing) => {
-                    return Err(Status::unavailable("shutting down: reconnect"));
-                }
-                () = &mut end_of_life => return Err(Status::unavailable("the stream is old: reconnect")),
-                () = until(self.ack_by) => return Err(Status::deadline_exceeded("no ACK came")),
-            }
-        }
-    }
-
-    /// Takes a request, and others that are there already: so that of several types asked for at once none is answered
-    /// before its turn.
-    fn take(
-        &mut self,
-        request: DeltaDiscoveryRequest,
-        requests: &mut Streaming<DeltaDiscoveryRequest>,
-    ) -> Result<(), Status> {
-        let catalog = self.service.catalog.snapshot();
-        let now = SystemTime::now();
-        self.note_nack(&request);
-        self.machine.request(&catalog, request, now)?;
-        for _ in 0..MAX_BATCH {
-            match requests.message().now_or_never() {
-                Some(Ok(Some(request))) => {
-                    self.note_nack(&request);
-                    self.machine.request(&catalog, request, now)?;
-                }
-                Some(Err(status)) => return Err(status),
-                // The end of the stream shows again at the next read.
-                Some(Ok(None)) | None => break,
-            }
-        }
-        self.ack_by = None;
-        Ok(())
-    }
-
-    fn note_nack(&self, request: &DeltaDiscoveryRequest) {
-        if let Some(error) = &request.error_detail {
-            self.service.nacks.fetch_add(1, Ordering::Relaxed);
-            let (r#type, reason) = (&request.type_url, &error.message);
-            tracing::warn!(id = self.id, r#type, reason, "discovery client refused a response");
-        }
-    }
-
-    /// Sends all that need not wait for an ACK.
-    async fn respond(
-        &mut self,
-        responses: &mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
-    ) -> Result<(), Status> {
-        let patience = self.service.options.patience;
-        while let Some(response) = self.machine.respond(&self.service.catalog.snapshot())? {
-            match tokio::time::timeout(patience, responses.send(Ok(response))).await {
-                Ok(Ok(())) => {}
-                // It is gone; the stream's end follows.
-                Ok(Err(_)) => return Ok(()),
-                Err(_) => return Err(Status::deadline_exceeded("responses are not read")),
-            }
-        }
-        if !self.machine.is_in_flight() {
-            self.ack_by = None;
-        } else if self.ack_by.is_none() {
-            self.ack_by = Some(Instant::now() + patience);
-        }
-        Ok(())
-    }
-
-    fn publish(&self) {
-        let mut clients = self.service.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(status) = clients.get_mut(&self.id) {
-            self.machine.node_id().clone_into(&mut status.node_id);
-            status.types = self.machine.status();
         }
     }
 }
 
-impl Drop for Stream {
-    fn drop(&mut self) {
-        self.service.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+impl Inner {
+    pub(super) fn note_nack(&self) {
+        self.nacks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn note_sent(&self, type_url: &str, is_known: bool, resources: usize) {
+        let mut sent = lock(&self.sent);
+        // A client cannot make new ones.
+        let type_url = if is_known { type_url } else { "" };
+        if !sent.contains_key(type_url) {
+            sent.insert(type_url.into(), Sent::default());
+        }
+        if let Some(sent) = sent.get_mut(type_url) {
+            sent.responses += 1;
+            sent.resources += resources as u64;
+        }
+    }
+
+    pub(super) fn forget(&self, id: u64) {
+        lock(&self.clients).remove(&id);
     }
 }
 
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
+impl NamedService for Service {
+    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
+}
+
+impl<B> tower_service::Service<http::Request<B>> for Service
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
     }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move { Ok(service.answer(request).await) })
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,6 +17,8 @@ pub struct ClientStatus {
     pub address: Option<SocketAddr>,
     /// Since when.
     pub connected_since: SystemTime,
+    /// Responses that it has refused since then.
+    pub nacks: u64,
     /// The types that it asked for.
     pub types: Vec<TypeStatus>,
 }
@@ -34,6 +36,8 @@ pub struct TypeStatus {
     pub sent: u64,
     /// Version of the catalog of the last response that was accepted.
     pub acked: u64,
+    /// Version of the catalog up to which changes were sent, or do not concern it: later ones are pending.
+    pub considered: u64,
     /// Whether a response waits for its ACK.
     pub in_flight: bool,
     /// Resources whose last content was refused.

@@ -1,39 +1,70 @@
 //! One type's part of the catalog. All collections are persistent: a clone is a few reference counts.
 
+use std::collections::VecDeque;
 use std::ops::Bound;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use imbl::{HashMap, OrdMap, OrdSet, Vector};
+use imbl::{HashMap, OrdMap, OrdSet};
 
 use super::Entry;
+use super::part::{Draft, Part};
+use super::whole::Whole;
 
 type Index = HashMap<Arc<str>, OrdSet<Arc<str>>>;
 
-#[derive(Clone, Debug, Default)]
-pub(in crate::server) struct Kind {
-    entries: OrdMap<Arc<str>, Arc<Entry>>,
-    aliases: Index,
-    members: Index,
-    /// Names that changed, oldest first; the change `log[i]` made version `trimmed + i + 1`.
-    log: Vector<Arc<str>>,
-    trimmed: u64,
+/// Parts that are kept for other clients that are as far as the one they were encoded for.
+const KEPT_PARTS: usize = 4;
+
+/// An entry, and the change that made it what it is.
+#[derive(Debug)]
+pub(in crate::server) struct Stored {
+    pub(in crate::server) entry: Entry,
+    pub(in crate::server) version: u64,
 }
 
-/// The log does not reach back far enough.
+#[derive(Clone, Debug, Default)]
+pub(in crate::server) struct Kind {
+    entries: OrdMap<Arc<str>, Arc<Stored>>,
+    aliases: Index,
+    members: Index,
+    version: u64,
+    /// The last change of each name, by its number: a client that is far behind has no more to be told than names.
+    log: OrdMap<u64, Arc<str>>,
+    /// Names that are gone, and the change that removed them.
+    gone: HashMap<Arc<str>, u64>,
+    /// Those changes.
+    removals: OrdSet<u64>,
+    /// Removals up to this change may be forgotten.
+    forgotten: u64,
+    encoded: Arc<Encoded>,
+}
+
+/// What was encoded for one client and may serve others. Shared by all versions of a type.
+#[derive(Debug, Default)]
+struct Encoded {
+    /// Kept by those that are being sent it.
+    whole: Mutex<Weak<Whole>>,
+    parts: Mutex<VecDeque<(PartKey, Arc<Part>)>>,
+}
+
+/// What makes a part the same: the change after which it begins, the version that it is of, and the limit of its size.
+type PartKey = (u64, u64, usize);
+
+/// Removals that are asked for are forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::server) struct Overrun;
 
 impl Kind {
     /// The number of changes so far.
     pub(in crate::server) fn version(&self) -> u64 {
-        self.trimmed + self.log.len() as u64
+        self.version
     }
 
     pub(in crate::server) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    pub(in crate::server) fn get(&self, name: &str) -> Option<&Arc<Entry>> {
+    pub(in crate::server) fn get(&self, name: &str) -> Option<&Arc<Stored>> {
         self.entries.get(name)
     }
 
@@ -49,27 +80,78 @@ impl Kind {
         self.members.get(name).into_iter().flatten()
     }
 
-    /// The entries behind a name, in the order of their names; all of them if none is given.
-    pub(in crate::server) fn after(&self, name: Option<&Arc<str>>) -> impl Iterator<Item = (&Arc<str>, &Arc<Entry>)> {
-        let from: Bound<&Arc<str>> = name.map_or(Bound::Unbounded, Bound::Excluded);
-        self.entries.range::<_, Arc<str>>((from, Bound::Unbounded))
+    /// The entries in a range of names, in their order.
+    pub(in crate::server) fn range(
+        &self,
+        range: (Bound<&Arc<str>>, Bound<&Arc<str>>),
+    ) -> impl Iterator<Item = (&Arc<str>, &Arc<Stored>)> {
+        self.entries.range::<_, Arc<str>>(range)
     }
 
-    /// Names changed since a version; a name may come more than once.
-    pub(in crate::server) fn changed_since(&self, version: u64) -> Result<impl Iterator<Item = &Arc<str>>, Overrun> {
-        let skip = version.checked_sub(self.trimmed).ok_or(Overrun)?;
-        let skip = usize::try_from(skip).map_err(|_| Overrun)?.min(self.log.len());
-        Ok(self.log.focus().narrow(skip..).into_iter())
+    /// All entries, in the order of their names.
+    pub(in crate::server) fn all(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<Stored>)> {
+        self.entries.iter()
+    }
+
+    /// Names changed since a version, each with its last change, in their order.
+    pub(in crate::server) fn changed_since(
+        &self,
+        version: u64,
+    ) -> Result<impl Iterator<Item = (&u64, &Arc<str>)>, Overrun> {
+        if version < self.forgotten {
+            return Err(Overrun);
+        }
+        Ok(self.log.range::<_, u64>((Bound::Excluded(version), Bound::Unbounded)))
+    }
+
+    /// The changes since a version that have room in `max` bytes, one at least, encoded.
+    pub(in crate::server) fn changes(&self, type_url: &str, since: u64, max: usize) -> Result<Arc<Part>, Overrun> {
+        let key = (since, self.version, max);
+        if let Some((_, part)) = lock(&self.encoded.parts).iter().find(|(known, _)| *known == key) {
+            return Ok(part.clone());
+        }
+        let mut draft = Draft::new(type_url);
+        let mut upto = self.version;
+        for (version, name) in self.changed_since(since)? {
+            if draft.size() >= max {
+                break;
+            }
+            match self.entries.get(name) {
+                Some(stored) => draft.set(stored),
+                None => draft.remove(name.clone()),
+            }
+            upto = *version;
+        }
+        let part = Arc::new(draft.finish(upto));
+        let mut parts = lock(&self.encoded.parts);
+        parts.truncate(KEPT_PARTS - 1);
+        parts.push_front((key, part.clone()));
+        Ok(part)
+    }
+
+    /// Everything, encoded in segments of about `size` bytes: of this version, or a later one.
+    pub(in crate::server) fn whole(&self, type_url: &str, size: usize) -> Arc<Whole> {
+        // Held while it is encoded: who else needs it has nothing better to do than to wait for it.
+        let mut shared = lock(&self.encoded.whole);
+        let known = shared.upgrade().filter(|whole| whole.size() == size);
+        if let Some(whole) = known.as_ref().filter(|whole| whole.version() >= self.version) {
+            return whole.clone();
+        }
+        let refreshed = known.and_then(|whole| whole.refreshed(self, type_url));
+        let whole = Arc::new(refreshed.unwrap_or_else(|| Whole::new(self, type_url, size)));
+        *shared = Arc::downgrade(&whole);
+        whole
     }
 
     pub(super) fn set(&mut self, entry: Entry) {
         let name = entry.resource.name.clone();
         let before = self.entries.get(&name).cloned();
-        if before.as_deref() == Some(&entry) {
+        if before.as_ref().is_some_and(|before| before.entry == entry) {
             return;
         }
         if let Some(before) = before {
-            self.unindex(&before);
+            self.log.remove(&before.version);
+            self.unindex(&before.entry);
         }
         for alias in &entry.resource.aliases {
             self.aliases.entry(alias.clone()).or_default().insert(name.clone());
@@ -77,23 +159,34 @@ impl Kind {
         for group in &entry.member_of {
             self.members.entry(group.clone()).or_default().insert(name.clone());
         }
-        self.entries.insert(name.clone(), Arc::new(entry));
-        self.log.push_back(name);
+        if let Some(removal) = self.gone.remove(&name) {
+            self.removals.remove(&removal);
+            self.log.remove(&removal);
+        }
+        self.version += 1;
+        self.log.insert(self.version, name.clone());
+        self.entries.insert(name, Arc::new(Stored { entry, version: self.version }));
     }
 
     pub(super) fn remove(&mut self, name: &str) {
-        if let Some((name, entry)) = self.entries.remove_with_key(name) {
-            self.unindex(&entry);
-            self.log.push_back(name);
+        if let Some((name, stored)) = self.entries.remove_with_key(name) {
+            self.log.remove(&stored.version);
+            self.unindex(&stored.entry);
+            self.version += 1;
+            self.log.insert(self.version, name.clone());
+            self.removals.insert(self.version);
+            self.gone.insert(name, self.version);
         }
     }
 
-    /// Forgets the oldest changes.
+    /// Forgets the oldest removals, until no more are left than resources, or `min`.
     pub(super) fn trim(&mut self, min: usize) {
-        let keep = min.max(2 * self.entries.len());
-        while self.log.len() > keep {
-            self.log.pop_front();
-            self.trimmed += 1;
+        while self.removals.len() > min.max(self.entries.len()) {
+            let Some(oldest) = self.removals.remove_min() else { return };
+            if let Some(name) = self.log.remove(&oldest) {
+                self.gone.remove(&name);
+            }
+            self.forgotten = oldest;
         }
     }
 
@@ -106,6 +199,10 @@ impl Kind {
             unindex(&mut self.members, group, name);
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn unindex(index: &mut Index, key: &Arc<str>, name: &Arc<str>) {

@@ -61,17 +61,30 @@ fn a_name_set_and_removed_is_set() {
 }
 
 #[test]
-fn the_log_is_bounded() {
-    let catalog = Catalog::with_log(4);
+fn the_log_has_each_name_once_and_forgets_removals() {
+    let catalog = Catalog::remembering(4);
+    let changed = |since: u64| -> Result<Vec<(u64, String)>, ()> {
+        let snapshot = catalog.snapshot();
+        let changed = snapshot.kind(TYPE).unwrap().changed_since(since).map_err(|_| ())?;
+        Ok(changed.map(|(version, name)| (*version, name.to_string())).collect())
+    };
     for n in 0..100 {
         catalog.update(TYPE, [thing("a", &[], &n.to_string())], none());
     }
-    let snapshot = catalog.snapshot();
-    let kind = snapshot.kind(TYPE).unwrap();
-    assert_eq!(kind.version(), 100);
-    assert_eq!(kind.changed_since(96).unwrap().count(), 4);
-    assert_eq!(kind.changed_since(100).unwrap().count(), 0);
-    assert!(kind.changed_since(95).is_err());
+    assert_eq!(changed(0), Ok(vec![(100, "a".to_owned())]));
+    assert_eq!(changed(100), Ok(vec![]));
+    // Gone and back: only the last of it counts.
+    for n in 0..10 {
+        catalog.update(TYPE, [thing("b", &[], &n.to_string())], none());
+        catalog.update(TYPE, [] as [Resource; 0], ["b"]);
+    }
+    assert_eq!(changed(0), Ok(vec![(100, "a".to_owned()), (120, "b".to_owned())]));
+    for n in 0..4 {
+        catalog.update(TYPE, [thing(&n.to_string(), &[], "1")], none());
+        catalog.update(TYPE, [] as [Resource; 0], [n.to_string()]);
+    }
+    assert_eq!(changed(119), Err(()), "the removal of b is forgotten");
+    assert_eq!(changed(120).unwrap().len(), 4, "the others are not");
 }
 
 /// The number of resources must not matter for the cost of a change: a hundred times as many may cost a few levels of a

@@ -1,11 +1,18 @@
 //! One type's part of a client's stream.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+mod first;
+mod queue;
+
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use mesh_proto::discovery::{self, DeltaDiscoveryRequest};
+use mesh_proto::discovery::DeltaDiscoveryRequest;
 
-use crate::server::catalog::{Entry, Kind, Overrun};
+use self::first::First;
+use self::queue::Queue;
+use super::Limits;
+use crate::server::catalog::{Draft, Kind, Overrun, Part, Stored};
+use crate::server::response::Content;
 use crate::server::status::TypeStatus;
 
 #[derive(Debug)]
@@ -20,12 +27,10 @@ pub(super) struct Subscription {
     known: HashSet<Arc<str>>,
     /// Primary names of what was asked for by name, as far as it exists: what belongs to it is sent as well.
     groups: HashSet<Arc<str>>,
-    /// Changes up to this version were considered.
+    /// Changes up to this version were considered. A client with a wildcard is told later ones from the catalog's log.
     cursor: u64,
-    /// Of a wildcard's first state: everything after this name is still to be sent.
-    walk: Option<Option<Arc<str>>>,
-    /// What the client said to have, as far as the walk has not come by.
-    initial: HashMap<String, String>,
+    /// What is still to be sent of a wildcard's first state.
+    first: First,
     /// Primary names to be sent, or removed if they are gone by then.
     queue: Queue,
     /// Names asked for that are to be answered as absent, if they are so when all of the queue is sent.
@@ -40,19 +45,49 @@ pub(super) struct Subscription {
 #[derive(Debug)]
 struct InFlight {
     nonce: String,
-    names: Vec<Arc<str>>,
+    names: Names,
     version: u64,
+    is_first: bool,
 }
 
-/// Part of a response.
-#[derive(Debug, Default)]
+/// The names in a response.
+#[derive(Clone, Debug)]
+pub(super) enum Names {
+    /// Those of a whole state.
+    All,
+    /// The names of this part.
+    Of(Arc<Part>),
+}
+
+impl Names {
+    /// Whether the name may have been in the response: those of a whole state are what there is now.
+    pub(super) fn contain(&self, name: &str, kind: &Kind) -> bool {
+        match self {
+            Self::All => kind.get(name).is_some(),
+            Self::Of(part) => part.names().iter().any(|known| **known == *name),
+        }
+    }
+}
+
+/// The content of a response.
+#[derive(Debug)]
 pub(super) struct Chunk {
-    pub(super) resources: Vec<discovery::Resource>,
-    pub(super) removed: Vec<String>,
+    pub(super) content: Content,
+    pub(super) resources: usize,
     /// Another response follows, even if it comes to nothing.
     pub(super) more: bool,
-    names: Vec<Arc<str>>,
-    bytes: usize,
+    names: Names,
+}
+
+impl Chunk {
+    fn of(part: Arc<Part>) -> Self {
+        let (resources, names) = (part.resources(), Names::Of(part.clone()));
+        Self { content: Content::Part(part), resources, more: false, names }
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(&self.names, Names::Of(part) if part.is_empty())
+    }
 }
 
 impl Subscription {
@@ -65,8 +100,7 @@ impl Subscription {
             known: HashSet::new(),
             groups: HashSet::new(),
             cursor: version,
-            walk: None,
-            initial: HashMap::new(),
+            first: First::default(),
             queue: Queue::default(),
             asked: Queue::default(),
             owed: false,
@@ -77,7 +111,7 @@ impl Subscription {
     }
 
     /// Ends the response in flight, if the nonce is its; returns the names in it. A stale nonce changes nothing.
-    pub(super) fn acknowledge(&mut self, nonce: &str, accepted: bool) -> Option<Vec<Arc<str>>> {
+    pub(super) fn acknowledge(&mut self, nonce: &str, accepted: bool) -> Option<Names> {
         let done = self.in_flight.take_if(|in_flight| in_flight.nonce == nonce)?;
         if accepted {
             self.acked = done.version;
@@ -112,15 +146,13 @@ impl Subscription {
         }
         match (was_wildcard, self.wildcard) {
             (false, true) => {
-                self.initial = initial;
-                // What the walk does not come by is gone.
-                self.initial.extend(self.known.drain().map(|name| (name.to_string(), String::new())));
-                self.walk = Some(None);
+                // All that there is comes with the first state.
+                self.queue.clear();
+                self.first = First::new(kind, std::mem::take(&mut self.known), initial);
                 self.cursor = kind.version();
             }
             (true, false) => {
-                self.walk = None;
-                self.initial.clear();
+                self.first = First::default();
                 self.queue.clear();
                 let named: Vec<Arc<str>> = self.named.iter().cloned().collect();
                 for name in named {
@@ -152,7 +184,7 @@ impl Subscription {
         if !self.wildcard {
             self.known.insert(name.clone());
         }
-        let same = initial.get(&**name).zip(kind.get(name)).is_some_and(|(has, entry)| is_same(has, entry));
+        let same = initial.get(&**name).zip(kind.get(name)).is_some_and(|(has, stored)| is_same(has, stored));
         if !same {
             self.queue.push(name.clone());
         }
@@ -161,30 +193,22 @@ impl Subscription {
     /// Queues the differences to what a client without wildcard said to have.
     fn compare(&mut self, kind: &Kind, initial: HashMap<String, String>) {
         for (name, version) in initial {
-            let entry = kind.get(&name);
-            let name = entry.map_or_else(|| Arc::from(name), |entry| entry.resource.name.clone());
+            let stored = kind.get(&name);
+            let name = stored.map_or_else(|| Arc::from(name), |stored| stored.entry.resource.name.clone());
             self.known.insert(name.clone());
-            if !entry.is_some_and(|entry| is_same(&version, entry)) {
+            if !stored.is_some_and(|stored| is_same(&version, stored)) {
                 self.queue.push(name);
             }
         }
     }
 
-    /// Finds what changed since the last call. While something is in flight or the walk goes on, the log is left to wait.
+    /// Finds what changed since the last call, for a client without a wildcard: with one there is nothing to find, the
+    /// log is what it gets.
     pub(super) fn collect(&mut self, kind: &Kind) -> Result<(), Overrun> {
-        if self.walk.is_some() || self.cursor == kind.version() {
+        if self.wildcard || self.cursor >= kind.version() {
             return Ok(());
         }
-        let changed = kind.changed_since(self.cursor)?;
-        if self.wildcard {
-            // With a response in flight it is enough to know that there is more.
-            if self.in_flight.is_none() {
-                changed.for_each(|name| self.queue.push(name.clone()));
-                self.cursor = kind.version();
-            }
-            return Ok(());
-        }
-        let changed: Vec<Arc<str>> = changed.cloned().collect();
+        let changed: Vec<Arc<str>> = kind.changed_since(self.cursor)?.map(|(_, name)| name.clone()).collect();
         for name in changed {
             self.collect_named(kind, name);
         }
@@ -193,12 +217,13 @@ impl Subscription {
     }
 
     fn collect_named(&mut self, kind: &Kind, name: Arc<str>) {
-        let Some(entry) = kind.get(&name) else {
+        let Some(stored) = kind.get(&name) else {
             if self.known.contains(&name) || self.named.contains(&name) {
                 self.queue.push(name);
             }
             return;
         };
+        let entry = &stored.entry;
         let asked = self.named.contains(&name) || entry.resource.aliases.iter().any(|alias| self.named.contains(alias));
         if asked && self.groups.insert(name.clone()) {
             for member in kind.members(&name) {
@@ -214,15 +239,17 @@ impl Subscription {
 
     /// Whether there is something to send; valid after [`Self::collect`].
     pub(super) fn has_more(&self, kind: &Kind) -> bool {
-        self.owed
-            || self.is_syncing()
-            || !self.queue.is_empty()
-            || !self.asked.is_empty()
-            || self.cursor != kind.version()
+        self.owed || self.remains() || self.cursor < kind.version()
     }
 
+    /// Whether something is left that is not in the log.
+    fn remains(&self) -> bool {
+        !self.first.is_done() || !self.queue.is_empty() || !self.asked.is_empty()
+    }
+
+    /// Whether the first state is not sent and acknowledged yet.
     pub(super) fn is_syncing(&self) -> bool {
-        self.walk.is_some()
+        !self.first.is_done() || self.in_flight.as_ref().is_some_and(|in_flight| in_flight.is_first)
     }
 
     pub(super) fn is_in_flight(&self) -> bool {
@@ -234,63 +261,74 @@ impl Subscription {
     }
 
     /// Takes out the next response's worth, which is then in flight; nothing if it comes to nothing.
-    pub(super) fn chunk(&mut self, kind: &Kind, max: usize, nonce: &str) -> Option<Chunk> {
-        let mut chunk = Chunk::default();
-        // What changed behind the walk belongs to the first state as well.
-        let behind = self.walk.is_some() && self.cursor != kind.version();
-        self.walk(kind, max, &mut chunk);
-        while self.walk.is_none()
-            && chunk.bytes < max
-            && let Some(name) = self.queue.pop()
-        {
-            match kind.get(&name) {
-                Some(entry) => chunk.set(&self.type_url, entry),
-                None => {
-                    self.known.remove(&name);
-                    self.groups.remove(&name);
-                    chunk.remove(name);
-                }
-            }
+    pub(super) fn chunk(&mut self, kind: &Kind, limits: &Limits, nonce: &str) -> Result<Option<Chunk>, Overrun> {
+        let is_first = !self.first.is_done();
+        let mut chunk = if is_first {
+            self.first_part(kind, limits)
+        } else if self.remains() {
+            self.queued(kind, limits.max_response)
+        } else if self.cursor < kind.version() {
+            let part = kind.changes(&self.type_url, self.cursor, limits.max_response)?;
+            self.cursor = part.upto();
+            Chunk::of(part)
+        } else {
+            Chunk::of(Arc::default())
+        };
+        if chunk.is_empty() && !self.owed {
+            return Ok(None);
         }
-        while self.walk.is_none()
-            && self.queue.is_empty()
-            && chunk.bytes < max
+        // What changed while the first state was sent belongs to it as well.
+        chunk.more = self.remains() || self.cursor < kind.version();
+        self.owed = chunk.more;
+        self.sent = self.cursor;
+        self.in_flight =
+            Some(InFlight { nonce: nonce.to_owned(), names: chunk.names.clone(), version: self.sent, is_first });
+        Ok(Some(chunk))
+    }
+
+    /// The next part of a wildcard's first state.
+    fn first_part(&mut self, kind: &Kind, limits: &Limits) -> Chunk {
+        let mut draft = Draft::new(&self.type_url);
+        let whole = self.first.take(kind, &self.type_url, limits, &mut self.cursor, &mut draft);
+        // Names that were asked for as well: what exists of them is in the state.
+        let is_last = self.first.is_done() && self.cursor >= kind.version();
+        while is_last
+            && draft.size() < limits.max_response
             && let Some(name) = self.asked.pop()
         {
             if kind.lookup(&name).is_empty() {
-                chunk.remove(name);
+                draft.remove(name);
             }
         }
-        if chunk.names.is_empty() && !self.owed {
-            return None;
-        }
-        chunk.more = behind || self.walk.is_some() || !self.queue.is_empty() || !self.asked.is_empty();
-        self.owed = chunk.more;
-        self.sent = kind.version();
-        let names = std::mem::take(&mut chunk.names);
-        self.in_flight = Some(InFlight { nonce: nonce.to_owned(), names, version: self.sent });
-        Some(chunk)
+        let part = Arc::new(draft.finish(0));
+        let Some((whole, range)) = whole else { return Chunk::of(part) };
+        let resources = whole.segments(range.clone()).iter().map(|segment| segment.resources()).sum();
+        Chunk { content: Content::Whole(whole, range, part), resources, more: false, names: Names::All }
     }
 
-    /// Goes on with a wildcard's first state, over the resources as they are now: those that changed behind the walk are in
-    /// the log, which is read when it is done.
-    fn walk(&mut self, kind: &Kind, max: usize, chunk: &mut Chunk) {
-        let Some(after) = self.walk.take() else { return };
-        let mut last = after.clone();
-        for (name, entry) in kind.after(after.as_ref()) {
-            if chunk.bytes >= max {
-                self.walk = Some(last);
-                return;
-            }
-            last = Some(name.clone());
-            let same = self.initial.remove(&**name).is_some_and(|has| is_same(&has, entry));
-            if !same {
-                chunk.set(&self.type_url, entry);
+    /// What is queued by name.
+    fn queued(&mut self, kind: &Kind, max: usize) -> Chunk {
+        let mut draft = Draft::new(&self.type_url);
+        while draft.size() < max
+            && let Some(name) = self.queue.pop()
+        {
+            if let Some(stored) = kind.get(&name) {
+                draft.set(stored);
+            } else {
+                self.known.remove(&name);
+                self.groups.remove(&name);
+                draft.remove(name);
             }
         }
-        for name in std::mem::take(&mut self.initial).into_keys() {
-            self.queue.push(name.into());
+        while self.queue.is_empty()
+            && draft.size() < max
+            && let Some(name) = self.asked.pop()
+        {
+            if kind.lookup(&name).is_empty() {
+                draft.remove(name);
+            }
         }
+        Chunk::of(Arc::new(draft.finish(0)))
     }
 
     pub(super) fn status(&self) -> TypeStatus {
@@ -300,6 +338,7 @@ impl Subscription {
             names: self.named.len(),
             sent: self.sent,
             acked: self.acked,
+            considered: self.cursor,
             in_flight: self.in_flight.is_some(),
             nacks: Vec::new(),
         }
@@ -307,65 +346,6 @@ impl Subscription {
 }
 
 /// An empty version says nothing.
-fn is_same(version: &str, entry: &Entry) -> bool {
-    !version.is_empty() && *version == *entry.resource.version
-}
-
-impl Chunk {
-    fn set(&mut self, type_url: &Arc<str>, entry: &Entry) {
-        let resource = &entry.resource;
-        let names: usize = resource.aliases.iter().map(|alias| alias.len()).sum();
-        self.bytes += type_url.len() + resource.name.len() + resource.version.len() + resource.body.len() + names;
-        self.names.push(resource.name.clone());
-        self.resources.push(discovery::Resource {
-            version: resource.version.to_string(),
-            resource: Some(prost_types::Any { type_url: type_url.to_string(), value: resource.body.to_vec() }),
-            name: resource.name.to_string(),
-            aliases: resource.aliases.iter().map(ToString::to_string).collect(),
-        });
-    }
-
-    fn remove(&mut self, name: Arc<str>) {
-        self.bytes += name.len();
-        self.removed.push(name.to_string());
-        self.names.push(name);
-    }
-}
-
-/// Names in the order in which they came, none twice.
-#[derive(Debug, Default)]
-struct Queue {
-    order: VecDeque<Arc<str>>,
-    members: HashSet<Arc<str>>,
-}
-
-impl Queue {
-    fn push(&mut self, name: Arc<str>) {
-        if self.members.insert(name.clone()) {
-            self.order.push_back(name);
-        }
-    }
-
-    fn pop(&mut self) -> Option<Arc<str>> {
-        // Names that were removed are still in the order.
-        while let Some(name) = self.order.pop_front() {
-            if self.members.remove(&name) {
-                return Some(name);
-            }
-        }
-        None
-    }
-
-    fn remove(&mut self, name: &str) {
-        self.members.remove(name);
-    }
-
-    fn clear(&mut self) {
-        self.order.clear();
-        self.members.clear();
-    }
-
-    fn is_empty(&self) -> bool {
-        self.members.is_empty()
-    }
+fn is_same(version: &str, stored: &Stored) -> bool {
+    !version.is_empty() && *version == *stored.entry.resource.version
 }

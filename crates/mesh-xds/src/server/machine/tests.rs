@@ -6,6 +6,7 @@ use mesh_proto::rpc;
 
 use super::*;
 use crate::Resource;
+use crate::server::response::Content;
 use crate::server::{Catalog, Entry};
 
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
@@ -35,7 +36,7 @@ impl Peer {
     }
 
     fn with(limits: Limits) -> Self {
-        Self { catalog: Catalog::with_log(8), machine: Machine::new(Arc::new(limits)) }
+        Self { catalog: Catalog::remembering(8), machine: Machine::new(Arc::new(limits)) }
     }
 
     fn set(&self, things: &[Resource]) {
@@ -53,6 +54,7 @@ impl Peer {
     /// What is sent next, in short: the nonce, `name=body` for each resource, `-name` for each removal.
     fn next(&mut self) -> Option<(String, Vec<String>)> {
         self.machine.respond(&self.catalog.snapshot()).unwrap().map(|response| {
+            let response = response.to_message();
             let set = response.resources.iter().map(|resource| {
                 let body = &resource.resource.as_ref().unwrap().value;
                 format!("{}={}", resource.name, String::from_utf8_lossy(body))
@@ -170,7 +172,7 @@ fn a_large_state_comes_in_parts() {
     let mut said = Vec::new();
     let mut parts = 0;
     loop {
-        let response = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap();
+        let response = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap().to_message();
         said.extend(response.resources.iter().map(|resource| resource.name.clone()));
         parts += 1;
         // Changes behind and before the walk.
@@ -201,11 +203,11 @@ fn the_first_state_is_whole_and_changes_come_in_parts() {
     let all = |body: &str| (0..20).map(|n| thing(&format!("thing-{n:02}"), &[], body)).collect::<Vec<Resource>>();
     peer.set(&all("1"));
     peer.send(subscribe(&[])).unwrap();
-    let first = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap();
+    let first = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap().to_message();
     assert!(first.resources.len() == 20 && !first.system_version_info.ends_with(MORE));
     peer.send(ack(&first.nonce)).unwrap();
     peer.set(&all("2"));
-    let next = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap();
+    let next = peer.machine.respond(&peer.catalog.snapshot()).unwrap().unwrap().to_message();
     assert!(next.resources.len() < 20 && next.system_version_info.ends_with(MORE));
 }
 
@@ -334,15 +336,96 @@ fn policies_go_before_the_workloads_that_they_apply_to() {
 }
 
 #[test]
-fn a_client_too_far_behind_must_come_back() {
+fn a_client_that_is_far_behind_is_told_each_name_once() {
     let mut peer = Peer::new();
     peer.set(&[thing("a", &[], "1")]);
     peer.send(subscribe(&[])).unwrap();
-    peer.next().unwrap();
-    for n in 0..20 {
-        peer.set(&[thing("a", &[], &n.to_string())]);
+    let (nonce, _) = peer.next().unwrap();
+    for n in 0..1_000 {
+        peer.set(&[thing("a", &[], &n.to_string()), thing("b", &[], &n.to_string())]);
+        peer.remove(&["b"]);
     }
-    assert_eq!(peer.machine.respond(&peer.catalog.snapshot()), Err(Violation::TooFarBehind));
+    peer.send(ack(&nonce)).unwrap();
+    assert_eq!(peer.take(), ["a=999", "-b"]);
+    assert_eq!(peer.next(), None);
+}
+
+#[test]
+fn a_client_that_missed_a_removal_which_is_forgotten_must_come_back() {
+    let mut peer = Peer::new();
+    peer.set(&[thing("a", &[], "1")]);
+    peer.send(subscribe(&[])).unwrap();
+    let (nonce, _) = peer.next().unwrap();
+    for n in 0..20 {
+        peer.set(&[thing(&n.to_string(), &[], "1")]);
+        peer.remove(&[&n.to_string()]);
+    }
+    peer.send(ack(&nonce)).unwrap();
+    assert_eq!(peer.machine.respond(&peer.catalog.snapshot()).unwrap_err(), Violation::TooFarBehind);
+}
+
+/// Whether two responses have the same bytes in memory, beside their own heads.
+fn shares(a: &Response, b: &Response) -> bool {
+    let pieces = |response: &Response| match &response.content {
+        Content::Part(part) => vec![part.bytes().as_ptr()],
+        Content::Whole(whole, range, _) => {
+            whole.segments(range.clone()).iter().map(|segment| segment.bytes().as_ptr()).collect()
+        }
+    };
+    pieces(a) == pieces(b)
+}
+
+#[test]
+fn clients_that_are_equally_far_share_what_they_are_sent() {
+    let catalog = Catalog::new();
+    let all: Vec<Resource> = (0..5_000).map(|n| thing(&format!("thing-{n}"), &[], "1")).collect();
+    catalog.update(WORKLOAD_TYPE, all, NOTHING);
+    let mut machines = [(); 3].map(|()| Machine::new(Arc::default()));
+    let mut respond = |catalog: &Snapshot| {
+        machines.each_mut().map(|machine| {
+            machine.request(catalog, subscribe(&[]), NOW).unwrap();
+            let response = machine.respond(catalog).unwrap().unwrap();
+            machine.request(catalog, ack(&response.nonce), NOW).unwrap();
+            response
+        })
+    };
+    let [a, b, c] = respond(&catalog.snapshot());
+    assert!(shares(&a, &b) && shares(&a, &c));
+    assert_eq!((a.resources, a.to_message().resources.len()), (5_000, 5_000));
+    catalog.update(WORKLOAD_TYPE, [thing("thing-7", &[], "2")], NOTHING);
+    let [a, b, c] = respond(&catalog.snapshot());
+    assert!(shares(&a, &b) && shares(&a, &c));
+    assert_eq!(a.resources, 1);
+}
+
+#[test]
+fn a_later_whole_state_is_exact_and_shares_what_did_not_change() {
+    let catalog = Catalog::new();
+    let all: Vec<Resource> = (0..20_000).map(|n| thing(&format!("thing-{n:05}"), &["x"], "1")).collect();
+    catalog.update(WORKLOAD_TYPE, all, NOTHING);
+    let first = |catalog: &Snapshot| {
+        let mut machine = Machine::new(Arc::default());
+        machine.request(catalog, subscribe(&[]), NOW).unwrap();
+        machine.respond(catalog).unwrap().unwrap()
+    };
+    let before = first(&catalog.snapshot());
+    // One changes, one goes, and one comes at either end and in the middle.
+    let new = ["a", "thing-01000-5", "z"].map(|name| thing(name, &[], "1"));
+    catalog.update(WORKLOAD_TYPE, [thing("thing-02000", &[], "2")].into_iter().chain(new), ["thing-00000"]);
+    let snapshot = catalog.snapshot();
+    let after = first(&snapshot);
+    let said: Vec<(String, Vec<u8>)> =
+        after.to_message().resources.into_iter().map(|r| (r.name, r.resource.unwrap().value)).collect();
+    let expected: Vec<(String, Vec<u8>)> =
+        snapshot.resources(WORKLOAD_TYPE).map(|r| (r.name.to_string(), r.body.to_vec())).collect();
+    assert_eq!(said, expected);
+    let segments = |response: &Response| match &response.content {
+        Content::Whole(whole, range, _) => whole.segments(range.clone()).iter().map(|s| s.bytes().as_ptr()).collect(),
+        Content::Part(_) => Vec::new(),
+    };
+    let (old, new) = (segments(&before), segments(&after));
+    let shared = new.iter().filter(|segment| old.contains(segment)).count();
+    assert!(new.len() > 10 && shared + 4 >= new.len(), "{shared} of {}", new.len());
 }
 
 #[test]

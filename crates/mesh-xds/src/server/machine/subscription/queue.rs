@@ -1,0 +1,41 @@
+//! Names in the order in which they came, none twice.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    order: VecDeque<Arc<str>>,
+    members: HashSet<Arc<str>>,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, name: Arc<str>) {
+        if self.members.insert(name.clone()) {
+            self.order.push_back(name);
+        }
+    }
+
+    pub(super) fn pop(&mut self) -> Option<Arc<str>> {
+        // Names that were removed are still in the order.
+        while let Some(name) = self.order.pop_front() {
+            if self.members.remove(&name) {
+                return Some(name);
+            }
+        }
+        None
+    }
+
+    pub(super) fn remove(&mut self, name: &str) {
+        self.members.remove(name);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.order.clear();
+        self.members.clear();
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+}
