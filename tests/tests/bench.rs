@@ -88,3 +88,37 @@ fn wrong_usage_is_told_apart_from_a_bad_result() {
     let help = String::from_utf8(bench(&["--help"]).stdout).unwrap();
     assert!(help.contains("Exit codes:") && help.contains("--compare before.json"), "{help}");
 }
+
+#[test]
+fn a_small_bench_of_the_control_plane() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.json");
+    let size = ["--pods", "200", "--services", "20", "--nodes", "4", "--clients", "5", "--changes", "10"];
+    let output = bench(&[&["control"], &size[..], &["--output", path.to_str().unwrap()]].concat());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("one change to all clients, median"), "{said}");
+
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let runs = report["runs"].as_array().unwrap();
+    let sizes: Vec<_> = runs.iter().map(|run| (run["pods"].as_u64(), run["clients"].as_u64())).collect();
+    assert_eq!(sizes, [(Some(20), Some(5)), (Some(200), Some(5))], "{report}");
+    for run in runs {
+        let figure = |path: &str| run.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {run}"));
+        // Each of the clients was sent all of it, with at least the names.
+        assert!(figure("/synced/bytes") > figure("/pods") * figure("/clients") * 50.0, "{run}");
+        assert!(figure("/loaded/resident") > 1e6 && figure("/synced/peak") >= figure("/loaded/resident"), "{run}");
+        assert!(figure("/changed/p50_ms") > 0.0 && figure("/changed/p50_ms") <= figure("/changed/p99_ms"), "{run}");
+        assert!(figure("/changed/p99_ms") <= figure("/changed/max_ms"), "{run}");
+    }
+}
+
+#[test]
+fn a_bench_of_the_control_plane_without_one_fails() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let bins = bin_dir().unwrap();
+    let mut command = Command::new(bins.join("culvert-bench"));
+    let output = command.arg("--bin-dir").arg(nowhere.path()).args(["control", "--pods", "100"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("culvertd"), "it is named");
+}

@@ -35,6 +35,7 @@ Tasks:
           --kernel list     the kernels that can be had
   bench   Compare the mesh with plain TCP on this machine, in release build
           --help            its own options: --output, --compare, --peer, --only, --quick
+          control [--full]  instead, culvertd with a generated cluster of 10,000 pods (100,000) and 100 clients (1,000)
   cluster A real Kubernetes on this machine: etcd, control plane, nodes with kubelet and containerd in namespaces
           up [--nodes N]    starts it and prints its KUBECONFIG
           load-images       images of the programs in the checkout, onto every node

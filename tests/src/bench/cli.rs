@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
+use super::control;
 use super::plan::{ALL, Measurement};
 
 /// Shown below the options.
@@ -17,6 +18,7 @@ Examples:
   cargo xtask bench --only memory-connections --runs 1
   cargo xtask bench --peer 'exec ./run-other-proxy.sh' --output peer.json
   cargo xtask bench --list
+  cargo xtask bench control                            the control plane: 10,000 pods, 100 clients; --full for ten times that
 
 A peer's command is run by the shell once per node, in the node's network namespace and control group, \
 in the place of ztunnel's agent and proxy. It must serve the announcements of pods at $CULVERT_CNI_SOCKET, \
@@ -72,6 +74,16 @@ pub struct Cli {
     /// Taken for the sake of those who start the demo and the bench alike; there is no manifest to read
     #[arg(long, value_name = "DIR", hide = true)]
     pub manifests: Option<PathBuf>,
+    /// What to measure instead
+    #[command(subcommand)]
+    pub what: Option<What>,
+}
+
+/// What can be measured beside the mesh's data path.
+#[derive(Debug, Clone, Subcommand)]
+pub enum What {
+    /// Measures culvertd with a generated cluster: memory, and the time and cost of a change
+    Control(control::Args),
 }
 
 impl Cli {

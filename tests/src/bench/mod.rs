@@ -37,6 +37,7 @@
 
 mod cli;
 mod compare;
+mod control;
 mod memory;
 mod mesh_usage;
 mod plan;
@@ -110,6 +111,9 @@ enum BenchError {
 
 /// Runs the bench. The exit code is 0 if everything was measured and no ratio got worse, 1 if not, 2 for wrong usage.
 pub fn run(cli: &Cli) -> ExitCode {
+    if let Some(cli::What::Control(args)) = &cli.what {
+        return control::run(args, cli.bin_dir.as_deref());
+    }
     match bench(cli) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
