@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use mesh_model::service::BLOCKS;
 use mesh_proto::{security, workload as wire};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint};
@@ -35,7 +36,15 @@ pub(super) fn workload(
 }
 
 /// The resource of a service.
-pub(super) fn service(name: Arc<str>, service: &wire::Service, aliases: Vec<Arc<str>>) -> Resource {
+pub(super) fn service(name: Arc<str>, service: &wire::Service, mut aliases: Vec<Arc<str>>) -> Resource {
+    let is_block = |address: &wire::NetworkAddress| {
+        address
+            .length
+            .is_some_and(|length| usize::try_from(length).is_ok_and(|length| length < 8 * address.address.len()))
+    };
+    if service.addresses.iter().any(is_block) {
+        aliases.push(BLOCKS.into());
+    }
     resource(name, aliases, address(SERVICE, &service.encode_to_vec()))
 }
 

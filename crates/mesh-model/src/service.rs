@@ -11,6 +11,10 @@ use crate::identity::SpiffeId;
 use crate::port_names::PortNames;
 use crate::workload::Workload;
 
+/// A further name in discovery of every service that has a block of addresses: who asks on demand for single addresses would
+/// not find it by them. An extension of ours; to a control plane that does not know it, it is a name that is absent.
+pub const BLOCKS: &str = "culvert.dev/blocks";
+
 /// The key of a service, `<namespace>/<hostname>`, which is also its primary name in discovery.
 pub fn service_key(namespace: &str, hostname: &str) -> Arc<str> {
     format!("{namespace}/{hostname}").into()

@@ -11,6 +11,7 @@ use mesh_proto::{security, workload as wire};
 use prost::Message as _;
 use thiserror::Error;
 
+use crate::address::Cidr;
 use crate::blocks::{Blocks, Few, add_to, remove_from};
 use crate::endpoints::ServiceEndpoints;
 use crate::intern::Interner;
@@ -303,6 +304,15 @@ impl Snapshot {
     /// nothing about which of them is meant. Where several have it, pods come first, then what speaks HBONE.
     pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.workloads_by_ip.get(&ip.to_canonical())?.iter().find(|workload| *workload.location.network == *network)
+    }
+
+    /// Whether a workload or a service has this very address in `network`; one that has a block around it does not count,
+    /// since something narrower may be there that is not known.
+    pub fn knows_address(&self, network: &str, ip: IpAddr) -> bool {
+        let only = Cidr::host(ip);
+        let has_it =
+            |service: &Arc<Service>| service.addresses.iter().any(|vip| *vip.network == *network && vip.block == only);
+        self.workload_by_ip(network, ip).is_some() || self.services_by_vip(network, ip).any(has_it)
     }
 
     /// The service of that key, `<namespace>/<hostname>`.

@@ -99,7 +99,8 @@ impl Cli {
 
     /// The measurements asked for, in the order in which they are taken.
     pub fn measurements(&self) -> Vec<&'static Measurement> {
-        ALL.iter().filter(|m| self.only.is_empty() || self.only.contains(m)).collect()
+        let wanted = |m: &Measurement| if self.only.is_empty() { !m.on_request } else { self.only.contains(&m) };
+        ALL.iter().filter(|m| wanted(m)).collect()
     }
 }
 
@@ -134,10 +135,12 @@ mod tests {
         Cli::command().debug_assert();
         let cli = parse(&[]).unwrap();
         assert_eq!((cli.runs(), cli.seconds(), cli.tolerance), (5, 3.0, 0.1));
-        assert_eq!(cli.measurements().len(), ALL.len());
+        assert_eq!(cli.measurements().len(), ALL.iter().filter(|m| !m.on_request).count());
         let quick = parse(&["--quick", "--only", "keepalive-1,bulk-1"]).unwrap();
         assert_eq!((quick.runs(), quick.seconds()), (1, 1.0));
         assert_eq!(quick.measurements().iter().map(|m| m.name).collect::<Vec<_>>(), ["bulk-1", "keepalive-1"]);
+        let long = parse(&["--only", "memory-100k"]).unwrap();
+        assert!(long.measurements().iter().all(|m| m.name == "memory-100k") && long.measurements().len() == 1);
         assert_eq!(parse(&["--compare", "x", "--tolerance", "5"]).unwrap().tolerance, 0.05);
     }
 

@@ -13,7 +13,7 @@ use crate::cluster::Cluster;
 use crate::{Error, http, wait};
 
 /// How long a step may take.
-const BOUND: Duration = Duration::from_secs(120);
+const BOUND: Duration = Duration::from_secs(300);
 
 /// The type of workloads and services in discovery.
 const WORKLOAD_TYPE: &str = "type.googleapis.com/istio.workload.Address";
@@ -72,30 +72,45 @@ pub fn open_connections(setup: &Setup, count: usize) -> Result<Vec<Taken>, Failu
     Ok(values)
 }
 
-/// Memory with `count` more workloads in discovery, and how long they take to be known and forgotten.
+/// What a proxy knows of the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// All that there is.
+    Everything,
+    /// What its pods use, of Culvert's.
+    Used,
+}
+
+/// Memory with `count` more workloads in discovery, how long they take to be known and forgotten, and what a change of one
+/// of them costs.
 ///
 /// # Errors
 /// The cluster does not start, or the workloads do not arrive or do not go.
-pub fn workloads(setup: &Setup, count: usize) -> Result<Vec<Taken>, Failure> {
-    let cluster = setup.cluster()?;
+pub fn workloads(setup: &Setup, count: usize, scope: Known) -> Result<Vec<Taken>, Failure> {
+    let cluster = match scope {
+        Known::Everything => setup.cluster()?,
+        Known::Used => setup.builder().proxy_args(&["--discovery", "on-demand"]).start()?,
+    };
     let parts = Parts::of(&cluster, &setup.mesh)?;
     let idle = parts.memory_at_rest();
-    let before = wait::try_until("the proxies to know the cluster", BOUND, || known(&cluster))?;
+    let before = wait::try_until("the proxies to know the cluster", BOUND, || known(&cluster, scope))?.resources;
 
     let files = synthetic::files(count);
     let start = Instant::now();
     for (name, text) in &files {
         cluster.directory().write_raw(name, text)?;
     }
-    until_known(&cluster, before + count as u64)?;
+    until_known(&cluster, scope, before + count as u64)?;
     let arrived = start.elapsed();
     let loaded = parts.memory_at_rest();
+    let changes = changes(&cluster, scope, &parts, count)?;
 
     let start = Instant::now();
+    cluster.directory().remove(CHANGING)?;
     for (name, _) in &files {
         cluster.directory().remove(name)?;
     }
-    until_known(&cluster, before)?;
+    until_known(&cluster, scope, before)?;
     let gone = start.elapsed();
     let after = parts.memory_at_rest();
 
@@ -103,7 +118,34 @@ pub fn workloads(setup: &Setup, count: usize) -> Result<Vec<Taken>, Failure> {
     values.extend(each("per-workload", &idle, &loaded, count));
     values.push(Taken::new("until-known", Unit::Seconds, arrived.as_secs_f64()));
     values.push(Taken::new("until-forgotten", Unit::Seconds, gone.as_secs_f64()));
+    values.extend(changes);
     Ok(values)
+}
+
+/// The file of the pod that changes.
+const CHANGING: &str = "synthetic-changing.yaml";
+/// How often it changes.
+const CHANGES: u32 = 50;
+
+/// What one change of one pod costs: processor time of both proxies together, and the time from the file to the last
+/// proxy's word, which is mostly culvertd's look at its folder.
+fn changes(cluster: &Cluster, scope: Known, parts: &Parts, count: usize) -> Result<Vec<Taken>, Failure> {
+    let change = |ready: bool| -> Result<(), Failure> {
+        let version = wait::try_until("the proxies to be up to date", BOUND, || known(cluster, scope))?.version;
+        cluster.directory().write_raw(CHANGING, &synthetic::one(count, ready))?;
+        let later = || Ok(known(cluster, scope)?.filter(|now| now.version > version));
+        wait::try_until("the change to be known", BOUND, later)?;
+        Ok(())
+    };
+    change(true)?;
+    let (start, used) = (Instant::now(), parts.used());
+    for number in 0..CHANGES {
+        change(number % 2 == 1)?;
+    }
+    let (elapsed, cost) = (start.elapsed() / CHANGES, parts.used().since(used));
+    let cpu =
+        cost.proxies.map(|seconds| Taken::new("proxies.cpu.per-change", Unit::Seconds, seconds / f64::from(CHANGES)));
+    Ok(cpu.into_iter().chain([Taken::new("until-changed", Unit::Seconds, elapsed.as_secs_f64())]).collect())
 }
 
 /// `<part>.<kind>.<state>` for each.
@@ -140,7 +182,7 @@ fn kinds(memory: &Memory) -> Vec<(&'static str, f64)> {
 
 /// How many workloads and services every node proxy has taken over, by culvertd's word: what it serves, if each client
 /// has acknowledged the last of it. None while one has not. This costs the proxies nothing and holds for a peer too.
-fn known(cluster: &Cluster) -> Result<Option<u64>, Error> {
+fn known(cluster: &Cluster, scope: Known) -> Result<Option<TakenOver>, Error> {
     let at = SocketAddr::from(([127, 0, 0, 1], CULVERTD_ADMIN));
     let text = http::get_ok(cluster.control()?.network(), at, "/status")?;
     let status: Value = serde_json::from_str(&text).map_err(|e| Error::Output {
@@ -148,26 +190,38 @@ fn known(cluster: &Cluster) -> Result<Option<u64>, Error> {
         reason: e.to_string(),
         output: text.chars().take(400).collect(),
     })?;
-    Ok(taken_over(&status, cluster.nodes().len()))
+    Ok(taken_over(&status, scope, cluster.nodes().len()))
+}
+
+/// What the proxies have of discovery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct TakenOver {
+    /// Workloads and services there are.
+    resources: u64,
+    /// Changes to them so far.
+    version: u64,
 }
 
 /// See [`known`]; `clients` is how many there must be.
-fn taken_over(status: &Value, clients: usize) -> Option<u64> {
+fn taken_over(status: &Value, scope: Known, clients: usize) -> Option<TakenOver> {
     let of_type = |list: &'_ Value| list.as_array()?.iter().find(|one| one["type"] == WORKLOAD_TYPE).cloned();
     let served = of_type(&status["resources"])?;
     let version = served["version"].as_u64()?;
     let acknowledged = |client: &Value| {
         let state = of_type(&client["types"])?;
-        (state["in_flight"] == false && state["acked"].as_u64()? >= version).then_some(())
+        // Who is told only what it asked for need not hear of the last change.
+        let is_last = scope == Known::Used || state["acked"].as_u64()? >= version;
+        (state["in_flight"] == false && is_last).then_some(())
     };
     let all = status["clients"].as_array()?;
     let caught_up = all.iter().filter(|client| acknowledged(client).is_some()).count();
-    (caught_up == all.len() && caught_up >= clients).then(|| served["resources"].as_u64())?
+    let resources = served["resources"].as_u64()?;
+    (caught_up == all.len() && caught_up >= clients).then_some(TakenOver { resources, version })
 }
 
-fn until_known(cluster: &Cluster, wanted: u64) -> Result<(), Error> {
+fn until_known(cluster: &Cluster, scope: Known, wanted: u64) -> Result<(), Error> {
     wait::try_until(&format!("{wanted} workloads and services known to the proxies"), BOUND, || {
-        Ok((known(cluster)? == Some(wanted)).then_some(()))
+        Ok(known(cluster, scope)?.filter(|now| now.resources == wanted).map(drop))
     })
 }
 
@@ -199,9 +253,13 @@ mod tests {
             let resources = json!([{"type": WORKLOAD_TYPE, "resources": 12, "version": 7}]);
             json!({"resources": resources, "clients": clients})
         };
-        assert_eq!(taken_over(&status(&[client(7, false), client(8, false)]), 2), Some(12));
-        assert_eq!(taken_over(&status(&[client(7, false), client(6, false)]), 2), None);
-        assert_eq!(taken_over(&status(&[client(7, false), client(7, true)]), 2), None);
-        assert_eq!(taken_over(&status(&[client(7, false)]), 2), None, "one is not connected");
+        assert_eq!(
+            taken_over(&status(&[client(7, false), client(8, false)]), Known::Everything, 2),
+            Some(TakenOver { resources: 12, version: 7 })
+        );
+        assert_eq!(taken_over(&status(&[client(7, false), client(6, false)]), Known::Everything, 2), None);
+        assert!(taken_over(&status(&[client(7, false), client(6, false)]), Known::Used, 2).is_some());
+        assert_eq!(taken_over(&status(&[client(7, false), client(7, true)]), Known::Used, 2), None);
+        assert_eq!(taken_over(&status(&[client(7, false)]), Known::Used, 2), None, "one is not connected");
     }
 }

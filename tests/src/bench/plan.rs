@@ -12,6 +12,8 @@ pub struct Measurement {
     pub title: &'static str,
     /// How.
     pub kind: Kind,
+    /// Whether it takes so long that it is taken only when it is asked for by name.
+    pub on_request: bool,
 }
 
 /// How a measurement is taken.
@@ -26,8 +28,10 @@ pub enum Kind {
     TwoPods,
     /// Memory of the mesh with this many open connections, in a fresh cluster.
     OpenConnections(usize),
-    /// Memory of the mesh with this many workloads in discovery, in a fresh cluster.
+    /// Memory of the mesh with this many workloads in discovery, in a fresh cluster, and what a change of one costs.
     Workloads(usize),
+    /// The same with proxies that know only what their pods use.
+    OnDemand(usize),
 }
 
 /// A load: a client on node 1, a server on node 2.
@@ -63,6 +67,7 @@ pub const ALL: &[Measurement] = &[
         title: "HTTP requests of a pod, 1 kept connection: alone; beside another pod's 8 bulk streams; beside another \
                 pod's 64 clients that make new connections. One worker thread in each proxy",
         kind: Kind::TwoPods,
+        on_request: false,
     },
     minute(
         "minute-connections",
@@ -78,20 +83,34 @@ pub const ALL: &[Measurement] = &[
         name: "memory-connections",
         title: "memory of the mesh: idle, with 1,000 open connections, after them",
         kind: Kind::OpenConnections(1_000),
+        on_request: false,
     },
     Measurement {
         name: "memory-workloads",
         title: "memory of the mesh: idle, with 10,000 more workloads in discovery, after them",
         kind: Kind::Workloads(10_000),
+        on_request: false,
+    },
+    Measurement {
+        name: "memory-100k",
+        title: "memory of the mesh: idle, with 100,000 more workloads in discovery, after them; on request",
+        kind: Kind::Workloads(100_000),
+        on_request: true,
+    },
+    Measurement {
+        name: "memory-on-demand",
+        title: "the same with proxies that know only what their pods use; on request",
+        kind: Kind::OnDemand(100_000),
+        on_request: true,
     },
 ];
 
 const fn load(name: &'static str, title: &'static str, load: Load) -> Measurement {
-    Measurement { name, title, kind: Kind::Load(load) }
+    Measurement { name, title, kind: Kind::Load(load), on_request: false }
 }
 
 const fn minute(name: &'static str, title: &'static str, load: Load) -> Measurement {
-    Measurement { name, title, kind: Kind::Minute(load) }
+    Measurement { name, title, kind: Kind::Minute(load), on_request: false }
 }
 
 /// What one run of a load gave.

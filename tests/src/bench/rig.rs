@@ -9,7 +9,7 @@ use super::Failure;
 use super::mesh_usage::Parts;
 use super::plan::{Load, QUIET, Sample};
 use crate::app::load::Report as LoadReport;
-use crate::cluster::{Cluster, Mesh};
+use crate::cluster::{Builder, Cluster, Mesh};
 use crate::netns::NetNs;
 use crate::pod::{Output, Pod};
 use crate::{Error, wait};
@@ -53,11 +53,16 @@ impl Setup {
     /// # Errors
     /// It does not start.
     pub fn cluster(&self) -> Result<Cluster, Error> {
+        self.builder().start()
+    }
+
+    /// What describes that cluster.
+    pub fn builder(&self) -> Builder {
         let mut cluster = Cluster::builder().nodes(2).mesh(self.mesh.clone()).bin_dir(&self.bins);
         if let Some(workers) = self.workers {
             cluster = cluster.proxy_args(&["--workers", &workers.to_string()]);
         }
-        cluster.start()
+        cluster
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::memory::Known;
 use super::mesh_usage::Parts;
 use super::plan::{FigureOf, Kind, Load, Measurement, Sample};
 use super::report::{Figure, Measured, Unit};
@@ -55,7 +56,11 @@ impl Runner<'_> {
                 }
                 Kind::Workloads(count) => {
                     rig = None;
-                    self.memory(|| memory::workloads(self.setup, count))
+                    self.memory(|| memory::workloads(self.setup, count, Known::Everything))
+                }
+                Kind::OnDemand(count) => {
+                    rig = None;
+                    self.memory(|| memory::workloads(self.setup, count, Known::Used))
                 }
             };
             let (figures, failures) = match done {

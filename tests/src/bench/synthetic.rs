@@ -32,6 +32,11 @@ pub fn files(count: usize) -> Vec<(String, String)> {
     std::iter::once(first).chain(pods).collect()
 }
 
+/// The file of one more such pod, the one of that number, which is ready or not.
+pub fn one(number: usize, ready: bool) -> String {
+    text(std::iter::once(PodRecord { ready, namespace: namespace(0), ..pod(number) }.object()))
+}
+
 fn text(objects: impl Iterator<Item = serde_json::Value>) -> String {
     // JSON is YAML.
     objects.map(|object| format!("---\n{object}\n")).collect()

@@ -64,6 +64,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let state = State::new();
     let shared = Arc::new(Shared {
         state: Arc::clone(&state),
+        lookup: discovery::lookup(&config, &discovery),
         certificates: certificates(&config)?,
         metrics: metrics.clone(),
         tunnels: Tunnels::default(),

@@ -22,6 +22,12 @@ pub struct Config {
     )]
     pub xds_address: String,
 
+    /// How much discovery tells: everything that there is, or what the pods of this node use. On demand, a first connection
+    /// to an address waits for an answer, and is refused while the control plane is away; names that were not used yet are
+    /// forwarded to the pod's resolver.
+    #[arg(long, env = "CULVERT_DISCOVERY", value_enum, default_value_t = Scope::All, value_name = "SCOPE")]
+    pub discovery: Scope,
+
     /// Control plane that signs certificates: `https://host:port`. Default: the discovery address.
     #[arg(long, env = "CULVERT_CA_ADDRESS", value_name = "URL")]
     pub ca_address: Option<String>,
@@ -105,6 +111,15 @@ pub struct Config {
     /// How it is logged: `text` or `json`.
     #[arg(long, env = "CULVERT_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     pub log_format: String,
+}
+
+/// How much discovery tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Scope {
+    /// All workloads and services of the mesh.
+    All,
+    /// Those that are asked for.
+    OnDemand,
 }
 
 /// Everything that is wrong with a configuration, one line each.

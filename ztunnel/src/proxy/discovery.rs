@@ -18,13 +18,27 @@ use prost_types::{Struct, Value};
 use tokio::time::timeout;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 
-use super::config::Config;
+use super::config::{Config, Scope};
+use super::lookup::Lookup;
 
-/// A client for everything that there is, not connected yet.
+/// A client for what the configuration says, not connected yet.
 pub fn client(config: &Config) -> (Driver, Handle) {
-    // Policies first: a workload that names one that has not come yet is closed to everybody.
-    let types = [AUTHORIZATION_TYPE, WORKLOAD_TYPE].map(|type_url| (Arc::from(type_url), Mode::Wildcard));
+    let workloads = match config.discovery {
+        Scope::All => Mode::Wildcard,
+        Scope::OnDemand => Mode::OnDemand,
+    };
+    // Policies first, and always all of them: a workload that names one that has not come yet is closed to everybody.
+    let types = [(AUTHORIZATION_TYPE, Mode::Wildcard), (WORKLOAD_TYPE, workloads)];
+    let types = types.map(|(type_url, mode)| (Arc::from(type_url), mode));
     Driver::new(node(config), types, Options::default())
+}
+
+/// What asks for what the client is not told by itself.
+pub fn lookup(config: &Config, discovery: &Handle) -> Lookup {
+    match config.discovery {
+        Scope::All => Lookup::unneeded(),
+        Scope::OnDemand => Lookup::on_demand(discovery.demand().clone()),
+    }
 }
 
 /// Who this proxy says it is.

@@ -12,6 +12,7 @@ use mesh_model::HBONE_PORT;
 
 use super::admit::{Denial, DenialReason};
 use super::live::CloseReason;
+use super::lookup::LookupError;
 use super::metrics::ResponseFlags;
 use super::plan::Refusal;
 use super::sockets::TakeError;
@@ -33,6 +34,9 @@ pub enum ConnectionError {
     /// Where it goes could not be decided.
     #[error("not carried: {0}")]
     Refused(#[from] Refusal),
+    /// Discovery did not tell what the decision needs.
+    #[error("not carried: {0}")]
+    Lookup(#[from] LookupError),
     /// It may not come in.
     #[error("not let in: {0}")]
     Denied(#[from] Denial),
@@ -131,6 +135,7 @@ impl ConnectionError {
             // What the far side's policy refused.
             Self::Open { error: OpenError::Refused { status: 401 | 403, .. } } => ResponseFlags::Deny,
             Self::Refused(_)
+            | Self::Lookup(_)
             | Self::NoSocket(_)
             | Self::Connect { .. }
             | Self::ConnectTimeout(_)
@@ -149,6 +154,7 @@ impl ConnectionError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Refused(refusal) => refusal.reason(),
+            Self::Lookup(error) => error.reason(),
             Self::Denied(denial) => denial.reason(),
             Self::NoSocket(TakeError::Empty) => "no_socket",
             Self::NoSocket(TakeError::PodGone) | Self::PodGone => "pod_gone",
@@ -186,6 +192,7 @@ impl ConnectionError {
             Self::Denied(denial) => denial.reply(),
             Self::PolicyChanged(_) => 401,
             Self::Refused(_)
+            | Self::Lookup(_)
             | Self::NoSocket(_)
             | Self::Certificate(_)
             | Self::Connect { .. }
@@ -213,6 +220,7 @@ impl ConnectionError {
     pub fn is_failure_to_connect(&self) -> bool {
         match self {
             Self::Refused(_)
+            | Self::Lookup(_)
             | Self::Denied(_)
             | Self::NoSocket(_)
             | Self::Certificate(_)
@@ -274,6 +282,7 @@ impl ConnectionError {
                 | OpenError::Protocol(_) => Retry::Elsewhere,
             },
             Self::Refused(_)
+            | Self::Lookup(_)
             | Self::Denied(_)
             | Self::NoSocket(_)
             | Self::Certificate(_)

@@ -128,6 +128,8 @@ impl Tunnel {
         facts.hbone_addr = Some(request.authority.clone());
         facts.src.identity = Some(self.peer.clone());
         facts.dst.identity = Some(self.pod.identity.clone());
+        // Without an answer the pod stays unknown, and nothing is let in.
+        let _ = shared.lookup.inbound(&shared.state, &shared.local(&self.pod), &self.pod.lookups).await;
         let rules = shared.state.rules_version();
         let admission = match self.decide(&mut facts, &request) {
             Ok(admission) => admission,

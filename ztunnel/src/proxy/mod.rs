@@ -18,6 +18,7 @@ pub mod inbound;
 pub mod jail;
 pub mod live;
 pub mod local;
+pub mod lookup;
 pub mod metrics;
 pub mod outbound;
 pub mod plaintext;

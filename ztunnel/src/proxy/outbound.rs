@@ -14,7 +14,7 @@ use super::error::ConnectionError;
 use super::plan::{OriginalDst, Plan, Planned, plan, plan_other};
 use super::pods::Pod;
 use super::record::{Direction, Facts, Reached, Record, Side};
-use super::worker::{Accepted, TunnelKey, Worker};
+use super::worker::{Accepted, Shared, TunnelKey, Worker};
 
 mod reach;
 mod refusals;
@@ -64,8 +64,11 @@ struct Asked {
 
 /// Decides, and waits a little where discovery is behind the agent: a pod that has just started is told of soon.
 async fn decide_soon(worker: &Worker, pod: &Pod, asked: Asked) -> Result<Way, (Box<Reached>, ConnectionError)> {
+    let Shared { lookup, state, .. } = &*worker.shared;
+    let looked_up = lookup.outbound(state, &worker.shared.local(pod), asked.original.ip(), &pod.lookups).await;
+    looked_up.map_err(|error| (Box::new(reached(asked.original, Planned::default())), error.into()))?;
     // What discovery brings of this node's pods counts as a change of rules.
-    let mut changes = worker.shared.state.rules();
+    let mut changes = state.rules();
     let deadline = tokio::time::Instant::now() + DISCOVERY_WAIT;
     loop {
         let decided = decide(worker, pod, asked);

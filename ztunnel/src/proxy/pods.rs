@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use super::dial::DeliveryPorts;
 use super::dns::PodBounds;
 use super::live::Live;
+use super::lookup::Bound;
 use super::record::Facts;
 use super::sockets::{NodeCap, Notice, SocketSource, Stock};
 
@@ -42,6 +43,8 @@ pub struct Pod {
     pub delivery_ports: DeliveryPorts,
     /// How much of it may ask for names.
     pub dns: PodBounds,
+    /// How much of it may wait for discovery.
+    pub lookups: Bound,
 }
 
 impl Pod {
@@ -280,6 +283,7 @@ impl Pods {
             live: Live::new(self.max_connections),
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
+            lookups: Bound::default(),
         };
         Ok((Arc::new(pod), stock))
     }

@@ -22,6 +22,7 @@ use super::dial::DeliveryPorts;
 use super::dns::{Dns, DnsMetrics, PodBounds};
 use super::live::Live;
 use super::local::fixture;
+use super::lookup::{Bound, Lookup};
 use super::metrics::Metrics;
 use super::pods::{Pod, Port};
 use super::sockets::{Family, SocketKind, SocketSource, TakeError, prepare};
@@ -158,6 +159,7 @@ impl Mesh {
         let state = State::new();
         let shared = Arc::new(Shared {
             state: Arc::clone(&state),
+            lookup: Lookup::unneeded(),
             certificates: Store::new(
                 Arc::clone(&self.signer) as Arc<dyn Issuer>,
                 mesh_identity::Options { first_wait: Duration::from_secs(2), ..mesh_identity::Options::default() },
@@ -237,6 +239,7 @@ impl Proxy {
             live: Live::new(max),
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
+            lookups: Bound::default(),
         })
     }
 

@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::dns::{self, Dns};
 use super::local::{Listed, LocalAddresses, LocalPod};
+use super::lookup::Lookup;
 use super::metrics::Metrics;
 use super::pods::{Host, Pod, Port};
 use super::record::Direction;
@@ -55,6 +56,8 @@ const ACCEPTED_IN_A_ROW: usize = 16;
 pub struct Shared {
     /// What discovery has brought.
     pub state: Arc<State>,
+    /// What asks discovery for more.
+    pub lookup: Lookup,
     /// Certificates of the pods.
     pub certificates: Store,
     /// All metrics.
