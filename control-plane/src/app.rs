@@ -27,7 +27,7 @@ use crate::config::{self, Config};
 use crate::index::{Index, Roster};
 use crate::ingest::{Cluster, ClusterError, Directory, DirectoryError, Kubernetes, Limits, Source, Timing};
 use crate::serve::{self, Metrics, Pipeline, View};
-use crate::status::Status;
+use crate::status::{Facts, Status};
 
 /// Time for everything to end once asked; a little more than the gRPC server's own.
 const DRAIN: Duration = Duration::from_secs(7);
@@ -81,6 +81,7 @@ pub struct App {
     metrics: Metrics,
     pipeline: Pipeline,
     viewer: watch::Receiver<Arc<View>>,
+    facts: Facts,
     readiness: Readiness,
     /// Servers of metrics, readiness and admin pages, with what they serve.
     pages: Vec<(http::Server, http::Router)>,
@@ -114,6 +115,7 @@ impl App {
         let leading = followed.as_ref().map(|followed| followed.status.leading());
         let tls = ca::serving_config(authorities.clone(), config.xds_san.clone(), clock.clone())?;
         let roster = Arc::new(Roster::default());
+        let node_proxies = config.node_proxies.clone();
         let policy = Policy {
             trust_domain: config.index.trust_domain.clone(),
             node_proxies: config.node_proxies,
@@ -127,6 +129,7 @@ impl App {
             Metrics::register(registry, catalog.clone(), discovery.clone(), watches.clone(), leading.clone())
         });
         let (view, viewer) = watch::channel(Arc::new(View::default()));
+        let facts = Facts::new(&source, viewer.clone(), discovery.clone(), node_proxies);
         let readiness = Readiness::new();
 
         let grpc = bind("discovery", "xds-addr", config.xds_addr).await?;
@@ -160,6 +163,7 @@ impl App {
             metrics: counted.clone(),
             pipeline: Pipeline { index: Index::new(config.index), roster, catalog, view, metrics: counted },
             viewer,
+            facts,
             readiness,
             pages: vec![
                 (metrics_page, metrics_routes),
@@ -198,7 +202,8 @@ impl App {
             pages.spawn(async move { server.serve(router, async move { watcher.draining().await }).await });
         }
         let mut source = tokio::spawn(self.source.run(batches));
-        let mut beside = self.cluster.map(|cluster| cluster.run(self.tls.clone(), watcher.clone())).unwrap_or_default();
+        let mut beside =
+            self.cluster.map(|cluster| cluster.run(self.tls.clone(), self.facts, watcher.clone())).unwrap_or_default();
         let mut pipeline = tokio::spawn(self.pipeline.run(source_batches, synced, watcher.clone()));
         let mut viewer = self.viewer;
         let grpc = async {
@@ -300,12 +305,12 @@ impl InCluster {
         Ok(Self { followed, webhook, address })
     }
 
-    fn run(self, tls: Arc<ServerConfig>, watcher: drain::Watcher) -> JoinSet<()> {
+    fn run(self, tls: Arc<ServerConfig>, facts: Facts, watcher: drain::Watcher) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         let Followed { root, bundle, status } = self.followed;
         tasks.spawn(root.run());
         tasks.spawn(bundle.run());
-        tasks.spawn(status.run(watcher.clone()));
+        tasks.spawn(status.run(facts, watcher.clone()));
         tasks.spawn(async move { admission::serve(self.webhook, &tls, watcher).await });
         tasks
     }

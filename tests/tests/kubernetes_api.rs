@@ -9,6 +9,8 @@ mod leader;
 mod policies;
 #[path = "kubernetes_api/scene.rs"]
 mod scene;
+#[path = "kubernetes_api/status.rs"]
+mod status;
 
 use std::time::Duration;
 

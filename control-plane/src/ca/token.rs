@@ -9,6 +9,8 @@ use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::authorize::ServiceAccount;
+
 /// The audience of tokens for the control plane.
 pub const AUDIENCE: &str = "istio-ca";
 /// Who signs them.
@@ -82,6 +84,14 @@ pub struct BoundPod {
     pub name: String,
     /// Its unique id, if the token names it.
     pub uid: Option<String>,
+}
+
+impl Caller {
+    /// What follows `account` in a caller's text, such as the pod; none if the text is of a caller with another account.
+    pub fn beside<'t>(text: &'t str, account: &ServiceAccount) -> Option<&'t str> {
+        let rest = text.strip_prefix("service account ")?.strip_prefix(&account.to_string())?;
+        (rest.is_empty() || rest.starts_with(' ')).then(|| rest.trim_matches([' ', '(', ')']))
+    }
 }
 
 impl fmt::Display for Caller {

@@ -103,7 +103,7 @@ impl Authentications {
         match (outcome, nearest) {
             (Outcome::Strict, _) => vec![static_strict(root)],
             _ if is_forced => vec![static_strict(root)],
-            (Outcome::ByPort(_), Some(policy)) => vec![format!("{namespace}/{CONVERTED}{}", policy.name.name)],
+            (Outcome::ByPort(_), Some(policy)) => vec![key(&policy.name)],
             (Outcome::ByPort(_) | Outcome::Open, _) => Vec::new(),
         }
     }
@@ -112,6 +112,11 @@ impl Authentications {
 /// Of policies for the same workloads, the one that counts. What is not valid is never it: it holds beside the others.
 fn oldest<'a>(policies: impl Iterator<Item = &'a Arc<PeerAuthentication>>) -> Option<&'a Arc<PeerAuthentication>> {
     policies.filter(|policy| !policy.is_stand_in).min_by_key(|policy| (policy.created, policy.name.name.clone()))
+}
+
+/// The primary name of the policy that a peer authentication becomes, where it says something of single ports.
+pub(crate) fn key(policy: &Name) -> String {
+    format!("{}/{CONVERTED}{}", policy.namespace, policy.name)
 }
 
 fn static_strict(root: &str) -> String {
@@ -192,7 +197,7 @@ impl Index {
                 self.published_policies.publish_policy(encode::policy(&policy), changes);
             }
             Some(Outcome::Open | Outcome::Strict) | None => {
-                self.published_policies.withdraw_policy(&format!("{}/{converted}", name.namespace), changes);
+                self.published_policies.withdraw_policy(&key(name), changes);
             }
         }
     }

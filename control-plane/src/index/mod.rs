@@ -51,6 +51,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::api::{Kind, Name, Object, ObjectId};
 
+pub(crate) use authentications::key as authentication_key;
+pub(crate) use names::policy_key;
+pub(crate) use policies::note as policy_note;
 use published::Published;
 pub use resource::{Changes, Resource};
 pub use roster::Roster;

@@ -75,7 +75,7 @@ pub(super) fn in_policy(text: &str) -> Cow<'_, str> {
 }
 
 /// The primary name of the policy that an object of this name becomes.
-pub(super) fn policy_key(policy: &Name) -> String {
+pub(crate) fn policy_key(policy: &Name) -> String {
     format!("{}/{}", in_policy(&policy.namespace), in_policy(&policy.name))
 }
 

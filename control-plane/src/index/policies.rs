@@ -78,7 +78,7 @@ fn selector(policy: &AuthorizationPolicy) -> &Labels {
 }
 
 /// How the policy's effect differs from what its author may expect.
-fn note(policy: &AuthorizationPolicy) -> Option<String> {
+pub(crate) fn note(policy: &AuthorizationPolicy) -> Option<String> {
     let PolicyTarget::Workloads(labels) = &policy.target else {
         return policy.is_stand_in.then(|| "is not valid".to_owned());
     };

@@ -1,8 +1,11 @@
-//! What the control plane writes into a cluster: one replica leads, and only that one writes.
+//! What the control plane writes into a cluster: one replica leads, and only that one writes: the startup taint of nodes,
+//! the status of objects, and events about those that are not valid.
 
+mod conditions;
 mod follow;
 mod leader;
 mod lease;
+mod objects;
 mod pace;
 mod taint;
 
@@ -12,6 +15,7 @@ use crate::ingest::Cluster;
 use leader::Election;
 
 pub use leader::{Leadership, Leading};
+pub use objects::Facts;
 
 /// The leader's work, if this replica comes to lead.
 #[derive(Debug)]
@@ -36,16 +40,21 @@ impl Status {
 
     /// Takes part in the election, and does the leader's work when it falls to this replica, until the drain begins; then
     /// lets another one lead.
-    pub async fn run(mut self, watcher: drain::Watcher) {
+    pub async fn run(mut self, facts: Facts, watcher: drain::Watcher) {
         let (cluster, namespace) = (&self.cluster, self.namespace.as_str());
         let taints = self.leading.clone().whenever(|leading| async move {
             taint::run(cluster, namespace, &leading).await;
+        });
+        let facts = &facts;
+        let objects = self.leading.clone().whenever(|leading| async move {
+            objects::run(cluster, &leading, facts).await;
         });
         tokio::select! {
             biased;
             () = watcher.draining() => {}
             () = self.election.run() => {}
             () = taints => {}
+            () = objects => {}
         }
         // From here on nothing is written: what was doing that is dropped.
         self.election.release().await;

@@ -1,5 +1,5 @@
-//! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes, and
-//! plaintext of those who are no part of the mesh.
+//! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes,
+//! plaintext of those who are no part of the mesh, and policies.
 
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
@@ -22,6 +22,7 @@ fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
     mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
     case("probes of the kubelet", || probes(&mesh));
     case("plaintext from outside of the mesh", || outsiders(&mesh));
+    case("policies", || policies(&mesh));
 }
 
 fn case(name: &str, work: impl FnOnce()) {
@@ -68,6 +69,51 @@ fn outsiders(mesh: &Mesh) {
         let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
         assert!(!record.contains("src.identity="), "{who}: {record}");
     }
+}
+
+/// What kubectl applies refuses those that it is to refuse, and nobody else, and says so; with it gone they are let in again.
+fn policies(mesh: &Mesh) {
+    mesh.cluster.apply("policies.yaml", include_str!("policies.yaml")).unwrap();
+    mesh.until_pods("cases", true);
+    let target = SocketAddr::new(address(&mesh.pod_of("cases", "by-tcp")), 7000);
+    let [_, there] = mesh.cluster.nodes() else { panic!("two nodes") };
+    let ask = ["connect", "--to", &target.to_string(), "--read-line", "--timeout", "5000"];
+    let who = || {
+        let by = |app: &str| mesh.run("cases", app, &ask)["ok"] == true;
+        [by("friend"), by("stranger"), peer_of(there.network(), target).is_some()]
+    };
+    let until = |what: &str, expected: [bool; 3]| {
+        let mut seen = [false; 3];
+        wait::until(what, BOUND, || {
+            seen = who();
+            (seen == expected).then_some(())
+        })
+        .unwrap_or_else(|error| panic!("{error}: {seen:?} and not {expected:?}\n{}", mesh.state()));
+    };
+    let accepted = |object: &str| {
+        let wait = ["wait", object, "--namespace", "cases", "--for=condition=ZtunnelAccepted", "--timeout=60s"];
+        mesh.kubectl(&wait).unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    };
+    let policy = |kind: &str, spec: &str| {
+        let metadata = "{name: test, namespace: cases}";
+        format!("{{apiVersion: security.istio.io/v1, kind: {kind}, metadata: {metadata}, spec: {spec}}}")
+    };
+    until("friend, stranger and outsider without a policy", [true; 3]);
+    mesh.cluster.apply("strict.yaml", &policy("PeerAuthentication", "{mtls: {mode: STRICT}}")).unwrap();
+    until("an outsider refused", [true, true, false]);
+    accepted("peerauthentication/test");
+    let allow = "{selector: {matchLabels: {app: by-tcp}}, rules: [{from: [{source: {serviceAccounts: [friend]}}]}]}";
+    mesh.cluster.apply("allow.yaml", &policy("AuthorizationPolicy", allow)).unwrap();
+    until("a stranger refused", [true, false, false]);
+    accepted("authorizationpolicy/test");
+    // The kubelet is no outsider.
+    mesh.until_pods("cases", true);
+    for pod in PROBED.map(|app| mesh.pod_of("cases", app)) {
+        assert_eq!(pod.pointer("/status/containerStatuses/0/restartCount"), Some(&Value::from(0)), "{pod}");
+    }
+    let both = ["delete", "peerauthentication/test", "authorizationpolicy/test", "--namespace", "cases"];
+    mesh.kubectl(&both).unwrap();
+    until("all let in again", [true; 3]);
 }
 
 /// What the server of the pod `by-tcp` says of whom it talks to.

@@ -8,6 +8,7 @@ mod cluster;
 mod objects;
 mod raw;
 mod status;
+mod verdicts;
 mod watch;
 
 #[cfg(test)]
@@ -31,6 +32,8 @@ use watch::{Step, follow};
 pub(crate) use cluster::describe;
 pub use cluster::{Cluster, ClusterError, Credentials};
 pub use status::{KindReport, WatchState, Watches};
+pub(crate) use verdicts::{Outcome, Verdict, Verdicts};
+pub(crate) use watch::resource;
 
 /// Changes are gathered for this long, so that those of one cause are told together.
 const GATHER: Duration = Duration::from_millis(10);
@@ -58,17 +61,23 @@ const WATCHED: [Kind; 12] = [
 pub struct Kubernetes {
     cluster: Cluster,
     watches: Watches,
+    verdicts: Verdicts,
 }
 
 impl Kubernetes {
     /// A source that follows the objects of `cluster`.
     pub fn new(cluster: Cluster) -> Self {
-        Self { cluster, watches: Watches::new(WATCHED) }
+        Self { cluster, watches: Watches::new(WATCHED), verdicts: Verdicts::default() }
     }
 
     /// How the watches are doing.
     pub fn watches(&self) -> Watches {
         self.watches.clone()
+    }
+
+    /// What became of objects, for whoever tells their authors.
+    pub(crate) fn verdicts(&self) -> Verdicts {
+        self.verdicts.clone()
     }
 
     /// Sends everything found, then every change, until the receiver is gone. Trouble is logged and tried again for
@@ -77,7 +86,8 @@ impl Kubernetes {
         let steps = WATCHED.into_iter().map(|kind| {
             follow(self.cluster.client(), kind, self.watches.of(kind)).map(move |step| (kind, step)).boxed()
         });
-        gather(steps.collect::<SelectAll<_>>(), Gathered::new(WATCHED), &batches).await;
+        let gathered = Gathered { verdicts: self.verdicts, ..Gathered::new(WATCHED) };
+        gather(steps.collect::<SelectAll<_>>(), gathered, &batches).await;
     }
 }
 
@@ -125,13 +135,14 @@ struct Gathered {
     pending: Vec<Event>,
     /// None before the first batch.
     told: Option<Arc<Report>>,
+    verdicts: Verdicts,
 }
 
 impl Gathered {
     fn new(kinds: impl IntoIterator<Item = Kind>) -> Self {
         let kinds: Vec<(Kind, Objects)> = kinds.into_iter().map(|kind| (kind, Objects::new(kind))).collect();
         let unlisted = kinds.iter().map(|(kind, _)| *kind).collect();
-        Self { kinds, unlisted, pending: Vec::new(), told: None }
+        Self { kinds, unlisted, pending: Vec::new(), told: None, verdicts: Verdicts::default() }
     }
 
     fn is_synced(&self) -> bool {
@@ -159,6 +170,7 @@ impl Gathered {
                 objects.end_list()
             }
         };
+        self.verdicts.update(objects.take_verdicts());
         if was_synced {
             self.pending.extend(events);
         } else if self.is_synced() {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::raw::Raw;
+use super::verdicts::{Outcome, Verdict, is_told};
 use crate::api::{self, Kind, Object, ObjectId, Pod, Problem};
 use crate::index::Event;
 use crate::ingest::Refusal;
@@ -28,6 +29,8 @@ pub(super) struct Objects {
     refused: BTreeMap<ObjectId, Refused>,
     /// `refused` is not as it was when it was last asked.
     is_refused_changed: bool,
+    /// What there is to tell of objects since it was last asked; none for those of which there is nothing any more.
+    verdicts: Vec<(ObjectId, Option<Verdict>)>,
     /// How many objects are in force.
     accepted: usize,
     /// Number of the list that is being read, or was last.
@@ -57,7 +60,7 @@ struct Refused {
 impl Objects {
     pub(super) fn new(kind: Kind) -> Self {
         let (known, refused) = (HashMap::new(), BTreeMap::new());
-        Self { kind, known, refused, is_refused_changed: false, accepted: 0, list: 0 }
+        Self { kind, known, refused, is_refused_changed: false, verdicts: Vec::new(), accepted: 0, list: 0 }
     }
 
     /// A list begins. What it does not show by its end is gone.
@@ -90,7 +93,12 @@ impl Objects {
         known.version = raw.version().into();
         match api::validate_served(self.kind, &raw.value) {
             Ok(object) => {
-                self.is_refused_changed |= self.refused.remove(&id).is_some();
+                let was_refused = self.refused.remove(&id).is_some();
+                self.is_refused_changed |= was_refused;
+                if was_refused || is_told(self.kind) {
+                    let outcome = Outcome::Valid(object.clone());
+                    self.verdicts.push((id.clone(), Verdict::new(self.kind, raw, outcome)));
+                }
                 self.accepted += usize::from(known.object.is_none() || known.is_stand_in);
                 known.uid = raw.uid().into();
                 known.is_stand_in = false;
@@ -106,6 +114,8 @@ impl Objects {
                 self.accepted -= usize::from(was_good && !keeps_last_good);
                 known.object = kept.or_else(|| api::stand_in(&id, &raw.value));
                 known.is_stand_in = known.object.is_some() && !keeps_last_good;
+                let outcome = Outcome::Refused { problems: problems.clone(), keeps_last_good };
+                self.verdicts.push((id.clone(), Verdict::new(self.kind, raw, outcome)));
                 let refused = Refused { problems, keeps_last_good };
                 if self.refused.get(&id) != Some(&refused) {
                     self.refused.insert(id.clone(), refused);
@@ -140,6 +150,11 @@ impl Objects {
         std::mem::take(&mut self.is_refused_changed)
     }
 
+    /// What there is to tell of objects that has changed since this was asked before.
+    pub(super) fn take_verdicts(&mut self) -> Vec<(ObjectId, Option<Verdict>)> {
+        std::mem::take(&mut self.verdicts)
+    }
+
     /// What is not accepted, by name.
     pub(super) fn refusals(&self) -> impl Iterator<Item = Refusal> {
         self.refused.iter().map(|(id, refused)| Refusal {
@@ -152,7 +167,11 @@ impl Objects {
     }
 
     fn forget(&mut self, id: ObjectId, known: &Known) -> Option<Event> {
-        self.is_refused_changed |= self.refused.remove(&id).is_some();
+        let was_refused = self.refused.remove(&id).is_some();
+        self.is_refused_changed |= was_refused;
+        if was_refused || is_told(self.kind) {
+            self.verdicts.push((id.clone(), None));
+        }
         known.object.as_ref()?;
         self.accepted -= usize::from(!known.is_stand_in);
         Some(Event::Delete(id))
@@ -332,6 +351,40 @@ mod tests {
         assert!(!objects.take_refused_changed());
         objects.delete(&namespace("a", 4, "x"));
         assert!(objects.take_refused_changed());
+    }
+
+    #[test]
+    fn what_becomes_of_objects_is_told_once() {
+        let told = |objects: &mut Objects| -> Vec<_> {
+            let verdicts = objects.take_verdicts().into_iter();
+            verdicts.map(|(id, verdict)| (id.name.to_string(), verdict.map(|verdict| verdict.outcome))).collect()
+        };
+        let is_kept = |outcome: &Option<Outcome>| match outcome {
+            Some(Outcome::Refused { keeps_last_good, problems }) => problems.first().map(|_| *keeps_last_good),
+            Some(Outcome::Valid(_)) | None => None,
+        };
+        let mut objects = Objects::new(Kind::Namespace);
+        objects.begin_list();
+        objects.apply(&namespace("a", 1, "none"));
+        let first = told(&mut objects);
+        assert!(matches!(&first[..], [(name, Some(Outcome::Valid(_)))] if name == "a"), "{first:?}");
+        objects.apply(&namespace("a", 1, "none"));
+        assert!(told(&mut objects).is_empty());
+        objects.apply(&namespace("a", 2, "x"));
+        assert_eq!(is_kept(&told(&mut objects)[0].1), Some(true));
+        objects.begin_list();
+        objects.end_list();
+        assert_eq!(told(&mut objects), [("a".to_owned(), None)]);
+        // Of what nothing is written about, mistakes alone.
+        let mut objects = Objects::new(Kind::Pod);
+        apply(&mut objects, pod("u1", 1, true));
+        assert!(told(&mut objects).is_empty());
+        apply(&mut objects, pod("u1", 2, false));
+        assert_eq!(is_kept(&told(&mut objects)[0].1), Some(true));
+        apply(&mut objects, pod("u1", 3, true));
+        assert_eq!(told(&mut objects), [("a".to_owned(), None)]);
+        objects.delete(&serde_json::from_value(pod("u1", 4, true)).unwrap());
+        assert!(told(&mut objects).is_empty());
     }
 
     #[test]

@@ -33,7 +33,7 @@ const DENIAL_PAUSE: Duration = Duration::from_secs(2);
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A kind as the API's paths name it in one of its versions.
-fn resource(kind: Kind, version: &str) -> ApiResource {
+pub(crate) fn resource(kind: Kind, version: &str) -> ApiResource {
     ApiResource {
         group: kind.group().to_owned(),
         version: version.to_owned(),
