@@ -156,7 +156,7 @@ fn addresses(given: &[String], problems: &mut Problems) -> Vec<(IpAddr, u8)> {
             None => problems.add(
                 format!("spec.addresses[{index}]"),
                 format!("{text:?} is not an address or a block of addresses"),
-                "write it like 192.0.2.1 or 192.0.2.0/24: unicast, not loopback, not everything",
+                "write it like 192.0.2.1 or 192.0.2.0/24: unicast, not loopback, not everything, not of 240.240.0.0/16",
             ),
         }
     }
@@ -177,7 +177,9 @@ fn block(text: &str) -> Option<(IpAddr, u8)> {
     };
     let is_mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
     let is_no_host = address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_mapped;
-    if is_no_host || !(1..=bits).contains(&length) {
+    // What is given to hosts without addresses is nobody's to take.
+    let is_kept = matches!(address, IpAddr::V4(v4) if v4.octets().starts_with(&[240, 240]) && length >= 16);
+    if is_no_host || is_kept || !(1..=bits).contains(&length) {
         return None;
     }
     let is_clear = match address {

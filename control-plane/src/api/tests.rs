@@ -365,6 +365,7 @@ fn mistakes_of_entries_are_found() {
         (format!("{hosts}, {ports}, addresses: [10.0.0.1/8]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: [10.0.0.0/+8]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: [127.0.0.1]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: [240.240.7.7]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: ['::1/129']"), "spec.addresses[0]"),
         (hosts.to_owned(), "spec.ports"),
         (port("number: 0, name: b"), "spec.ports[1].number"),
