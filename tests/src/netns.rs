@@ -54,6 +54,16 @@ impl NetNs {
         Ok(namespace)
     }
 
+    /// That of a process. It lives at least as long as this.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn of_process(pid: u32, label: impl Into<String>) -> Result<Self, Error> {
+        let label = label.into();
+        let file = File::open(format!("/proc/{pid}/ns/net")).during(|| format!("opening network namespace {label}"))?;
+        Ok(Self { fd: file.into(), label })
+    }
+
     /// Runs `work` on a thread of its own inside the namespace and gives its result. Sockets made there stay in the
     /// namespace wherever they are used afterwards.
     ///

@@ -18,8 +18,9 @@ Examples:
 Exit codes: 0 all is well; 1 something is wrong, and was named; 2 wrong usage, or the cluster cannot be reached.
 
 Rights: list on nodes, namespaces, pods and events; get and create on pods/portforward (proxies, culvertd) and pods/exec \
-(agents) in the system namespace; get on its configmaps, daemonsets and deployments. What may not be asked is said, and \
-the rest is shown.";
+(agents) in the system namespace; get on its configmaps, daemonsets and deployments, and on the pod that --pod names. \
+`check` also lists daemonsets, deployments and webhooks of the whole cluster, and gets that namespace and the mesh's \
+webhook. What may not be asked is said, and the rest is shown.";
 
 const STATUS: &str = "\
 Examples:

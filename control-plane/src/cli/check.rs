@@ -52,8 +52,25 @@ pub struct Surroundings {
     pub pod_security: Option<Option<String>>,
     /// Whether the validation webhook of the mesh is registered and has its roots; none if it is not there.
     pub webhook_has_roots: Option<bool>,
-    /// What could not be asked, and why.
-    pub unknown: BTreeMap<String, String>,
+    /// What could not be asked, and why. What is among it is neither there nor missing.
+    pub unknown: BTreeMap<&'static str, String>,
+}
+
+/// DaemonSets of all namespaces, in [`Surroundings::unknown`].
+pub const DAEMONSETS: &str = "daemonsets";
+/// Deployments of all namespaces.
+pub const DEPLOYMENTS: &str = "deployments";
+/// Webhooks of other meshes.
+pub const WEBHOOKS: &str = "webhooks";
+/// The mesh's own webhook.
+pub const OWN_WEBHOOK: &str = "the validation webhook";
+/// The mesh's own namespace.
+pub const OWN_NAMESPACE: &str = "the system namespace";
+
+impl Surroundings {
+    fn knows(&self, what: &str) -> bool {
+        !self.unknown.contains_key(what)
+    }
 }
 
 fn good(what: impl Into<String>) -> Line {
@@ -76,9 +93,9 @@ impl Check {
         lines.extend(network(facts, around));
         lines.extend(others(around));
         if after {
-            lines.push(pod_security(facts, around));
+            lines.extend(around.knows(OWN_NAMESPACE).then(|| pod_security(facts, around)));
             lines.extend(installed(facts));
-            lines.push(webhook(around));
+            lines.extend(around.knows(OWN_WEBHOOK).then(|| webhook(around)));
             lines.push(roots(facts));
             lines.push(versions(facts));
             lines.extend(captured(facts));
@@ -88,10 +105,11 @@ impl Check {
             }
             lines.extend(rights(around));
         }
-        for (what, why) in facts.unknown.iter().chain(&around.unknown) {
+        let unknown = facts.unknown.iter().map(|(what, why)| (what.as_str(), why));
+        for (what, why) in unknown.chain(around.unknown.iter().map(|(what, why)| (*what, why))) {
             lines.push(doubtful(
                 format!("{what} could not be asked for: {why}"),
-                "give this user the right to list them",
+                "if a right is missing: `culvert --help` names those that are needed",
             ));
         }
         let healthy = lines.iter().all(|line| line.verdict != Verdict::Failed);
@@ -189,6 +207,7 @@ fn network(facts: &Facts, around: &Surroundings) -> Vec<Line> {
     let ready = facts.nodes.iter().any(|node| node.ready);
     let mut lines = vec![match (found.is_empty(), ready) {
         (false, _) => good(format!("CNI: {}", found.join(", "))),
+        (true, true) if !around.knows(DAEMONSETS) => good("CNI: the nodes are ready, so there is one"),
         (true, true) => good("CNI: none that is known by name; the nodes are ready, so there is one"),
         (true, false) => failed("no CNI: no node is ready", "install a CNI first; the mesh chains its plugin to it"),
     }];
@@ -206,7 +225,8 @@ fn others(around: &Surroundings) -> Vec<Line> {
         ["istio-cni-node", "istiod", "linkerd-destination", "linkerd-cni"].iter().filter_map(|name| has(around, name));
     let found: Vec<&str> = meshes.chain(&around.webhooks).map(String::as_str).collect();
     if found.is_empty() {
-        return vec![good("no other mesh")];
+        let asked = [DAEMONSETS, DEPLOYMENTS, WEBHOOKS].iter().all(|what| around.knows(what));
+        return if asked { vec![good("no other mesh")] } else { Vec::new() };
     }
     let what = format!("another mesh is here: {}", names(found));
     vec![doubtful(what, "a pod is in one mesh only: do not label namespaces for both")]

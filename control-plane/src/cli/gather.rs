@@ -42,7 +42,7 @@ pub async fn everything(cluster: &Cluster, namespace: &str, kubernetes: String) 
         cluster.list("nodes", all, "", "", read::node),
         cluster.list("namespaces", all, "", "", read::namespace),
         cluster.list("pods", all, "", "", |pod| read::pod(pod, namespace)),
-        cluster.list("events", all, "", "reportingComponent=culvert-node", read::complaint),
+        cluster.list("events", all, "", "reportingController=culvert-node", read::complaint),
         cluster.get::<ConfigMap>(namespace, ROOTS.0),
         desired(cluster, namespace),
     );

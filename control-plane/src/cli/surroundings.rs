@@ -7,7 +7,7 @@ use k8s_openapi::api::authorization::v1::ResourceAttributes;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use super::check::Surroundings;
+use super::check::{DAEMONSETS, DEPLOYMENTS, OWN_NAMESPACE, OWN_WEBHOOK, Surroundings, WEBHOOKS};
 use super::cluster::{Cluster, all};
 
 /// Label that says how far pods of a namespace may go.
@@ -44,10 +44,10 @@ pub async fn find(cluster: &Cluster, namespace: &str) -> Surroundings {
         rights(cluster, namespace),
     );
     let mut around = Surroundings { rights: rights.into_iter().collect(), ..Surroundings::default() };
-    for (what, found) in [("daemonsets", daemons), ("deployments", deployments)] {
+    for (what, found) in [(DAEMONSETS, daemons), (DEPLOYMENTS, deployments)] {
         match found {
             Ok(found) => around.workloads.extend(found),
-            Err(error) => drop(around.unknown.insert(what.to_owned(), error.to_string())),
+            Err(error) => drop(around.unknown.insert(what, error.to_string())),
         }
     }
     match hooks {
@@ -55,18 +55,18 @@ pub async fn find(cluster: &Cluster, namespace: &str) -> Surroundings {
             let of_a_mesh = |name: &String| ["istio", "linkerd"].iter().any(|mesh| name.starts_with(mesh));
             around.webhooks = hooks.into_iter().flatten().filter(of_a_mesh).collect();
         }
-        Err(error) => drop(around.unknown.insert("webhooks".to_owned(), error.to_string())),
+        Err(error) => drop(around.unknown.insert(WEBHOOKS, error.to_string())),
     }
     match own {
         Ok(own) => around.webhook_has_roots = own.map(|own| has_roots(&own)),
-        Err(error) => drop(around.unknown.insert("the validation webhook".to_owned(), error)),
+        Err(error) => drop(around.unknown.insert(OWN_WEBHOOK, error)),
     }
     match level {
         Ok(found) => {
             let label = |found: Namespace| found.metadata.labels.and_then(|mut labels| labels.remove(POD_SECURITY));
             around.pod_security = found.map(label);
         }
-        Err(error) => drop(around.unknown.insert("the system namespace".to_owned(), error)),
+        Err(error) => drop(around.unknown.insert(OWN_NAMESPACE, error)),
     }
     around
 }

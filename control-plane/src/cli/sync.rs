@@ -212,6 +212,10 @@ impl ProxyStatus {
             style.mark(verdict),
             count(self.proxies.len(), "proxy").replace("proxys", "proxies")
         );
+        if self.replicas.is_empty() {
+            let mark = style.mark(Verdict::Failed);
+            text += &format!("{mark} no replica of culvertd runs; `culvert status` says what is installed\n");
+        }
         for replica in &self.replicas {
             if let Some(error) = &replica.error {
                 let (pod, error) = (clean(&replica.pod), clean(error));
@@ -280,6 +284,7 @@ mod tests {
         asked[0].answer = Err(AskError::NotRunning("gone".into()));
         let status = ProxyStatus::new(&asked, &proxies);
         assert!(!status.healthy && status.text(Style::default()).contains("culvertd one: it does not run: gone"));
-        assert!(!ProxyStatus::new(&[], &[]).healthy);
+        let nothing = ProxyStatus::new(&[], &[]);
+        assert!(!nothing.healthy && nothing.text(Style::default()).contains("no replica of culvertd runs"));
     }
 }

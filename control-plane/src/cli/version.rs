@@ -62,6 +62,9 @@ impl Versions {
             text += &format!("{} {}\n", style.mark(super::text::Verdict::Failed), super::text::clean(error));
         }
         if self.components.is_empty() {
+            if self.error.is_none() {
+                text += "no part of the mesh runs in this namespace; --namespace names another\n";
+            }
             return text;
         }
         let mut table = Table::new(&["COMPONENT", "NODE", "POD", "VERSION", "IMAGE"]);

@@ -1,5 +1,5 @@
 //! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes,
-//! plaintext of those who are no part of the mesh, and policies.
+//! plaintext of those who are no part of the mesh, and policies. And what the command line says of all that.
 
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
@@ -10,6 +10,7 @@ use tests::netns::NetNs;
 use tests::wait;
 
 use crate::mesh::{BOUND, Mesh, SYSTEM, text};
+use crate::cli;
 
 /// Enrolled pods, by the way in which the kubelet asks them.
 const PROBED: [&str; 4] = ["by-http", "by-tcp", "by-grpc", "by-exec"];
@@ -18,11 +19,14 @@ const NODE_PORT: u16 = 30700;
 
 #[test]
 fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
-    let mesh = Mesh::install(&[]);
+    let mesh = Mesh::without(&[]);
+    case("the command line before the mesh", || cli::before(&mesh));
+    mesh.put_in_place();
     mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
     case("probes of the kubelet", || probes(&mesh));
     case("plaintext from outside of the mesh", || outsiders(&mesh));
     case("policies", || policies(&mesh));
+    case("the command line", || cli::after(&mesh));
 }
 
 fn case(name: &str, work: impl FnOnce()) {

@@ -6,6 +6,7 @@
 
 mod cases;
 mod churn;
+mod cli;
 mod mesh;
 mod page;
 mod rights;

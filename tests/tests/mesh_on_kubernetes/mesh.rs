@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::capture::{LinkKind, Recorder};
 use tests::cluster::bin_dir;
 use tests::kubernetes::Kubernetes;
@@ -18,7 +18,7 @@ pub const SYSTEM: &str = "culvert-system";
 /// What a node has until its agent is ready.
 const TAINT: &str = "culvert.dev/agent-not-ready";
 /// What says that a pod is captured.
-const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
+pub const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
 
 /// The mesh, installed as a user installs it.
 pub struct Mesh {
@@ -37,6 +37,13 @@ fn alone() -> MutexGuard<'static, ()> {
 impl Mesh {
     /// Starts a cluster whose wire is watched for the markers, and applies the manifests.
     pub fn install(markers: &[&str]) -> Self {
+        let mesh = Self::without(markers);
+        mesh.put_in_place();
+        mesh
+    }
+
+    /// A cluster whose wire is watched for the markers. The mesh is not there yet.
+    pub fn without(markers: &[&str]) -> Self {
         let turn = alone();
         let begun = Instant::now();
         let cluster = Kubernetes::builder().images(Recipe::mesh(&bin_dir().unwrap())).start().unwrap();
@@ -45,19 +52,23 @@ impl Mesh {
         for (index, node) in cluster.nodes().iter().enumerate() {
             wire.add(node.network(), "eth0", LinkKind::Node { node: index + 1 }).unwrap();
         }
-        let ready = begun.elapsed();
-        let mesh = Self { cluster, wire, _turn: turn };
+        eprintln!("cluster after {:.1?}", begun.elapsed());
+        Self { cluster, wire, _turn: turn }
+    }
+
+    /// Applies the manifests, and waits until the mesh is ready everywhere.
+    pub fn put_in_place(&self) {
+        let begun = Instant::now();
         // As nodes that register with it: no ordinary pod starts there before the mesh is ready for it.
-        mesh.kubectl(&["taint", "nodes", "--all", &format!("{TAINT}=:NoSchedule")]).unwrap();
-        mesh.apply_manifests();
-        mesh.rolled_out();
+        self.kubectl(&["taint", "nodes", "--all", &format!("{TAINT}=:NoSchedule")]).unwrap();
+        self.apply_manifests();
+        self.rolled_out();
         wait::until("nodes without the startup taint", BOUND, || {
-            let nodes = mesh.cluster.api().list("/api/v1/nodes").unwrap();
+            let nodes = self.cluster.api().list("/api/v1/nodes").unwrap();
             nodes.iter().all(|node| !node["spec"]["taints"].to_string().contains(TAINT)).then_some(())
         })
-        .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
-        eprintln!("cluster after {ready:.1?}, mesh after {:.1?}", begun.elapsed());
-        mesh
+        .unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
+        eprintln!("mesh after {:.1?} more", begun.elapsed());
     }
 
     /// The shipped manifests; only the kubelet's cgroup is another one here than where systemd starts it.
@@ -139,6 +150,13 @@ impl Mesh {
         text(pod, "/metadata/name")
     }
 
+    /// Puts a DaemonSet of the mesh onto one node alone, or onto all again.
+    pub fn place(&self, part: &str, on: Option<&str>) {
+        let selector = json!({"kubernetes.io/hostname": on});
+        let patch = json!({"spec": {"template": {"spec": {"nodeSelector": selector}}}}).to_string();
+        self.kubectl(&["patch", "daemonset", part, "--namespace", SYSTEM, "--patch", &patch]).unwrap();
+    }
+
     /// The pods that a node's agent has in force, as it answers `ztunnel pods`; none while it is too busy to answer.
     pub fn enrolled_on(&self, node: &str) -> Option<Vec<Value>> {
         let agent = self.part_on("culvert-node", node);
@@ -170,7 +188,7 @@ pub fn text(object: &Value, at: &str) -> String {
     object.pointer(at).and_then(Value::as_str).unwrap_or_else(|| panic!("no {at} in {object}")).to_owned()
 }
 
-fn is_ready(pod: &Value) -> bool {
+pub fn is_ready(pod: &Value) -> bool {
     let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
     conditions.is_some_and(|all| all.iter().any(|one| one["type"] == "Ready" && one["status"] == "True"))
 }

@@ -57,8 +57,22 @@ fn what_is_missing_before_the_mesh_is_named() {
     assert!(cilium.remedy.is_some_and(|remedy| remedy.contains("socketLB.hostNamespaceOnly=true")));
     let level = only(false, |_, around| around.pod_security = Some(Some("restricted".into())));
     assert_eq!(level.verdict, Verdict::Failed);
-    let unasked = only(false, |_, around| drop(around.unknown.insert("webhooks".into(), "forbidden".into())));
+    let unasked = only(false, |_, around| drop(around.unknown.insert(WEBHOOKS, "forbidden".into())));
     assert_eq!(unasked.verdict, Verdict::Doubtful);
+}
+
+#[test]
+fn what_could_not_be_asked_is_neither_there_nor_missing() {
+    let all = [DAEMONSETS, DEPLOYMENTS, WEBHOOKS, OWN_WEBHOOK, OWN_NAMESPACE];
+    let around =
+        Surroundings { unknown: all.map(|what| (what, "forbidden".to_owned())).into(), ..Surroundings::default() };
+    let check = Check::new(&facts(), &around, true);
+    assert!(check.healthy, "{check:#?}");
+    let text = check.text(Style::default());
+    assert!(all.iter().all(|what| text.contains(&format!("! {what} could not be asked for: forbidden"))), "{text}");
+    for claim in ["no other mesh", "there is no namespace", "not registered", "none that is known"] {
+        assert!(!text.contains(claim), "{claim}: {text}");
+    }
 }
 
 #[test]
