@@ -55,6 +55,7 @@ const SETS: &[Set] = &[
             ("containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"),
             ("ctr", "github.com/containerd/containerd/v2/cmd/ctr"),
             ("host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"),
+            ("portmap", "github.com/containernetworking/plugins/plugins/meta/portmap"),
             ("ptp", "github.com/containernetworking/plugins/plugins/main/ptp"),
         ],
     },

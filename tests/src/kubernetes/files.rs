@@ -80,6 +80,9 @@ fn cni(octet: u8) -> Value {
                 "ranges": [[{"subnet": format!("{}/24", pod_networks(octet).0)}]],
                 "routes": [{"dst": "0.0.0.0/0"}],
             },
+        }, {
+            // For `hostPort`.
+            "type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables",
         }],
     })
 }

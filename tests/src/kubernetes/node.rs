@@ -84,7 +84,7 @@ impl Node {
             for (at, text) in &files {
                 fs::write(at, text).during(|| format!("writing {at} of {name}"))?;
             }
-            for plugin in ["ptp", "host-local"] {
+            for plugin in ["ptp", "host-local", "portmap"] {
                 let to = Path::new("/opt/cni/bin").join(plugin);
                 fs::copy(programs.path(plugin), &to).during(|| format!("copying {plugin} to {}", to.display()))?;
             }

@@ -9,7 +9,7 @@ pub const VARIABLE: &str = "KUBERNETES_BIN_DIR";
 
 /// What an API server needs.
 pub const CONTROL: &[&str] = &["etcd", "kube-apiserver"];
-/// What a whole cluster needs beside that. `nft` is kube-proxy's, the last two are CNI plugins.
+/// What a whole cluster needs beside that. `nft` is kube-proxy's, the last three are CNI plugins.
 pub const CLUSTER: &[&str] = &[
     "kube-controller-manager",
     "kube-scheduler",
@@ -23,6 +23,7 @@ pub const CLUSTER: &[&str] = &[
     "runc",
     "ptp",
     "host-local",
+    "portmap",
 ];
 
 /// A folder with the programs.

@@ -10,7 +10,7 @@ use tests::netns::NetNs;
 use tests::wait;
 
 use crate::mesh::{BOUND, Mesh, SYSTEM, text};
-use crate::cli;
+use crate::{cli, drain, kinds};
 
 /// Enrolled pods, by the way in which the kubelet asks them.
 const PROBED: [&str; 4] = ["by-http", "by-tcp", "by-grpc", "by-exec"];
@@ -27,6 +27,8 @@ fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
     case("plaintext from outside of the mesh", || outsiders(&mesh));
     case("policies", || policies(&mesh));
     case("the command line", || cli::after(&mesh));
+    case("kinds of pods", || kinds::kinds(&mesh));
+    case("a node is drained", || drain::drain(&mesh));
 }
 
 fn case(name: &str, work: impl FnOnce()) {
@@ -121,7 +123,7 @@ fn policies(mesh: &Mesh) {
 }
 
 /// What the server of the pod `by-tcp` says of whom it talks to.
-fn peer_of(from: &NetNs, to: SocketAddr) -> Option<SocketAddr> {
+pub fn peer_of(from: &NetNs, to: SocketAddr) -> Option<SocketAddr> {
     let stream = from.connect(to, Duration::from_secs(10)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
     let mut line = String::new();
@@ -134,7 +136,7 @@ fn peer_in(banner: &str) -> Option<SocketAddr> {
 }
 
 /// Connections that the mesh has let in to a pod, as the access log of its node's proxy has them.
-fn inbound(mesh: &Mesh, pod: &Value) -> Vec<String> {
+pub fn inbound(mesh: &Mesh, pod: &Value) -> Vec<String> {
     let proxy = mesh.part_on("ztunnel", &text(pod, "/spec/nodeName"));
     let log = mesh.kubectl(&["logs", &proxy, "--namespace", SYSTEM]).unwrap();
     let to = format!("dst.addr={}:", address(pod));

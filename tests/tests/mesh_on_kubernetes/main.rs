@@ -7,6 +7,8 @@
 mod cases;
 mod churn;
 mod cli;
+mod drain;
+mod kinds;
 mod mesh;
 mod page;
 mod rights;

@@ -37,7 +37,7 @@ fn every_part_is_rolled_out_under_load_and_no_connection_fails() {
         let replica = text(&mesh.pods(SYSTEM).into_iter().find(is_culvertd).expect("a replica"), "/metadata/name");
         mesh.kubectl(&["delete", "pod", &replica, "--namespace", SYSTEM, "--grace-period=0", "--force"]).unwrap();
         mesh.rolled_out();
-        kill(storm_to(&target), Signal::SIGTERM).unwrap();
+        kill(storm_to(&target).expect("the load runs"), Signal::SIGTERM).unwrap();
         serde_json::from_value(storm.join().expect("no panic")).unwrap()
     });
     eprintln!("rolled out under load: {report:?}");
@@ -45,16 +45,17 @@ fn every_part_is_rolled_out_under_load_and_no_connection_fails() {
     assert!(report.attempts > 500 && report.ended_streams > 20, "too little load to show anything: {report:?}");
 }
 
-/// The load's process, as the machine sees it.
-fn storm_to(target: &str) -> Pid {
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+/// The load's process, as the machine sees it; none if it does not run.
+pub fn storm_to(target: &str) -> Option<Pid> {
+    let mut processes =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let runs = |pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
         let [program, command, _, to, ..] = words.as_slice() else { return false };
         program.ends_with("culvert-app") && command == "storm" && to == target
     };
-    Pid::from_raw(processes.into_iter().find(runs).expect("the load runs"))
+    processes.find(runs).map(Pid::from_raw)
 }
 
 /// A replica that stays: not one of those that the roll-out has replaced.
