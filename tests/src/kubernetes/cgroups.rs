@@ -56,16 +56,40 @@ pub(super) fn create(cluster: &str, node: &str) -> Result<String, Error> {
 /// # Errors
 /// A process does not end, or a group cannot be removed, within some seconds.
 pub(crate) fn remove(cluster: &str) -> Result<(), Error> {
-    let tops: Vec<PathBuf> =
-        mounts()?.into_iter().map(|mount| mount.at.join(cluster)).filter(|top| top.exists()).collect();
-    wait::until(&format!("processes of {cluster} gone"), Duration::from_secs(20), || {
+    let tops = tops(cluster)?;
+    end(cluster, &tops)?;
+    tops.iter().try_for_each(|top| remove_tree(top))
+}
+
+/// Kills what is in the group `<cluster>/<node>`, and removes the groups of its pods.
+///
+/// # Errors
+/// As [`remove`].
+pub(super) fn empty(cluster: &str, node: &str) -> Result<(), Error> {
+    let name = format!("{cluster}/{node}");
+    let tops = tops(&name)?;
+    end(&name, &tops)?;
+    // The kubelet's name for them.
+    tops.iter().try_for_each(|top| remove_tree(&top.join("kubepods")))
+}
+
+/// The folders of a group, one in each hierarchy that has it.
+fn tops(name: &str) -> Result<Vec<PathBuf>, Error> {
+    Ok(mounts()?.into_iter().map(|mount| mount.at.join(name)).filter(|top| top.exists()).collect())
+}
+
+fn end(name: &str, tops: &[PathBuf]) -> Result<(), Error> {
+    wait::until(&format!("processes of {name} gone"), Duration::from_secs(20), || {
         let left: Vec<i32> = tops.iter().flat_map(|top| processes(top)).collect();
         for pid in &left {
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
         }
         left.is_empty().then_some(())
-    })?;
-    for folder in tops.iter().flat_map(|top| tree(top).into_iter().rev()) {
+    })
+}
+
+fn remove_tree(top: &Path) -> Result<(), Error> {
+    for folder in tree(top).into_iter().rev() {
         wait::until(&format!("removing {}", folder.display()), Duration::from_secs(5), || {
             (fs::remove_dir(&folder).is_ok() || !folder.exists()).then_some(())
         })?;

@@ -62,6 +62,8 @@ pub struct Node {
     mounts: Arc<MountNs>,
     programs: Programs,
     octet: u8,
+    /// Name of the cluster's control group.
+    cluster: String,
 }
 
 impl Node {
@@ -126,6 +128,7 @@ impl Node {
             mounts,
             programs: around.programs.clone(),
             octet: index,
+            cluster: around.id.group(),
         })
     }
 
@@ -151,6 +154,46 @@ impl Node {
     /// What its processes see of the files.
     pub fn mounts(&self) -> &Arc<MountNs> {
         &self.mounts
+    }
+
+    /// As if the power went: every process of the node dies at once, its pods' too; what it holds in memory is lost (`/run`,
+    /// what is pinned, mounts of volumes, rules of the packet filter), and what is on its disk stays.
+    ///
+    /// # Errors
+    /// A process does not die, or the kernel refuses to take a mount away.
+    pub fn power_off(&self) -> Result<(), Error> {
+        // First who would start something anew.
+        for part in [&self.kubelet, &self.proxy, &self.runtime] {
+            part.kill()?;
+        }
+        cgroups::empty(&self.cluster, &self.name)?;
+        self.mounts.run(root::forget)??;
+        let nft = self.programs.path("nft");
+        let flushed = self.network.run(|| Command::new(nft).args(["flush", "ruleset"]).output())?;
+        let flushed = flushed.during(|| "running nft".to_owned())?;
+        if flushed.status.success() {
+            return Ok(());
+        }
+        let log = format!(": {}", String::from_utf8_lossy(&flushed.stderr).trim());
+        Err(Error::Exited { name: "nft flush ruleset".to_owned(), status: flushed.status, log })
+    }
+
+    /// Starts it again, as its service manager would. The API server need not be there.
+    ///
+    /// # Errors
+    /// A part cannot be started, or containerd does not become ready.
+    pub fn power_on(&self) -> Result<(), Error> {
+        self.runtime.start()?;
+        self.keep_up()
+    }
+
+    /// Starts those of its parts that have ended, as its service manager would.
+    ///
+    /// # Errors
+    /// One cannot be started.
+    pub fn keep_up(&self) -> Result<(), Error> {
+        let mut ended = [&self.runtime, &self.kubelet, &self.proxy].into_iter().filter(|part| part.pid().is_none());
+        ended.try_for_each(Component::launch)
     }
 
     /// Gives containerd images.

@@ -66,7 +66,7 @@ fn lay_out(disk: &Path, root: &Path, mounts: &[PathBuf]) -> Result<(), Error> {
     make(&work)?;
     let options = format!("lowerdir=/,upperdir={},workdir={}", upper.display(), work.display());
     attach(Some("overlay"), root, Some("overlay"), MsFlags::empty(), Some(&options))?;
-    attach(Some("tmpfs"), &root.join("run"), Some("tmpfs"), MsFlags::MS_NOSUID | plain, Some("mode=0755"))?;
+    attach_run(&root.join("run"))?;
     attach(Some("sysfs"), &root.join("sys"), Some("sysfs"), MsFlags::MS_NOSUID | plain | MsFlags::MS_NOEXEC, None)?;
     // The overlay shows the root filesystem alone.
     let own = ["/", "/run", "/sys"].map(Path::new);
@@ -79,8 +79,7 @@ fn lay_out(disk: &Path, root: &Path, mounts: &[PathBuf]) -> Result<(), Error> {
         }
         attach(at.to_str(), &target, None, MsFlags::MS_BIND | MsFlags::MS_REC, None)?;
     }
-    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    attach(Some("bpf"), &root.join("sys/fs/bpf"), Some("bpf"), safe, Some("mode=0700"))?;
+    attach_bpf(&root.join("sys/fs/bpf"))?;
     for folder in ON_DISK {
         let target = root.join(folder);
         make(&target)?;
@@ -90,6 +89,32 @@ fn lay_out(disk: &Path, root: &Path, mounts: &[PathBuf]) -> Result<(), Error> {
         make(&root.join(folder))?;
     }
     Ok(())
+}
+
+fn attach_run(at: &Path) -> Result<(), Error> {
+    attach(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))
+}
+
+fn attach_bpf(at: &Path) -> Result<(), Error> {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    attach(Some("bpf"), at, Some("bpf"), safe, Some("mode=0700"))
+}
+
+/// What a machine forgets when its power goes: `/run` with the names of namespaces in it, everything pinned, the mounts of
+/// pods' volumes. To be called in the node's namespace, when none of its processes is left.
+///
+/// # Errors
+/// The kernel refuses to take a mount away, or to make it anew.
+pub(super) fn forget() -> Result<(), Error> {
+    let volumes = mount_points()?.into_iter().rev().filter(|at| at.starts_with("/var/lib/kubelet/pods"));
+    let (run, bpf) = (Path::new("/run"), Path::new("/sys/fs/bpf"));
+    for at in volumes.chain([run, bpf].map(Path::to_path_buf)) {
+        // With all that is mounted below it.
+        umount2(&at, MntFlags::MNT_DETACH).during(|| format!("taking {} away", at.display()))?;
+    }
+    attach_run(run)?;
+    attach_bpf(bpf)?;
+    make(Path::new("/run/netns"))
 }
 
 /// Makes `root` the root of the namespace, and forgets the machine's.

@@ -11,5 +11,6 @@ mod drain;
 mod kinds;
 mod mesh;
 mod page;
+mod reboot;
 mod rights;
 mod rollout;

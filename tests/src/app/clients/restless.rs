@@ -21,6 +21,9 @@ pub struct Options {
     /// Ends after this many milliseconds.
     #[arg(long = "for", default_value_t = 1000)]
     time: u64,
+    /// Milliseconds of rest after each connection.
+    #[arg(long, default_value_t = 0)]
+    pause: u64,
 }
 
 /// Connects and sends until its time is over; failures are what may happen.
@@ -41,6 +44,7 @@ pub fn run(options: &Options) -> io::Result<bool> {
         if stream.write_all(options.text.as_bytes()).is_ok() {
             done[at] += 1;
         }
+        std::thread::sleep(Duration::from_millis(options.pause));
     }
     net::emit(&json!({"ok": true, "sent": done}));
     Ok(true)

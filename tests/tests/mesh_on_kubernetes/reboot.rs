@@ -1,0 +1,141 @@
+//! Both nodes lose their power and come back, with the API server before them, after them, and with the agents held back.
+//! Each time everything comes up, and no enrolled pod is seen in clear between the nodes.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use serde_json::Value;
+use tests::wait;
+
+use crate::mesh::{BOUND, Mesh, SYSTEM, is_ready, text};
+
+const MARKER: &str = "marker-of-a-pod-that-starts-again";
+const OPEN: &str = "marker-of-a-pod-in-the-open";
+/// What must come up again.
+const NAMESPACES: [&str; 4] = ["kube-system", SYSTEM, "busy", "open"];
+
+#[test]
+fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
+    let mesh = Mesh::install(&[MARKER, OPEN]);
+    let shop = include_str!("shop.yaml").replace("NAMESPACE", "busy").replace("SERVER", "echo");
+    mesh.cluster.apply("shop.yaml", &shop).unwrap();
+    mesh.kubectl(&["label", "namespace", "busy", "istio.io/dataplane-mode=ambient"]).unwrap();
+    mesh.until_pods("busy", true);
+    let service = mesh.cluster.api().get("/api/v1/namespaces/busy/services/server").unwrap().expect("the service");
+    let address = text(&service, "/spec/clusterIP");
+    let pods = include_str!("reboot.yaml").replace("SERVER", &address);
+    mesh.cluster.apply("reboot.yaml", &pods.replace("MARKER", MARKER).replace("IN-CLEAR", OPEN)).unwrap();
+    let none = BTreeSet::new();
+    up_again(&mesh, &none, "at first");
+
+    let server = mesh.cluster.server();
+    let nodes = mesh.cluster.nodes();
+    let off = || {
+        let before = containers(&mesh);
+        nodes.iter().try_for_each(tests::kubernetes::Node::power_off).unwrap();
+        before
+    };
+    let on = || nodes.iter().try_for_each(tests::kubernetes::Node::power_on).unwrap();
+
+    let before = off();
+    server.component.restart().unwrap();
+    on();
+    up_again(&mesh, &before, "with the API server before the nodes");
+
+    let before = off();
+    server.component.kill().unwrap();
+    on();
+    for node in nodes {
+        node.kubelet.wait_ready().unwrap();
+    }
+    server.component.start().unwrap();
+    up_again(&mesh, &before, "with the API server after the nodes");
+
+    // Kubernetes takes the agents away while the nodes are off, and gives them back when all others have had their time.
+    let before = off();
+    mesh.place("culvert-node", Some("nowhere"));
+    let path = format!("/apis/apps/v1/namespaces/{SYSTEM}/daemonsets/culvert-node");
+    let none_wanted = |set: &Value| (set["status"]["desiredNumberScheduled"] == 0).then_some(());
+    mesh.cluster.api().until("no agent is wanted", &path, BOUND, none_wanted).unwrap();
+    on();
+    let started = |namespace: &str| fresh(&mesh, namespace, &before).len();
+    wait::until("pods of the system start without an agent", BOUND, || {
+        nodes.iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
+        (started("kube-system") == 2 && fresh_replicas(&mesh, &before) == 2).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    assert_eq!(started("busy"), 0, "enrolled pods wait for the agent\n{}", mesh.state());
+    mesh.place("culvert-node", None);
+    up_again(&mesh, &before, "with the agents after everybody");
+}
+
+/// Ids of all containers that there are.
+fn containers(mesh: &Mesh) -> BTreeSet<String> {
+    NAMESPACES.iter().flat_map(|namespace| mesh.pods(namespace)).filter_map(|pod| container(&pod)).collect()
+}
+
+fn container(pod: &Value) -> Option<String> {
+    pod.pointer("/status/containerStatuses/0/containerID")?.as_str().map(str::to_owned)
+}
+
+/// Pods that are ready in containers that are not among those.
+fn fresh(mesh: &Mesh, namespace: &str, before: &BTreeSet<String>) -> Vec<Value> {
+    let is_fresh = |pod: &Value| container(pod).is_some_and(|id| !before.contains(&id));
+    mesh.pods(namespace).into_iter().filter(|pod| is_ready(pod) && is_fresh(pod)).collect()
+}
+
+fn fresh_replicas(mesh: &Mesh, before: &BTreeSet<String>) -> usize {
+    let is_culvertd = |pod: &&Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "culvertd";
+    fresh(mesh, SYSTEM, before).iter().filter(is_culvertd).count()
+}
+
+/// Waits until every pod is ready in a container that was not there before and those of `busy` are captured by the word
+/// of the kernels; then nothing of theirs may have been in clear.
+fn up_again(mesh: &Mesh, before: &BTreeSet<String>, how: &str) {
+    let begun = Instant::now();
+    let in_the_open = mesh.wire.report().marked(OPEN).count();
+    let mut waits_for = String::new();
+    wait::until(&format!("everything is up {how}"), BOUND * 2, || {
+        mesh.cluster.nodes().iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
+        for namespace in NAMESPACES {
+            let (all, fresh) = (mesh.pods(namespace), fresh(mesh, namespace, before));
+            if all.is_empty() || all.len() != fresh.len() {
+                waits_for = format!("{} of {} pods of {namespace} are up", fresh.len(), all.len());
+                return None;
+            }
+        }
+        let enrolled: Vec<Value> =
+            ["node1", "node2"].iter().filter_map(|node| mesh.enrolled_on(node)).flatten().collect();
+        let captured =
+            |pod: &Value| enrolled.iter().any(|one| one["uid"] == pod["metadata"]["uid"] && one["enrolled"] == true);
+        let busy = mesh.pods("busy");
+        let missing: Vec<_> = busy.iter().filter(|pod| !captured(pod)).map(|pod| text(pod, "/metadata/name")).collect();
+        waits_for = format!("not captured: {missing:?}");
+        missing.is_empty().then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}: {waits_for}\n{}", mesh.state()));
+    let took = begun.elapsed();
+    mesh.rolled_out();
+    mesh.until_pods("busy", true);
+
+    // They reach each other through the mesh, and who is not in it is seen: the way that all of them take is the same.
+    let address = text(&mesh.pod_of("busy", "server"), "/status/podIP");
+    let client = text(&mesh.pod_of("busy", "client"), "/status/podIP");
+    let pods = [address, client].map(|ip| ip.parse().unwrap());
+    wait::until("client and server talk through a tunnel", BOUND, || {
+        let send = ["connect", "--to", "server:7000", "--send", MARKER, "--read", "8"];
+        let seen = mesh.run("busy", "client", &send);
+        let report = mesh.wire.report();
+        let tunnels = report.between(&pods, &pods).filter(|(_, flow)| flow.is_tls() && flow.payload > 0).count();
+        (seen["ok"] == true && tunnels > 0).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error} {how}\n{}", mesh.state()));
+    wait::until("the pod in the open is seen", BOUND, || {
+        (mesh.wire.report().marked(OPEN).count() > in_the_open).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error} {how}\n{}", mesh.state()));
+    let report = mesh.wire.report();
+    report.complete().unwrap();
+    assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes {how}");
+    eprintln!("up {how}: after {took:.1?}");
+}
