@@ -50,6 +50,11 @@ fn run(mesh: &Mesh, kubeconfig: PathBuf, args: &[&str]) -> Said {
     Said { code: done.status.code().unwrap_or(-1), text: read(done.stdout), error: read(done.stderr) }
 }
 
+/// What a command says to programs, whether all is well or not.
+pub fn json(mesh: &Mesh, args: &[&str]) -> Value {
+    culvert(mesh, &[args, &["--output", "json"]].concat()).json()
+}
+
 /// A command as somebody else.
 fn as_user(mesh: &Mesh, user: &str, args: &[&str]) -> Said {
     let url = format!("https://{}", mesh.cluster.address());

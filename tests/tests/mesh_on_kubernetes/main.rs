@@ -14,3 +14,4 @@ mod page;
 mod reboot;
 mod rights;
 mod rollout;
+mod rotation;
