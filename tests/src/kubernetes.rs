@@ -13,7 +13,7 @@
 //! # Addresses
 //! As in the played cluster: every cluster lives in namespaces of its own. The control plane and the resolver are
 //! `172.31.0.1`, node k is `172.31.k.2`, its pods are in `10.244.k.0/24`, ClusterIPs in `10.96.0.0/16`, DNS is
-//! `10.96.0.10`. The API server is reached from the machine through a port of the loopback, which the kubeconfig names.
+//! `10.96.0.10`; with IPv6 nodes also `fd31:0:0:k::2`, their pods in `fd10:244:0:k::/64`, ClusterIPs in `fd96::/112`. The API server is reached from the machine through a port of the loopback, which the kubeconfig names.
 //!
 //! # What is left on the machine
 //! Nothing, also if the harness is killed: processes die with it or are found by their control groups
@@ -68,6 +68,8 @@ use crate::resolver::Resolver;
 pub const FABRIC_IP: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
 /// All pods' addresses.
 pub const POD_NETWORKS: &str = "10.244.0.0/16";
+/// All pods' IPv6 addresses, where there are any.
+pub const POD_NETWORKS_V6: &str = "fd10:244::/48";
 /// ClusterIP of the cluster's DNS.
 pub const DNS_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 
@@ -81,6 +83,7 @@ type Progress = Arc<dyn Fn(&str, Duration) + Send + Sync>;
 #[must_use]
 pub struct Builder {
     nodes: u8,
+    families: Families,
     programs: Option<PathBuf>,
     bins: Option<PathBuf>,
     images: Vec<Recipe>,
@@ -97,6 +100,12 @@ impl Builder {
     /// How many nodes, 1 to 99. Default: 2.
     pub fn nodes(mut self, nodes: u8) -> Self {
         self.nodes = nodes.clamp(1, 99);
+        self
+    }
+
+    /// Address families of nodes and pods: IPv4, which is the default, or both.
+    pub fn families(mut self, families: Families) -> Self {
+        self.families = families;
         self
     }
 
@@ -167,8 +176,9 @@ struct Started {
 
 impl Started {
     fn start(self, remains: Remains) -> Result<Kubernetes, Error> {
-        let fabric = Arc::new(NetNs::create("fabric")?);
-        router(&fabric, Families::V4, &[FABRIC_IP.into()])?;
+        let families = self.builder.families;
+        let fabric = Arc::new(NetNs::create_for(families, "fabric")?);
+        router(&fabric, families, &[FABRIC_IP.into()])?;
         let pki = Arc::new(Pki::create(&self.folder.join("pki"))?);
         let control = self.group.child("control")?;
         let place = Place::Network(Arc::clone(&fabric), FABRIC_IP);
@@ -210,6 +220,7 @@ impl Started {
         let url = format!("https://{}", SocketAddr::from((FABRIC_IP, 6443)));
         let around = Surroundings {
             id: self.id,
+            families: self.builder.families,
             folder: &self.folder,
             group: &self.group,
             fabric,
@@ -294,7 +305,14 @@ pub struct Kubernetes {
 impl Kubernetes {
     /// A builder: two nodes, the programs of `KUBERNETES_BIN_DIR`.
     pub fn builder() -> Builder {
-        Builder { nodes: 2, programs: None, bins: None, images: Vec::new(), progress: Arc::new(|_, _| ()) }
+        Builder {
+            nodes: 2,
+            families: Families::V4,
+            programs: None,
+            bins: None,
+            images: Vec::new(),
+            progress: Arc::new(|_, _| ()),
+        }
     }
 
     fn bring_up(&self) -> Result<(), Error> {

@@ -21,6 +21,8 @@ use crate::{Error, cleanup};
 
 /// ClusterIPs of services.
 pub const SERVICES: &str = "10.96.0.0/16";
+/// The same in IPv6, for services that ask for one.
+pub const SERVICES_V6: &str = "fd96::/112";
 /// ClusterIP of the API server.
 pub const SERVICE_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 
@@ -217,7 +219,7 @@ fn apiserver(pki: &Pki, store: SocketAddr, address: Ipv4Addr, port: u16, place: 
         ("secure-port", port.to_string()),
         ("permit-port-sharing", "true".to_owned()),
         ("endpoint-reconciler-type", reconciler.to_owned()),
-        ("service-cluster-ip-range", SERVICES.to_owned()),
+        ("service-cluster-ip-range", format!("{SERVICES},{SERVICES_V6}")),
         ("authorization-mode", "Node,RBAC".to_owned()),
         ("enable-admission-plugins", "NodeRestriction".to_owned()),
         ("allow-privileged", "true".to_owned()),

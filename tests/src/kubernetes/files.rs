@@ -1,13 +1,15 @@
 //! The configuration files of a node.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde_json::{Value, json};
 
 use super::image::PAUSE;
 use super::names::DOMAIN;
-use super::node::{KUBELET_HEALTH, PROXY_HEALTH, SOCKET, Surroundings};
-use super::{DNS_IP, FABRIC_IP, POD_NETWORKS};
+use super::node::{KUBELET_HEALTH, PROXY_HEALTH, SOCKET, Surroundings, ranges};
+use super::{DNS_IP, FABRIC_IP, POD_NETWORKS, POD_NETWORKS_V6};
 use crate::Error;
-use crate::families::{fabric_v4, pod_networks};
+use crate::families::{Families, fabric_v4};
 
 /// (path on the node, content)
 pub(super) fn of_node(
@@ -22,14 +24,14 @@ pub(super) fn of_node(
     let kubeconfig = |user: &str, group| around.pki.kubeconfig_text(around.server, user, group);
     Ok(vec![
         ("/etc/containerd/config.toml", containerd(&around.programs.path("runc").display().to_string())),
-        ("/etc/cni/net.d/10-ptp.conflist", text(&cni(octet))),
+        ("/etc/cni/net.d/10-ptp.conflist", text(&cni(octet, around.families))),
         ("/etc/kubernetes/ca.crt", around.pki.root().to_owned()),
         ("/etc/kubernetes/kubelet.crt", serving.certificate),
         ("/etc/kubernetes/kubelet.key", serving.key),
         ("/etc/kubernetes/kubelet.conf", kubeconfig(&user, Some("system:nodes"))?),
         ("/etc/kubernetes/kubelet.yaml", text(&kubelet(cgroup_root))),
         ("/etc/kubernetes/kube-proxy.conf", kubeconfig("system:kube-proxy", None)?),
-        ("/etc/kubernetes/kube-proxy.yaml", text(&kube_proxy(name))),
+        ("/etc/kubernetes/kube-proxy.yaml", text(&kube_proxy(name, around.families))),
         // For pods with `dnsPolicy: Default` and those on the node's network.
         ("/etc/resolv.conf", format!("nameserver {FABRIC_IP}\n")),
     ])
@@ -70,21 +72,23 @@ SystemdCgroup = false
     )
 }
 
-fn cni(octet: u8) -> Value {
+fn cni(octet: u8, families: Families) -> Value {
+    let ranges: Vec<Value> = ranges(octet, families).iter().map(|range| json!([{"subnet": range}])).collect();
+    let routes: Vec<Value> = everywhere(families).iter().map(|all| json!({"dst": all})).collect();
     json!({
         "cniVersion": "1.0.0", "name": "pods",
         "plugins": [{
             "type": "ptp",
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": format!("{}/24", pod_networks(octet).0)}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
-            },
+            "ipam": {"type": "host-local", "ranges": ranges, "routes": routes},
         }, {
             // For `hostPort`.
             "type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables",
         }],
     })
+}
+
+fn everywhere(families: Families) -> Vec<String> {
+    families.pick(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED).iter().map(|address| format!("{address}/0")).collect()
 }
 
 fn kubelet(cgroup_root: &str) -> Value {
@@ -113,11 +117,12 @@ fn kubelet(cgroup_root: &str) -> Value {
     })
 }
 
-fn kube_proxy(name: &str) -> Value {
+fn kube_proxy(name: &str, families: Families) -> Value {
+    let pods = if families.v6() { format!("{POD_NETWORKS},{POD_NETWORKS_V6}") } else { POD_NETWORKS.to_owned() };
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
         "clientConnection": {"kubeconfig": "/etc/kubernetes/kube-proxy.conf"},
-        "hostnameOverride": name, "mode": "nftables", "clusterCIDR": POD_NETWORKS,
+        "hostnameOverride": name, "mode": "nftables", "clusterCIDR": pods,
         "nftables": {"minSyncPeriod": "0s", "syncPeriod": "30s"},
         "healthzBindAddress": format!("127.0.0.1:{PROXY_HEALTH}"), "metricsBindAddress": "127.0.0.1:10249",
         "oomScoreAdj": 0,

@@ -1,7 +1,7 @@
 //! A node: containerd, kubelet and kube-proxy in a network and a mount namespace of their own.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -20,7 +20,7 @@ use crate::cleanup::ClusterId;
 use crate::cluster::{join, router};
 use crate::component::Component;
 use crate::error::Context;
-use crate::families::{Families, fabric_v4, pod_networks};
+use crate::families::{Families, fabric_v4, fabric_v6, pod_networks};
 use crate::mounts::MountNs;
 use crate::netns::NetNs;
 use crate::process::Spec;
@@ -37,6 +37,7 @@ pub(super) const PROXY_HEALTH: u16 = 10256;
 /// What all nodes of a cluster share.
 pub(super) struct Surroundings<'c> {
     pub id: ClusterId,
+    pub families: Families,
     pub folder: &'c Path,
     pub group: &'c Cgroup,
     pub fabric: &'c NetNs,
@@ -62,6 +63,7 @@ pub struct Node {
     mounts: Arc<MountNs>,
     programs: Programs,
     octet: u8,
+    families: Families,
     /// Name of the cluster's control group.
     cluster: String,
 }
@@ -70,10 +72,11 @@ impl Node {
     /// Makes the node's namespaces, control groups and files. Nothing runs in it yet.
     pub(super) fn create(index: u8, around: &Surroundings<'_>) -> Result<Self, Error> {
         let name = format!("node{index}");
-        let network = Arc::new(NetNs::create(&name)?);
-        router(&network, Families::V4, &[])?;
+        let families = around.families;
+        let network = Arc::new(NetNs::create_for(families, &name)?);
+        router(&network, families, &[])?;
         let kind = LinkKind::Node { node: usize::from(index) };
-        join(None, around.fabric, &network, index, kind, Families::V4)?;
+        join(None, around.fabric, &network, index, kind, families)?;
         let group = around.group.child(&name)?;
         let cgroup_root = cgroups::create(&around.id.group(), &name)?;
         let disk = around.id.disk().join(&name);
@@ -113,7 +116,7 @@ impl Node {
             "--root-dir=/var/lib/kubelet",
             "--cert-dir=/var/lib/kubelet/pki",
             &format!("--hostname-override={name}"),
-            &format!("--node-ip={address}"),
+            &format!("--node-ip={}", list(families.pick(address, fabric_v6(index).1))),
         ]);
         let proxy = spec("kube-proxy")?.args(["--config=/etc/kubernetes/kube-proxy.yaml"]);
         let within = Arc::clone(&mounts);
@@ -128,16 +131,17 @@ impl Node {
             mounts,
             programs: around.programs.clone(),
             octet: index,
+            families,
             cluster: around.id.group(),
         })
     }
 
     /// Its object, for the API server: the kubelet completes it.
     pub(super) fn object(&self) -> Value {
-        let pods = self.pod_network();
+        let pods = ranges(self.octet, self.families);
         json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": self.name},
-            "spec": {"podCIDR": pods, "podCIDRs": [pods]},
+            "spec": {"podCIDR": pods.first(), "podCIDRs": pods},
         })
     }
 
@@ -224,6 +228,18 @@ pub(super) fn load(programs: &Programs, containerd: u32, images: &Images) -> Res
     }
     let log = format!(": {}", String::from_utf8_lossy(&done.stderr).trim());
     Err(Error::Exited { name: "ctr images import".to_owned(), status: done.status, log })
+}
+
+/// The networks of a node's pods, one of each family.
+pub(super) fn ranges(octet: u8, families: Families) -> Vec<String> {
+    let (v4, v6) = pod_networks(octet);
+    let width = |network: &IpAddr| if network.is_ipv4() { 24 } else { 64 };
+    families.pick(v4, v6).iter().map(|network| format!("{network}/{}", width(network))).collect()
+}
+
+/// As programs take several addresses.
+pub(super) fn list<T: ToString>(all: impl IntoIterator<Item = T>) -> String {
+    all.into_iter().map(|one| one.to_string()).collect::<Vec<_>>().join(",")
 }
 
 /// Where a node's processes find others.

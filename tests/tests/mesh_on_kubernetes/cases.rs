@@ -6,11 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tests::families::Families;
 use tests::netns::NetNs;
 use tests::wait;
 
 use crate::mesh::{BOUND, Mesh, SYSTEM, text};
-use crate::{cli, drain, kinds};
+use crate::{cli, drain, ipv6, kinds};
 
 /// Enrolled pods, by the way in which the kubelet asks them.
 const PROBED: [&str; 4] = ["by-http", "by-tcp", "by-grpc", "by-exec"];
@@ -19,13 +20,14 @@ const NODE_PORT: u16 = 30700;
 
 #[test]
 fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
-    let mesh = Mesh::without(&[]);
+    let mesh = Mesh::without(&[], Families::Dual);
     case("the command line before the mesh", || cli::before(&mesh));
     mesh.put_in_place();
     mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
     case("probes of the kubelet", || probes(&mesh));
     case("plaintext from outside of the mesh", || outsiders(&mesh));
     case("policies", || policies(&mesh));
+    case("both families of addresses", || ipv6::both(&mesh));
     case("the command line", || cli::after(&mesh));
     case("kinds of pods", || kinds::kinds(&mesh));
     case("a node is drained", || drain::drain(&mesh));
@@ -137,9 +139,17 @@ fn peer_in(banner: &str) -> Option<SocketAddr> {
 
 /// Connections that the mesh has let in to a pod, as the access log of its node's proxy has them.
 pub fn inbound(mesh: &Mesh, pod: &Value) -> Vec<String> {
+    inbound_at(mesh, pod, address(pod))
+}
+
+/// As [`inbound`], to one of the pod's addresses.
+pub fn inbound_at(mesh: &Mesh, pod: &Value, address: IpAddr) -> Vec<String> {
     let proxy = mesh.part_on("ztunnel", &text(pod, "/spec/nodeName"));
     let log = mesh.kubectl(&["logs", &proxy, "--namespace", SYSTEM]).unwrap();
-    let to = format!("dst.addr={}:", address(pod));
+    let to = match address {
+        IpAddr::V4(address) => format!("dst.addr={address}:"),
+        IpAddr::V6(address) => format!("dst.addr=[{address}]:"),
+    };
     let of_pod = |line: &&str| line.contains("direction=\"inbound\"") && line.contains(&to);
     log.lines().filter(of_pod).map(str::to_owned).collect()
 }

@@ -8,6 +8,7 @@ mod cases;
 mod churn;
 mod cli;
 mod drain;
+mod ipv6;
 mod kinds;
 mod mesh;
 mod page;

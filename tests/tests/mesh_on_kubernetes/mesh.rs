@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tests::capture::{LinkKind, Recorder};
 use tests::cluster::bin_dir;
+use tests::families::Families;
 use tests::kubernetes::Kubernetes;
 use tests::kubernetes::image::Recipe;
 use tests::{Error, wait};
@@ -37,16 +38,17 @@ fn alone() -> MutexGuard<'static, ()> {
 impl Mesh {
     /// Starts a cluster whose wire is watched for the markers, and applies the manifests.
     pub fn install(markers: &[&str]) -> Self {
-        let mesh = Self::without(markers);
+        let mesh = Self::without(markers, Families::V4);
         mesh.put_in_place();
         mesh
     }
 
     /// A cluster whose wire is watched for the markers. The mesh is not there yet.
-    pub fn without(markers: &[&str]) -> Self {
+    pub fn without(markers: &[&str], families: Families) -> Self {
         let turn = alone();
         let begun = Instant::now();
-        let cluster = Kubernetes::builder().images(Recipe::mesh(&bin_dir().unwrap())).start().unwrap();
+        let images = Recipe::mesh(&bin_dir().unwrap());
+        let cluster = Kubernetes::builder().families(families).images(images).start().unwrap();
         let markers: Vec<String> = markers.iter().map(|marker| (*marker).to_owned()).collect();
         let wire = Recorder::start(&markers).unwrap();
         for (index, node) in cluster.nodes().iter().enumerate() {
