@@ -4,7 +4,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::mesh::{Mesh, SYSTEM, text};
+use serde_json::Value;
+use tests::wait;
+
+use crate::mesh::{BOUND, Mesh, SYSTEM, text};
 
 const MARKER: &str = "marker-of-a-restless-pod";
 /// Ten pods each.
@@ -43,6 +46,14 @@ fn no_pod_starts_uncaptured_however_often_agents_are_killed() {
     // The former generation ends.
     mesh.kubectl(&["wait", "pod", "--all", "--for=condition=Ready", "--namespace", "busy", "--timeout=60s"]).unwrap();
     mesh.until_pods("busy", true);
+    // Those whose end no agent was told of are found to be gone.
+    let pods = names(&mesh.pods("busy"), "/metadata/uid");
+    wait::until("every pod is in force, and none that is gone", BOUND, || {
+        let enrolled = [mesh.enrolled_on("node1")?, mesh.enrolled_on("node2")?].concat();
+        (names(&enrolled, "/uid") == pods && enrolled.iter().all(|pod| pod["enrolled"] == true)).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+
     let report = mesh.wire.report();
     report.complete().unwrap();
     assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes");
@@ -51,4 +62,8 @@ fn no_pod_starts_uncaptured_however_often_agents_are_killed() {
     let tunnels = report.between(&addresses, &server).filter(|(_, flow)| flow.is_tls() && flow.payload > 0).count();
     eprintln!("{} pods seen, {tunnels} tunnels of theirs between the nodes", seen.len());
     assert!(seen.len() >= 10 * GENERATIONS && tunnels >= GENERATIONS, "too little to show anything");
+}
+
+fn names(objects: &[Value], at: &str) -> BTreeSet<String> {
+    objects.iter().map(|object| text(object, at)).collect()
 }

@@ -19,6 +19,9 @@ use super::{ACK_PATIENCE, Command, Connected, Listed, ManagerError, Notice, Task
 
 /// Pods whose system calls are under way at a time: each has a thread that it blocks.
 const AT_A_TIME: usize = 2;
+/// Pods that the proxies are told of at a time. A proxy that has not ended what lives in a pod within 1.5 s ends itself, so
+/// it is not to end that of all pods at once.
+const TOLD_AT_A_TIME: usize = 4;
 /// What a list says of a pod that leaves.
 const REASON: &str = "it is being withdrawn";
 
@@ -30,7 +33,14 @@ pub(super) struct Leaving {
     tasks: JoinSet<Left>,
     /// By UID.
     pods: HashMap<String, One>,
-    permits: Arc<Semaphore>,
+    permits: Permits,
+}
+
+/// Turns of those that leave.
+#[derive(Clone)]
+struct Permits {
+    blocking: Arc<Semaphore>,
+    telling: Arc<Semaphore>,
 }
 
 /// One of them.
@@ -51,7 +61,8 @@ pub(super) struct Left {
 
 impl Default for Leaving {
     fn default() -> Self {
-        Self { tasks: JoinSet::new(), pods: HashMap::new(), permits: Arc::new(Semaphore::new(AT_A_TIME)) }
+        let [blocking, telling] = [AT_A_TIME, TOLD_AT_A_TIME].map(|most| Arc::new(Semaphore::new(most)));
+        Self { tasks: JoinSet::new(), pods: HashMap::new(), permits: Permits { blocking, telling } }
     }
 }
 
@@ -125,7 +136,7 @@ impl Task {
         stranded.saved.leaving = true;
         let saved = stranded.saved.clone();
         let proxies = self.proxies.iter().map(|(id, Connected { notices, .. })| (*id, notices.downgrade())).collect();
-        let (host, state, permits) = (Arc::clone(&self.host), self.state.clone(), Arc::clone(&self.leaving.permits));
+        let (host, state, permits) = (Arc::clone(&self.host), self.state.clone(), self.leaving.permits.clone());
         let steps = Steps { host, state, permits, proxies };
         let task = self.leaving.tasks.spawn(steps.take(stranded)).id();
         let deferred = first.into_iter().collect();
@@ -183,7 +194,7 @@ impl Left {
 struct Steps {
     host: Arc<Host>,
     state: State,
-    permits: Arc<Semaphore>,
+    permits: Permits,
     /// Those that were told of the pod. Whoever connects later is not told of it.
     proxies: Vec<(u64, mpsc::WeakSender<Notice>)>,
 }
@@ -227,6 +238,8 @@ impl Steps {
 
     /// Waits until every proxy has closed the pod's sockets. Returns those that have not in time.
     async fn tell(&self, uid: &str) -> Vec<u64> {
+        // The semaphores are never closed.
+        let _permit = self.permits.telling.acquire().await;
         let mut acks = Vec::new();
         for (id, notices) in &self.proxies {
             let Some(notices) = notices.upgrade() else { continue };
@@ -251,8 +264,7 @@ impl Steps {
         &self,
         work: impl FnOnce() -> Result<T, EnrolError> + Send + 'static,
     ) -> Result<T, EnrolError> {
-        // The semaphore is never closed.
-        let _permit = self.permits.acquire().await;
+        let _permit = self.permits.blocking.acquire().await;
         blocking(work).await
     }
 }
