@@ -37,9 +37,11 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_runtime::log::{LogError, LogHandle};
 use mesh_runtime::ready::Readiness;
@@ -118,6 +120,11 @@ pub enum Error {
     Task(#[from] tokio::task::JoinError),
 }
 
+/// Time after which the first pods and labels have been looked at.
+const STARTED: Duration = Duration::from_secs(2);
+/// Time without a pod that comes or goes after which none is expected soon.
+const REST: Duration = Duration::from_secs(10);
+
 /// Threads for system calls that block shortly: memory of each stays with the process.
 const BLOCKING_THREADS: usize = 4;
 
@@ -173,6 +180,7 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
     // Before the sockets are there: what is not registered yet is not waited for.
     let plugin = config.plugin().map(|plugin| (plugin, readiness.register("the CNI plugin is chained")));
     let manager = start(run_dir, config.proxy_uid, &host, source, &readiness, &mut tasks)?;
+    let served = manager.clone();
     if let Some((plugin, ready)) = plugin {
         tasks.spawn(async move {
             plugin.keep(ready).await;
@@ -193,12 +201,33 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
     }
     adopting.done();
     tracing::info!(run_dir = %config.run_dir.display(), "ready");
+    tasks.spawn(async move {
+        return_memory(served).await;
+        Ok(())
+    });
     tokio::select! {
         reason = shutdown.wait() => {
             tracing::info!(?reason, "ending; capture stays in force");
             Ok(())
         }
         Some(ended) = tasks.join_next() => ended?,
+    }
+}
+
+/// Gives memory back when the agent has started, and whenever pods have come or gone and no more do.
+async fn return_memory(manager: Manager) {
+    let uids = || manager.pods().iter().map(|pod| pod.info.uid.clone()).collect::<BTreeSet<_>>();
+    tokio::time::sleep(STARTED).await;
+    mesh_runtime::memory::rest();
+    let (mut handled, mut last) = (uids(), BTreeSet::new());
+    loop {
+        tokio::time::sleep(REST).await;
+        let now = uids();
+        if now == last && now != handled {
+            mesh_runtime::memory::rest();
+            handled = now.clone();
+        }
+        last = now;
     }
 }
 

@@ -89,20 +89,24 @@ const LARGE: u64 = 256 << 10;
 /// Time without an answer of discovery after which nothing of the last one is needed any more.
 const REST: Duration = Duration::from_millis(250);
 
-/// Gives memory back when many things have come or gone and no more is coming. The allocator would keep it: it was taken
-/// between things that stay.
+/// Gives memory back when the first answers have come, and whenever many things have come or gone, and no more is coming. The
+/// allocator would keep it: it was taken between things that stay.
 pub async fn return_memory(discovery: Handle) {
     let mut status = discovery.status();
     let received = |status: &Status| status.types.values().map(|one| one.bytes).sum::<u64>();
-    let mut handled = 0;
-    while status.changed().await.is_ok() {
-        if received(&status.borrow_and_update()).saturating_sub(handled) < LARGE {
-            continue;
-        }
+    let mut handled = None;
+    discovery.synced().await;
+    loop {
         // Each of them marks what it has seen.
         while timeout(REST, status.changed()).await.is_ok_and(|changed| changed.is_ok()) {}
-        mesh_runtime::memory::return_freed();
-        handled = received(&status.borrow_and_update());
+        let now = received(&status.borrow_and_update());
+        if handled.is_none_or(|handled| now.saturating_sub(handled) >= LARGE) {
+            mesh_runtime::memory::rest();
+            handled = Some(now);
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
     }
 }
 
