@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use futures_util::FutureExt as _;
 use mesh_proto::discovery::DeltaDiscoveryRequest;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
@@ -81,7 +81,7 @@ impl Stream {
             tokio::select! {
                 // Without one it goes on as well: it has waited long enough.
                 acquired = tokio::time::timeout(patience, syncing) => permit = acquired.ok().and_then(Result::ok),
-                _ = closing.wait_for(|closing| *closing) => {}
+                () = closed(&mut closing) => {}
             }
         }
         loop {
@@ -98,9 +98,7 @@ impl Stream {
                         return Ok(());
                     }
                 }
-                _ = closing.wait_for(|closing| *closing) => {
-                    return Err(Status::unavailable("shutting down: reconnect"));
-                }
+                () = closed(&mut closing) => return Err(Status::unavailable("shutting down: reconnect")),
                 () = &mut end_of_life => return Err(Status::unavailable("the stream is old: reconnect")),
                 () = until(self.wait) => self.look()?,
             }
@@ -216,6 +214,12 @@ impl Drop for Stream {
         // Where nothing else has ended it.
         self.transfer.end(Status::ok(""), false);
     }
+}
+
+/// Resolves once the server ends. What the channel lends must not be held any longer.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    // An error says that there is no server any more.
+    let _ = closing.wait_for(|closing| *closing).await;
 }
 
 async fn until(wait: Option<Wait>) {

@@ -70,6 +70,7 @@ impl Population {
             ips: vec![Ipv4Addr::from_bits(Ipv4Addr::new(10, 128, 0, 10).to_bits() + bits).into()],
             ports: vec![("http".to_owned(), 8080)],
             ready: true,
+            terminating: false,
         }
     }
 
