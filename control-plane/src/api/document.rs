@@ -224,9 +224,9 @@ fn validate(kind: Kind, value: &Value, unknown: Unknown) -> Result<Object, Vec<P
             custom::typed(value, unknown, service_entry::validate).map(|valid| Object::ServiceEntry(Arc::new(valid)))
         }
         Kind::WorkloadEntry => custom::typed(value, unknown, workload_entry::validate)
-            .map(|valid| Object::WorkloadEntry(Arc::new(valid.as_checked(value)))),
+            .map(|valid| Object::WorkloadEntry(Arc::new(valid.with_status(value)))),
         Kind::Gateway => custom::typed(value, unknown, gateway::validate)
-            .map(|valid| Object::Gateway(Arc::new(valid.as_placed(value)))),
+            .map(|valid| Object::Gateway(Arc::new(valid.with_status(value)))),
         Kind::GatewayClass => {
             custom::typed(value, unknown, gateway::validate_class).map(|valid| Object::GatewayClass(Arc::new(valid)))
         }

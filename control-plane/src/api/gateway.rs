@@ -144,7 +144,7 @@ pub(super) fn validate(meta: &ObjectMeta, spec: &Spec) -> Result<Gateway, Vec<Pr
 
 impl Gateway {
     /// The same where its status says that it is.
-    pub(super) fn as_placed(self, object: &Value) -> Self {
+    pub(super) fn with_status(self, object: &Value) -> Self {
         let addresses = object.pointer("/status/addresses").and_then(Value::as_array);
         let place = |address: &Value| {
             let value = address["value"].as_str()?;

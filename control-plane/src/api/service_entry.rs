@@ -99,7 +99,7 @@ pub(super) fn validate(meta: &ObjectMeta, spec: &Spec) -> Result<ServiceEntry, V
         // How a connection is carried is said by each endpoint.
         None | Some("" | "MESH_EXTERNAL" | "MESH_INTERNAL") => {}
         Some(other) => {
-            problems.add("spec.location", format!("{other:?} is not a location"), "use MESH_EXTERNAL or MESH_INTERNAL")
+            problems.add("spec.location", format!("{other:?} is not a location"), "use MESH_EXTERNAL or MESH_INTERNAL");
         }
     }
     let resolution = resolution(spec.resolution.as_deref(), &mut problems);

@@ -93,7 +93,7 @@ pub(super) fn validate(meta: &ObjectMeta, spec: &Spec) -> Result<WorkloadEntry, 
 
 impl WorkloadEntry {
     /// The same as its status says it is: the condition `Healthy` of `object`, where what checks it keeps one.
-    pub(super) fn as_checked(self, object: &Value) -> Self {
+    pub(super) fn with_status(self, object: &Value) -> Self {
         let is_checked = object.pointer("/metadata/annotations/proxy.istio.io~1health-checks-enabled");
         let conditions = object.pointer("/status/conditions").and_then(Value::as_array);
         let says = conditions.into_iter().flatten().find(|condition| condition["type"] == "Healthy");
