@@ -120,7 +120,7 @@ fn what_proxies_refuse_is_told() {
         let many: Vec<_> = (0..5).map(|at| client(&format!(" (pod n{at})"), AUTHORIZATION_TYPE)).collect();
         let (.., message) = by(&many);
         assert!(message.contains("(pod n0, pod n1, pod n2, 2 others)"), "{message}");
-        assert!(says(&[object.clone()], &other).unwrap()[0].1);
+        assert!(says(std::slice::from_ref(&object), &other).unwrap()[0].1);
     }
 }
 

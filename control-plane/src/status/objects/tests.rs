@@ -57,7 +57,7 @@ fn each_is_written_once_until_something_else_is_to_be_said() {
     let tasks = done.tasks(&all, &Nacks::new());
     assert_eq!(
         written(&tasks),
-        [("event", "Namespace ns".to_owned()), ("conditions", policy_name.clone()), ("event", policy_name.clone())]
+        [("event", "Namespace ns".to_owned()), ("conditions", policy_name.clone()), ("event", policy_name)]
     );
     // What cannot be written holds up nothing else.
     done.failed.insert(tasks[1].id().clone(), Instant::now() + RETRY);
