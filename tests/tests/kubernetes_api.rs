@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "kubernetes_api/entries.rs"]
+mod entries;
 #[path = "kubernetes_api/leader.rs"]
 mod leader;
 #[path = "kubernetes_api/policies.rs"]
