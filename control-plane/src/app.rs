@@ -161,7 +161,7 @@ impl App {
             authority,
             discovery,
             metrics: counted.clone(),
-            pipeline: Pipeline { index: Index::new(config.index), roster, catalog, view, metrics: counted },
+            pipeline: Pipeline { index: Box::new(Index::new(config.index)), roster, catalog, view, metrics: counted },
             viewer,
             facts,
             readiness,

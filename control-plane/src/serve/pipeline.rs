@@ -20,7 +20,7 @@ use crate::ingest::{Batch, Report};
 #[derive(Debug)]
 pub struct Pipeline {
     /// Works out the resources.
-    pub index: Index,
+    pub index: Box<Index>,
     /// Is told of pods, for the certificate authority.
     pub roster: Arc<Roster>,
     /// Is given the resources.
@@ -144,7 +144,7 @@ impl Late {
 }
 
 /// Off the runtime's threads: the first batch of a large cluster takes a while.
-async fn apply(mut index: Index, events: Vec<Event>) -> Option<(Index, Changes)> {
+async fn apply(mut index: Box<Index>, events: Vec<Event>) -> Option<(Box<Index>, Changes)> {
     let work = tokio::task::spawn_blocking(move || {
         let changes = index.apply(events, SystemTime::now());
         (index, changes)
