@@ -333,13 +333,14 @@ async fn a_client_that_is_slower_than_patience_but_reads_is_waited_for() {
     let catalog = Arc::new(Catalog::new());
     let large = Resource { body: Bytes::from(vec![7; 2 << 20]), ..thing("large", &[], "1") };
     set(&catalog, &[large]);
-    let options = server::Options { patience: Duration::from_secs(2), ..server::Options::default() };
+    let options = server::Options { patience: Duration::from_secs(5), ..server::Options::default() };
     let control = control(Arc::clone(&catalog), "127.0.0.1:0", options).await;
     let mut slow = slow_reader(control.address).await;
     let mut got = 0;
+    // All of it takes twice the patience, each step a twentieth of it.
     while got < 2 << 20 {
         tokio::time::sleep(Duration::from_millis(250)).await;
-        for _ in 0..8 {
+        for _ in 0..3 {
             let piece = tokio::time::timeout(BOUND, slow.data()).await.unwrap().expect("the stream goes on").unwrap();
             slow.flow_control().release_capacity(piece.len()).unwrap();
             got += piece.len();

@@ -207,7 +207,7 @@ mod tests {
         let mut bound = service("reviews", "10.1.0.1", &[(80, 8080)]);
         bound.waypoint = Some(waypoint("way"));
         let web = pod("web", &["10.0.0.1"]);
-        let snapshot = mesh(&[web.clone()], &[bound.clone()]);
+        let snapshot = mesh(std::slice::from_ref(&web), std::slice::from_ref(&bound));
         let key = "shop/way.shop.svc.cluster.local";
         assert_eq!(needs(&snapshot, "10.1.0.1", &[]).as_deref(), Some(key));
         assert_eq!(needs(&snapshot, "10.1.0.1", &[key]), None, "the decision then refuses");
