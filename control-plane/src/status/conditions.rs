@@ -9,7 +9,9 @@ use mesh_xds::AUTHORIZATION_TYPE;
 use mesh_xds::server::ClientStatus;
 use serde_json::{Value, json};
 
-use crate::api::{AuthorizationPolicy, Kind, Name, Object, ObjectId, PolicyTarget, Service, WaypointBinding};
+use crate::api::{
+    AuthorizationPolicy, Kind, Name, Object, ObjectId, PolicyTarget, Service, WaypointBinding, WaypointFor,
+};
 use crate::ca::{Caller, ServiceAccount};
 use crate::index;
 use crate::ingest::kubernetes::{Outcome, Verdict};
@@ -88,20 +90,9 @@ pub(super) fn desired(id: &ObjectId, verdict: &Verdict, all: &All, nacks: &Nacks
         }
         (Outcome::Valid(Object::Service(service)), _) => {
             let bound = waypoint(service, all)?.filter(|waypoint| *waypoint != service.name);
-            Some(bound.map_or_else(Vec::new, |waypoint| {
-                let is_there = all
-                    .get(&ObjectId::namespaced(Kind::Service, &waypoint))
-                    .is_some_and(|found| matches!(found.outcome, Outcome::Valid(_)));
-                if is_there {
-                    condition(WAYPOINT_BOUND, true, "WaypointAccepted", format!("bound to the waypoint {waypoint}"))
-                } else {
-                    let message = format!(
-                        "there is no waypoint {waypoint}, so that connections are refused; make it, or take away the label \
-                         istio.io/use-waypoint"
-                    );
-                    condition(WAYPOINT_BOUND, false, "WaypointIsNotReady", message)
-                }
-            }))
+            let Some(bound) = bound else { return Some(Vec::new()) };
+            let (holds, reason, message) = binding(service, &bound, all)?;
+            Some(condition(WAYPOINT_BOUND, holds, reason, message))
         }
         (Outcome::Valid(_), _) => None,
     }
@@ -170,6 +161,51 @@ fn waypoint(service: &Service, all: &All) -> Option<Option<Name>> {
         WaypointBinding::Unset | WaypointBinding::Off => None,
         WaypointBinding::Waypoint(waypoint) => {
             Some(Name::new(waypoint.namespace.as_deref().unwrap_or(namespace), waypoint.name))
+        }
+    })
+}
+
+/// What becomes of traffic to the service, which is bound to that waypoint; none where nobody can tell.
+fn binding(service: &Service, waypoint: &Name, all: &All) -> Option<(bool, &'static str, String)> {
+    let valid = |id: &ObjectId| match all.get(id).map(|verdict| &verdict.outcome) {
+        Some(Outcome::Valid(object)) => Some(object),
+        Some(Outcome::Refused { .. }) | None => None,
+    };
+    let id = ObjectId::namespaced(Kind::Gateway, waypoint);
+    let Some(Object::Gateway(gateway)) = valid(&id) else {
+        if all.contains_key(&id) {
+            return None;
+        }
+        return Some(if valid(&ObjectId::namespaced(Kind::Service, waypoint)).is_some() {
+            (true, "WaypointAccepted", format!("bound to the waypoint {waypoint}"))
+        } else {
+            let fix = "make it, or take away the label istio.io/use-waypoint";
+            (false, "WaypointIsNotReady", format!("there is no waypoint {waypoint}: connections are refused; {fix}"))
+        });
+    };
+    let class = valid(&ObjectId::cluster(Kind::GatewayClass, gateway.class.as_str().into()));
+    let class = match class {
+        Some(Object::GatewayClass(class)) => Some(class.as_ref()),
+        Some(_) | None => None,
+    };
+    let Some(listener) = gateway.hbone.as_ref().filter(|_| gateway.is_waypoint(class)) else {
+        let fix = "give it a listener for HBONE and a class of waypoints";
+        let message = format!("the Gateway {waypoint} is no waypoint: connections are refused; {fix}");
+        return Some((false, "WaypointIsNotReady", message));
+    };
+    if !listener.allows_all && waypoint.namespace != service.name.namespace {
+        let fix = "set allowedRoutes.namespaces.from to All at its listener for HBONE";
+        let message = format!("the waypoint {waypoint} is for its own namespace: connections are refused; {fix}");
+        return Some((false, "AttachmentDenied", message));
+    }
+    Some(match gateway.waypoint_for {
+        WaypointFor::Service | WaypointFor::All => {
+            (true, "WaypointAccepted", format!("bound to the waypoint {waypoint}"))
+        }
+        WaypointFor::Workload | WaypointFor::Nothing => {
+            let fix = "label it istio.io/waypoint-for: service or all";
+            let message = format!("the waypoint {waypoint} is not for services: connections pass it by; {fix}");
+            (false, "UnsupportedTrafficType", message)
         }
     })
 }

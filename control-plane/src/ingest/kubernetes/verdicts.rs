@@ -63,16 +63,19 @@ impl Verdict {
 /// Whether something is written about valid objects of the kind, or depends on them. Others are told of mistakes alone.
 pub(super) fn is_told(kind: Kind) -> bool {
     match kind {
-        Kind::Namespace | Kind::Service | Kind::AuthorizationPolicy | Kind::PeerAuthentication => true,
+        Kind::Namespace
+        | Kind::Service
+        | Kind::AuthorizationPolicy
+        | Kind::PeerAuthentication
+        | Kind::Gateway
+        | Kind::GatewayClass => true,
         Kind::Node
         | Kind::ServiceAccount
         | Kind::Deployment
         | Kind::EndpointSlice
         | Kind::Pod
         | Kind::ServiceEntry
-        | Kind::WorkloadEntry
-        | Kind::Gateway
-        | Kind::GatewayClass => false,
+        | Kind::WorkloadEntry => false,
     }
 }
 

@@ -150,6 +150,30 @@ fn services_are_told_of_their_waypoint() {
     assert_eq!(bound(&[web(json!({})), namespace(gate.clone())]), Some(missing));
     assert_eq!(bound(&[web(json!({})), namespace(gate.clone()), service("gate", json!({}))]), Some(there));
     assert_eq!(bound(&[web(json!({"istio.io/use-waypoint": "none"})), namespace(gate.clone())]), Some(None));
+    // A Gateway says more than the Service of its name.
+    let gateway = |namespace: &str, of: &str, protocol: &str, allows: &str| {
+        // A waypoint without such a listener is not valid.
+        let class = if protocol == "HBONE" { "istio-waypoint" } else { "ingress" };
+        let listener = json!({
+            "name": "mesh", "port": 15008, "protocol": protocol, "allowedRoutes": {"namespaces": {"from": allows}},
+        });
+        json!({
+            "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+            "metadata": {"name": "gate", "namespace": namespace, "labels": {"istio.io/waypoint-for": of}},
+            "spec": {"gatewayClassName": class, "listeners": [listener]},
+        })
+    };
+    let far = json!({"istio.io/use-waypoint": "gate", "istio.io/use-waypoint-namespace": "far"});
+    for (labels, gateway, expected) in [
+        (gate.clone(), gateway("ns", "service", "HBONE", "Same"), there),
+        (gate.clone(), gateway("ns", "all", "HBONE", "Same"), there),
+        (gate.clone(), gateway("ns", "workload", "HBONE", "Same"), Some((false, "UnsupportedTrafficType"))),
+        (gate.clone(), gateway("ns", "service", "HTTP", "Same"), missing),
+        (far.clone(), gateway("far", "service", "HBONE", "Same"), Some((false, "AttachmentDenied"))),
+        (far, gateway("far", "service", "HBONE", "All"), there),
+    ] {
+        assert_eq!(bound(&[web(labels), service("gate", json!({})), gateway.clone()]), Some(expected), "{gateway}");
+    }
     // The waypoint's own; and what nobody can read.
     assert_eq!(bound(&[service("gate", json!({})), namespace(gate)]), Some(None));
     assert_eq!(bound(&[web(json!({})), namespace(json!({"istio.io/dataplane-mode": "sideways"}))]), None);
