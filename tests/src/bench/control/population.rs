@@ -84,7 +84,14 @@ impl Population {
     }
 
     fn app(self, pod: usize) -> String {
-        format!("app-{}", pod % PER_NAMESPACE % self.services_each())
+        format!("app-{}", self.app_number(pod))
+    }
+
+    /// Which of the services of its namespace a pod is behind.
+    fn app_number(self, pod: usize) -> usize {
+        let each = self.services_each();
+        let here = self.services.saturating_sub(pod / PER_NAMESPACE * each).min(each);
+        pod % PER_NAMESPACE % here.max(1)
     }
 
     fn service(self, number: usize) -> Value {
@@ -103,7 +110,7 @@ impl Population {
         let each = self.services_each();
         let (place, app) = (number / each, number % each);
         let in_namespace = (place * PER_NAMESPACE)..((place + 1) * PER_NAMESPACE).min(self.pods);
-        let pods = in_namespace.filter(|pod| pod % PER_NAMESPACE % each == app).map(|pod| self.pod(pod, "v1"));
+        let pods = in_namespace.filter(|pod| self.app_number(*pod) == app).map(|pod| self.pod(pod, "v1"));
         let endpoints: Vec<Value> = pods
             .map(|pod| {
                 json!({
