@@ -62,7 +62,7 @@ fn that_came_to_the_server(mesh: &Mesh) {
         seen = inbound(mesh, &server);
         wanted.iter().all(|who| seen.iter().any(|record| record.contains(who))).then_some(())
     })
-    .unwrap_or_else(|error| panic!("{error}: {seen:#?}"));
+    .unwrap_or_else(|error| panic!("{error}: {seen:#?}\n{}", mesh.state()));
     let strangers: Vec<_> = seen.iter().filter(|record| !record.contains("src.identity=")).collect();
     assert!(strangers.is_empty(), "{strangers:#?}");
     assert!(seen.iter().filter(|record| record.contains(&wanted[0])).count() >= 2, "each of the job's pods: {seen:#?}");
