@@ -23,8 +23,9 @@ use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
 
-/// How long a proxy may take to close the sockets of a pod that is gone.
-const ACK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a proxy may take to close the sockets of a pod that is gone: longer than it gives itself, and less than the plugin
+/// waits for an answer.
+const ACK_PATIENCE: Duration = Duration::from_secs(8);
 /// Commands that wait.
 const QUEUE: usize = 256;
 /// Notices that wait for one proxy: more than all pods of a node. A proxy that lets them pile up is cut off.

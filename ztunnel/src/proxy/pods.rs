@@ -20,8 +20,9 @@ use super::lookup::Bound;
 use super::record::Facts;
 use super::sockets::{NodeCap, Notice, SocketSource, Stock};
 
-/// Time for everything of a pod to end once it is gone.
-const REMOVAL: Duration = Duration::from_millis(1500);
+/// Time for everything of a pod to end once it is gone. A pod may have thousands of connections that end only when it is their
+/// turn, on a node whose cores are all taken; the end of the proxy, which closes them at once, breaks those of all pods.
+const REMOVAL: Duration = Duration::from_secs(6);
 
 /// A pod of this node that the kernel captures.
 pub struct Pod {
@@ -372,7 +373,7 @@ impl Removal {
 
 /// Something of a removed pod did not end in time, and may hold a socket. Only the end of the process closes that.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("connections of pod {uid}, which is gone, did not end within 1.5 s; the proxy ends to close their sockets")]
+#[error("connections of pod {uid}, which is gone, did not end within 6 s; the proxy ends to close their sockets")]
 pub struct StillAlive {
     /// Which pod.
     pub uid: Arc<str>,

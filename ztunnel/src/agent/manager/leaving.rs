@@ -19,8 +19,8 @@ use super::{ACK_PATIENCE, Command, Connected, Listed, ManagerError, Notice, Task
 
 /// Pods whose system calls are under way at a time: each has a thread that it blocks.
 const AT_A_TIME: usize = 2;
-/// Pods that the proxies are told of at a time. A proxy that has not ended what lives in a pod within 1.5 s ends itself, so
-/// it is not to end that of all pods at once.
+/// Pods that the proxies are told of at a time. A proxy that has not ended what lives in a pod within some seconds ends itself,
+/// so it is not to end that of all pods at once.
 const TOLD_AT_A_TIME: usize = 4;
 /// What a list says of a pod that leaves.
 const REASON: &str = "it is being withdrawn";
