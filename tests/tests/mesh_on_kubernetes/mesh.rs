@@ -1,17 +1,20 @@
 //! A cluster with the mesh on it.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::capture::{LinkKind, Recorder};
 use tests::cluster::bin_dir;
 use tests::families::Families;
 use tests::kubernetes::Kubernetes;
 use tests::kubernetes::image::Recipe;
-use tests::{Error, wait};
+use tests::{Error, http, metrics, wait};
 
 pub const BOUND: Duration = Duration::from_secs(120);
 /// Namespace of the mesh's own pods.
@@ -152,6 +155,55 @@ impl Mesh {
         text(pod, "/metadata/name")
     }
 
+    /// Kills what runs in a pod of the mesh, at once and without a word (SIGKILL), but for what holds its namespaces.
+    fn kill_processes(&self, pod: &Value) {
+        let is_container = |pid: &i32| {
+            let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            program.file_name().is_some_and(|name| name == "ztunnel" || name == "culvertd")
+        };
+        let of_pod = processes_of(&text(pod, "/metadata/uid")).into_iter().filter(is_container);
+        let killed = of_pod.filter(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok());
+        assert!(killed.count() > 0, "no process of {pod}");
+    }
+
+    /// Kills what runs in a pod of the mesh, and waits until the kubelet has started it again and it is ready.
+    pub fn crash(&self, pod: &str) {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
+        let restarts = |pod: &Value| pod.pointer("/status/containerStatuses/0/restartCount").and_then(Value::as_u64);
+        let found = self.cluster.api().get(&path).unwrap().expect("the pod");
+        self.kill_processes(&found);
+        let again = |now: &Value| (restarts(now) > restarts(&found) && is_ready(now)).then_some(());
+        let back = self.cluster.api().until(&format!("{pod} runs again"), &path, BOUND, again);
+        back.unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
+    }
+
+    /// Kills what runs in a pod of the mesh, and has its controller make another pod in its place: the kubelet would wait
+    /// longer each time before it starts the same one again.
+    pub fn kill(&self, pod: &str) {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
+        self.kill_processes(&self.cluster.api().get(&path).unwrap().expect("the pod"));
+        self.kubectl(&["delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force"]).unwrap();
+    }
+
+    /// How many connections the proxies of both nodes have taken in, from pods of a namespace or from whom they do not know,
+    /// that proved no identity.
+    pub fn unproven(&self, namespace: &str) -> f64 {
+        let of_node = |node: &str| {
+            let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}", self.part_on("ztunnel", node));
+            let proxy = text(&self.cluster.api().get(&path).unwrap().expect("the proxy"), "/status/podIP");
+            let address = (proxy.parse::<IpAddr>().unwrap(), 15020).into();
+            let told = http::get(self.cluster.fabric(), address, "/metrics").unwrap().body;
+            let opened = metrics::samples(&told, "istio_tcp_connections_opened_total").filter(|sample| {
+                let is = |label, value| sample.label(label) == Some(value);
+                is("reporter", "destination")
+                    && is("destination_workload_namespace", namespace)
+                    && !is("connection_security_policy", "mutual_tls")
+            });
+            opened.map(|sample| sample.value).sum::<f64>()
+        };
+        of_node("node1") + of_node("node2")
+    }
+
     /// Puts a DaemonSet of the mesh onto one node alone, or onto all again.
     pub fn place(&self, part: &str, on: Option<&str>) {
         let selector = json!({"kubernetes.io/hostname": on});
@@ -176,6 +228,17 @@ impl Mesh {
         }
         said + &self.kubectl(&["get", "events", "--all-namespaces"]).unwrap_or_default()
     }
+}
+
+/// The processes of a pod, found by their cgroup.
+pub fn processes_of(uid: &str) -> Vec<i32> {
+    let group = format!("pod{uid}");
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: i32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        // One that has ended meanwhile is none of it.
+        fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?.contains(&group).then_some(pid)
+    });
+    processes.collect()
 }
 
 /// The files of a folder of manifests, in the order in which they are applied.

@@ -14,6 +14,9 @@ use nix::fcntl::{Flock, FlockArg};
 /// How often a successor looks whether the agent before it has ended.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// The file that is locked.
+const LOCK: &str = "agent.lock";
+
 /// The folder, locked: one agent at a time.
 #[derive(Debug)]
 pub struct RunDir {
@@ -51,7 +54,7 @@ impl RunDir {
     /// When another agent runs, or the folder is not safe.
     pub fn open(path: &Path, proxy_uid: u32) -> Result<Self, RunDirError> {
         make(path, 0o711, 0)?;
-        let lock_path = path.join("agent.lock");
+        let lock_path = path.join(LOCK);
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -114,6 +117,20 @@ impl RunDir {
         self.path.join("pods")
     }
 
+    /// Removes everything in it, the lock's file last: this agent is the last one.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn clear(&self) -> Result<(), RunDirError> {
+        for folder in [self.state(), self.path.join("proxy")] {
+            missing_is_fine(fs::remove_dir_all(&folder)).map_err(at(&folder))?;
+        }
+        for file in [self.cni_socket(), self.path.join(LOCK)] {
+            missing_is_fine(fs::remove_file(&file)).map_err(at(&file))?;
+        }
+        Ok(())
+    }
+
     /// Lets the proxy connect to its socket.
     ///
     /// # Errors
@@ -148,6 +165,13 @@ fn make(path: &Path, mode: u32, owner: u32) -> Result<(), RunDirError> {
     }
     folder.set_permissions(Permissions::from_mode(mode)).map_err(at(path))?;
     fchown(&folder, Some(owner), None).map_err(at(path))
+}
+
+fn missing_is_fine(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> RunDirError {

@@ -21,6 +21,7 @@ use kube::runtime::watcher::{self, Event};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::removal::{OwnNamespace, Removal};
 use super::{Ask, Known, Origin, Running, Source};
 use crate::cni::decide::{DATAPLANE_MODE, Exclusions, Mode, is_excluded};
 use crate::cni::knowledge::{Knowledge, KnownPod};
@@ -44,6 +45,7 @@ pub struct Kubernetes {
     client: kube::Client,
     node: String,
     exclusions: Exclusions,
+    removal: Removal,
 }
 
 /// What of a pod's `spec` decides.
@@ -73,10 +75,10 @@ type Pod = Object<Spec, Status>;
 
 impl Kubernetes {
     /// A source that reads the pods of this node. Those that the plugin lets pass unseen are not enrolled while they run
-    /// either.
+    /// either. `removal` is told when the mesh is taken off the cluster.
     #[must_use]
-    pub const fn new(client: kube::Client, node: String, exclusions: Exclusions) -> Self {
-        Self { client, node, exclusions }
+    pub const fn new(client: kube::Client, node: String, exclusions: Exclusions, removal: Removal) -> Self {
+        Self { client, node, exclusions, removal }
     }
 
     fn namespaces(&self) -> impl Stream<Item = watcher::Result<Event<PartialObjectMeta<Namespace>>>> + use<> {
@@ -99,18 +101,25 @@ impl Source for Kubernetes {
     async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
         let (mut namespaces, mut pods) = (pin!(self.namespaces().fuse()), pin!(self.pods().fuse()));
         let mut cluster = Cluster { exclusions: self.exclusions.clone(), ..Cluster::default() };
+        let mut own = OwnNamespace::new(self.exclusions.system_namespace.clone(), self.removal.clone());
+        let mut namespace = |cluster: &mut Cluster, event| {
+            own.take(&event);
+            cluster.namespace(event);
+        };
         let mut trouble = Trouble::default();
         loop {
             tokio::select! {
                 () = knowledge.closed() => return,
-                Some(event) = namespaces.next() => trouble.take("namespaces", event, |event| cluster.namespace(event)),
+                Some(event) = namespaces.next() => {
+                    trouble.take("namespaces", event, |event| namespace(&mut cluster, event));
+                }
                 Some(event) = pods.next() => trouble.take("pods", event, |event| cluster.pod(event)),
                 else => return,
             }
             // What has come meanwhile belongs to the same picture.
             for _ in 0..BATCH {
                 if let Some(Some(event)) = namespaces.next().now_or_never() {
-                    trouble.take("namespaces", event, |event| cluster.namespace(event));
+                    trouble.take("namespaces", event, |event| namespace(&mut cluster, event));
                 } else if let Some(Some(event)) = pods.next().now_or_never() {
                     trouble.take("pods", event, |event| cluster.pod(event));
                 } else {

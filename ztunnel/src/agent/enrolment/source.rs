@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use tokio::sync::watch;
 
-use super::{Ask, Directory, DirectoryError, Known, Kubernetes, Source};
+use super::{Ask, Directory, DirectoryError, Known, Kubernetes, Removal, Source};
 use crate::agent::config::Config;
 
 /// Why there is no source.
@@ -43,10 +43,11 @@ pub enum AnySource {
 
 impl AnySource {
     /// The source that the configuration asks for, if any. An API server that is away is no error: it is waited for.
+    /// `removal` is told when the mesh is taken off the cluster.
     ///
     /// # Errors
     /// When it cannot be one.
-    pub async fn open(config: &Config) -> Result<Option<Self>, SourceError> {
+    pub async fn open(config: &Config, removal: &Removal) -> Result<Option<Self>, SourceError> {
         if let Some(dir) = &config.source_dir {
             return Ok(Some(Self::Directory(Directory::open(dir.clone(), config.node_name.clone())?)));
         }
@@ -61,7 +62,7 @@ impl AnySource {
             None => kube::Config::incluster()?,
         };
         let client = kube::Client::try_from(settings).map_err(|error| SourceError::Client(Box::new(error)))?;
-        Ok(Some(Self::Kubernetes(Kubernetes::new(client, node, config.exclusions()))))
+        Ok(Some(Self::Kubernetes(Kubernetes::new(client, node, config.exclusions(), removal.clone()))))
     }
 
     /// The Kubernetes API, if that is the source.
