@@ -26,6 +26,7 @@ fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
     mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
     case("probes of the kubelet", || probes(&mesh));
     case("plaintext from outside of the mesh", || outsiders(&mesh));
+    case("what is not valid", || invalid(&mesh));
     case("policies", || policies(&mesh));
     case("both families of addresses", || ipv6::both(&mesh));
     case("the command line", || cli::after(&mesh));
@@ -77,6 +78,32 @@ fn outsiders(mesh: &Mesh) {
         let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
         assert!(!record.contains("src.identity="), "{who}: {record}");
     }
+}
+
+/// What is not valid is refused before it is stored, by the webhooks as they are installed, with field and fix.
+fn invalid(mesh: &Mesh) {
+    let until_refused = |what: &str, attempt: &dyn Fn() -> Result<String, tests::Error>, field: &str| {
+        let mut last = String::new();
+        let refused = wait::until(what, BOUND, || {
+            last = attempt().err()?.to_string();
+            last.contains(field).then_some(())
+        });
+        refused.unwrap_or_else(|error| panic!("{error}: {last}\n{}", mesh.state()));
+    };
+    let policy = "{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: moody, namespace: cases}, \
+                  spec: {rules: [{from: [{source: {moods: [good]}}]}]}}";
+    let attempt = || mesh.cluster.apply("moody.yaml", policy);
+    until_refused("a policy with an unknown field", &attempt, "spec.rules[0].from[0].source.moods");
+    let label = ["label", "namespace", "cases", "istio.io/dataplane-mode=perhaps", "--overwrite"];
+    until_refused("a label that means nothing", &|| mesh.kubectl(&label), "istio.io/dataplane-mode");
+    let left = mesh.cluster.api().list("/apis/security.istio.io/v1/namespaces/cases/authorizationpolicies").unwrap();
+    // Until the webhooks' roots had been written both were stored.
+    for policy in &left {
+        let name = text(policy, "/metadata/name");
+        mesh.kubectl(&["delete", "authorizationpolicy", &name, "--namespace", "cases"]).unwrap();
+    }
+    mesh.kubectl(&["label", "namespace", "cases", "istio.io/dataplane-mode=ambient", "--overwrite"]).unwrap();
+    mesh.until_pods("cases", true);
 }
 
 /// What kubectl applies refuses those that it is to refuse, and nobody else, and says so; with it gone they are let in again.
