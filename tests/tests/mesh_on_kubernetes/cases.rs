@@ -1,8 +1,10 @@
 //! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes,
 //! plaintext of those who are no part of the mesh, and policies. And what the command line says of all that.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -29,6 +31,7 @@ fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
     case("what is not valid", || invalid(&mesh));
     case("policies", || policies(&mesh));
     case("both families of addresses", || ipv6::both(&mesh));
+    case("the node's CNI writes its configuration anew", || chained_again(&mesh));
     case("the command line", || cli::after(&mesh));
     case("kinds of pods", || kinds::kinds(&mesh));
     case("a node is drained", || drain::drain(&mesh));
@@ -78,6 +81,29 @@ fn outsiders(mesh: &Mesh) {
         let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
         assert!(!record.contains("src.identity="), "{who}: {record}");
     }
+}
+
+/// The plugin is put back into a configuration that was written without it.
+fn chained_again(mesh: &Mesh) {
+    let path = Path::new("/etc/cni/net.d/10-ptp.conflist");
+    let node = &mesh.cluster.nodes()[0];
+    let read = || -> Value {
+        let text = node.mounts().run(|| fs::read_to_string(path)).unwrap().unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let is_chained = |list: &Value| {
+        let plugins = list["plugins"].as_array().expect("a list of plugins");
+        plugins.iter().filter(|plugin| plugin["type"] == "ztunnel").count() == 1
+    };
+    let chained = read();
+    assert!(is_chained(&chained), "{chained:#}");
+    let mut without = chained.clone();
+    without["plugins"].as_array_mut().unwrap().retain(|plugin| plugin["type"] != "ztunnel");
+    let text = without.to_string();
+    node.mounts().run(|| fs::write(path, text)).unwrap().unwrap();
+    let again = wait::until("the plugin in its place again", BOUND, || Some(read()).filter(is_chained));
+    let again = again.unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    assert_eq!(again, chained, "as it was before");
 }
 
 /// What is not valid is refused before it is stored, by the webhooks as they are installed, with field and fix.
