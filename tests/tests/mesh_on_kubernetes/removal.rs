@@ -4,6 +4,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use tests::families::Families;
 use tests::netns::NetNs;
@@ -22,7 +24,14 @@ fn deleting_the_manifests_releases_every_pod_and_leaves_nothing_on_the_nodes() {
     mesh.cluster.apply("shop.yaml", &shop).unwrap();
     mesh.until_pods("shop", false);
     let networks = networks(&mesh, "shop");
-    let before = picture(&mesh, &networks);
+    // Links that are new get addresses and routes for a while.
+    let before = wait::until("a state that stays", BOUND, || {
+        let one = picture(&mesh, &networks);
+        thread::sleep(Duration::from_secs(3));
+        let two = picture(&mesh, &networks);
+        differences(&one, &two).is_empty().then_some(two)
+    })
+    .unwrap();
 
     mesh.put_in_place();
     mesh.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();

@@ -117,16 +117,18 @@ impl RunDir {
         self.path.join("pods")
     }
 
-    /// Removes everything in it, the lock's file last: this agent is the last one.
+    /// Removes everything in it, also what the CNI plugin wrote: this agent is the last one.
     ///
     /// # Errors
     /// When something cannot be removed.
     pub fn clear(&self) -> Result<(), RunDirError> {
-        for folder in [self.state(), self.path.join("proxy")] {
-            missing_is_fine(fs::remove_dir_all(&folder)).map_err(at(&folder))?;
-        }
-        for file in [self.cni_socket(), self.path.join(LOCK)] {
-            missing_is_fine(fs::remove_file(&file)).map_err(at(&file))?;
+        for entry in fs::read_dir(&self.path).map_err(at(&self.path))? {
+            let entry = entry.map_err(at(&self.path))?;
+            let path = entry.path();
+            // A link is removed and not followed.
+            let is_folder = entry.file_type().map_err(at(&path))?.is_dir();
+            let removed = if is_folder { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            missing_is_fine(removed).map_err(at(&path))?;
         }
         Ok(())
     }
