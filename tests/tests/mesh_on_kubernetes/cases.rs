@@ -81,6 +81,7 @@ fn outsiders(mesh: &Mesh) {
         let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
         assert!(!record.contains("src.identity="), "{who}: {record}");
     }
+    assert!(!mesh.unproven("cases").is_empty(), "the metrics have them too");
 }
 
 /// The plugin is put back into a configuration that was written without it.

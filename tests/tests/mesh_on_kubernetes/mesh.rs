@@ -14,7 +14,8 @@ use tests::cluster::bin_dir;
 use tests::families::Families;
 use tests::kubernetes::Kubernetes;
 use tests::kubernetes::image::Recipe;
-use tests::{Error, http, metrics, wait};
+use tests::metrics::{self, Sample};
+use tests::{Error, http, wait};
 
 pub const BOUND: Duration = Duration::from_secs(120);
 /// Namespace of the mesh's own pods.
@@ -185,23 +186,27 @@ impl Mesh {
         self.kubectl(&["delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force"]).unwrap();
     }
 
-    /// How many connections the proxies of both nodes have taken in, from pods of a namespace or from whom they do not know,
-    /// that proved no identity.
-    pub fn unproven(&self, namespace: &str) -> f64 {
+    /// What the proxies of both nodes have taken in for pods of a namespace from peers that proved no identity, as samples of
+    /// their metrics: bytes, so that a peer that was cut off before it had proved anything does not count.
+    pub fn unproven(&self, namespace: &str) -> Vec<Sample> {
         let of_node = |node: &str| {
             let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}", self.part_on("ztunnel", node));
             let proxy = text(&self.cluster.api().get(&path).unwrap().expect("the proxy"), "/status/podIP");
             let address = (proxy.parse::<IpAddr>().unwrap(), 15020).into();
             let told = http::get(self.cluster.fabric(), address, "/metrics").unwrap().body;
-            let opened = metrics::samples(&told, "istio_tcp_connections_opened_total").filter(|sample| {
-                let is = |label, value| sample.label(label) == Some(value);
-                is("reporter", "destination")
-                    && is("destination_workload_namespace", namespace)
-                    && !is("connection_security_policy", "mutual_tls")
-            });
-            opened.map(|sample| sample.value).sum::<f64>()
+            let carried = ["istio_tcp_received_bytes_total", "istio_tcp_sent_bytes_total"]
+                .into_iter()
+                .flat_map(|name| metrics::samples(&told, name))
+                .filter(|sample| {
+                    let is = |label, value| sample.label(label) == Some(value);
+                    is("reporter", "destination")
+                        && is("destination_workload_namespace", namespace)
+                        && !is("connection_security_policy", "mutual_tls")
+                        && sample.value > 0.0
+                });
+            carried.collect::<Vec<_>>()
         };
-        of_node("node1") + of_node("node2")
+        [of_node("node1"), of_node("node2")].concat()
     }
 
     /// Puts a DaemonSet of the mesh onto one node alone, or onto all again.
