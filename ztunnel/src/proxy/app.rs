@@ -20,6 +20,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::Error;
 use super::config::Config;
+use super::contact;
 use super::discovery::{self, ControlPlane, DiscoveryMetrics};
 use super::dns::{Dns, DnsMetrics};
 use super::dump::{Dump, Included};
@@ -99,6 +100,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let sink = state.sink(&config.node);
     tokio::spawn(driver.run(control_plane, sink));
     tokio::spawn(discovery::return_memory(discovery.clone()));
+    tokio::spawn(contact::watch(discovery.clone()));
     tokio::spawn(async move {
         if synced.synced().await {
             // Only now the workers accept: to a proxy that knows nobody every destination is outside the mesh.

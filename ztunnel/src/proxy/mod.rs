@@ -7,6 +7,7 @@ pub mod admit;
 mod app;
 pub mod config;
 pub mod connect;
+mod contact;
 pub mod dial;
 pub mod discovery;
 pub mod dns;

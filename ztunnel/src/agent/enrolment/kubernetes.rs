@@ -2,7 +2,8 @@
 //! and nothing is known before both have been listed whole.
 //!
 //! An API server that is away, restarts or has forgotten where we were (410) is asked again with growing pauses; what it
-//! said last stays in force. An object whose label means nothing keeps its last good version.
+//! said last stays in force. A label that means nothing is taken for the last good one; without one it asks for the mesh, as
+//! the control plane takes it, so that nothing is in plaintext for a slip.
 
 pub mod report;
 
@@ -217,16 +218,12 @@ impl Cluster {
             }
             Event::Apply(object) | Event::InitApply(object) => {
                 let name = object.metadata.name.clone().unwrap_or_default();
-                match mode(&object.metadata) {
-                    Ok(mode) => self.namespaces.set(name, mode),
-                    Err(reason) => {
-                        let last = self.namespaces.objects.get(&name).copied();
-                        self.complain(format!("Namespace {name}: {reason}"), last.is_some());
-                        if let Some(last) = last {
-                            self.namespaces.set(name, last);
-                        }
-                    }
-                }
+                let mode = mode(&object.metadata).unwrap_or_else(|reason| {
+                    let last = self.namespaces.objects.get(&name).copied();
+                    self.complain(format!("Namespace {name}: {reason}"), last.is_some());
+                    last.unwrap_or(Mode::Ambient)
+                });
+                self.namespaces.set(name, mode);
             }
         }
     }
@@ -240,19 +237,15 @@ impl Cluster {
             }
             Event::Apply(object) | Event::InitApply(object) => {
                 let key = key(&object.metadata);
-                match read(&object) {
-                    Ok(read) => self.pods.set(key, read),
-                    Err(reason) => {
-                        // Of another pod with this name nothing is kept.
-                        let uid = object.metadata.uid.clone().unwrap_or_default();
-                        let last = self.pods.objects.get(&key).filter(|(known, _)| known.uids.contains(&uid)).cloned();
-                        self.complain(format!("Pod {}/{}: {reason}", key.0, key.1), last.is_some());
-                        match last {
-                            Some(last) => self.pods.set(key, last),
-                            None => drop(self.pods.objects.remove(&key)),
-                        }
-                    }
-                }
+                let mode = mode(&object.metadata).unwrap_or_else(|reason| {
+                    // Of another pod with this name nothing is kept.
+                    let uid = object.metadata.uid.clone().unwrap_or_default();
+                    let last = self.pods.objects.get(&key).filter(|(known, _)| known.uids.contains(&uid));
+                    let last = last.map(|(known, _)| known.mode);
+                    self.complain(format!("Pod {}/{}: {reason}", key.0, key.1), last.is_some());
+                    last.unwrap_or(Mode::Ambient)
+                });
+                self.pods.set(key, read(&object, mode));
             }
         }
     }
@@ -264,7 +257,8 @@ impl Cluster {
             self.complaints.clear();
         }
         if !self.complaints.contains(&text) {
-            tracing::warn!(keeps_last, "label refused: {text}");
+            let taken = if keeps_last { "the last good one counts" } else { "it counts as one that asks for the mesh" };
+            tracing::warn!(keeps_last, "label refused, {taken}: {text}");
             self.complaints.insert(text);
         }
     }
@@ -296,8 +290,8 @@ pub(super) fn mode(meta: &ObjectMeta) -> Result<Mode, String> {
     Mode::read(labels.and_then(|labels| labels.get(DATAPLANE_MODE)).map(String::as_str)).map_err(|e| e.to_string())
 }
 
-/// A pod, and where it is if it runs in a network of its own.
-fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
+/// A pod whose label says `mode`, and where it is if it runs in a network of its own.
+fn read(pod: &Pod, mode: Mode) -> (KnownPod, Option<Running>) {
     let meta = &pod.metadata;
     let annotation = |name| meta.annotations.as_ref().and_then(|all| all.get(name)).map(String::as_str);
     let uid = meta.uid.clone().unwrap_or_default();
@@ -307,7 +301,7 @@ fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
     let uids = [Some(uid.as_str()), static_uid].into_iter().flatten().filter(|uid| !uid.is_empty());
     let known = KnownPod {
         uids: uids.map(str::to_owned).collect(),
-        mode: mode(meta)?,
+        mode,
         host_network: pod.spec.host_network,
         service_account: account.unwrap_or("default").to_owned(),
     };
@@ -326,7 +320,7 @@ fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
         is_confirmed: annotation(REDIRECTION) == Some(ENABLED),
         owner: meta.owner_references.iter().flatten().find(|owner| owner.controller == Some(true)).cloned(),
     });
-    Ok((known, running))
+    (known, running)
 }
 
 impl std::fmt::Debug for Kubernetes {
@@ -432,14 +426,27 @@ mod tests {
     }
 
     #[test]
-    fn label_that_means_nothing_keeps_the_last_good_one() {
+    fn label_that_means_nothing_is_the_last_good_one_or_asks_for_the_mesh() {
         let wrong = || json!({ "metadata": { "labels": { DATAPLANE_MODE: "sidecar" } } });
         let mut cluster = listed(vec![pod("a", "u1", &json!({})), pod("b", "u2", &wrong())]);
-        assert!(!cluster.known().unwrap().knowledge.pods["shop"].contains_key("b"), "never had a good one");
+        let mode = |cluster: &Cluster, name: &str| cluster.known().unwrap().knowledge.pods["shop"][name].mode;
+        assert_eq!(
+            mode(&cluster, "b"),
+            Mode::Ambient,
+            "never had a good one: it is to be enrolled, also while it runs"
+        );
+        assert_eq!(cluster.known().unwrap().running.len(), 2);
         cluster.pod(Event::Apply(pod("a", "u1", &wrong())));
-        assert_eq!(cluster.known().unwrap().knowledge.pods["shop"]["a"].mode, Mode::Unset);
+        assert_eq!(mode(&cluster, "a"), Mode::Unset);
+        // What is not its label is known as it is now.
+        let mut ends = pod("a", "u1", &wrong());
+        ends.status.as_mut().unwrap().pod_ips.truncate(1);
+        cluster.pod(Event::Apply(ends));
+        assert_eq!((mode(&cluster, "a"), cluster.known().unwrap().running[0].addresses.len()), (Mode::Unset, 1));
         cluster.pod(Event::Apply(pod("a", "u9", &wrong())));
-        assert!(cluster.known().unwrap().knowledge.pods.is_empty(), "another pod of the same name");
+        assert_eq!(mode(&cluster, "a"), Mode::Ambient, "another pod of the same name");
+        cluster.namespace(Event::Apply(namespace("new", Some("Ambient"))));
+        assert_eq!(cluster.known().unwrap().knowledge.namespaces["new"], Mode::Ambient, "never had a good one");
         cluster.namespace(Event::Apply(namespace("shop", Some("Ambient"))));
         assert_eq!(cluster.known().unwrap().knowledge.namespaces["shop"], Mode::Ambient);
         cluster.namespace(Event::Apply(namespace("shop", None)));
