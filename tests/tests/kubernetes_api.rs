@@ -7,6 +7,8 @@
 mod entries;
 #[path = "kubernetes_api/leader.rs"]
 mod leader;
+#[path = "kubernetes_api/plugged.rs"]
+mod plugged;
 #[path = "kubernetes_api/policies.rs"]
 mod policies;
 #[path = "kubernetes_api/scene.rs"]

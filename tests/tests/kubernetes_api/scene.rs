@@ -236,6 +236,15 @@ pub struct Culvertd {
 }
 
 impl Culvertd {
+    /// Where discovery and certificates are.
+    pub fn address(&self) -> SocketAddr {
+        self.xds
+    }
+
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     pub fn is_ready(&self) -> bool {
         page(self.ready, "/healthz/ready").is_ok_and(|answer| answer.status == 200)
     }
