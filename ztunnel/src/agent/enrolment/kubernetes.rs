@@ -7,12 +7,16 @@
 
 pub mod report;
 
+#[cfg(test)]
+mod fault_tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
-use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use futures_util::FutureExt as _;
+use futures_util::stream::{Stream, StreamExt as _, unfold};
 use k8s_openapi::api::core::v1::{Namespace, Pod as ApiPod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
@@ -84,14 +88,33 @@ impl Kubernetes {
 
     fn namespaces(&self) -> impl Stream<Item = watcher::Result<Event<PartialObjectMeta<Namespace>>>> + use<> {
         let api: Api<PartialObjectMeta<Namespace>> = Api::all(self.client.clone());
-        watcher::watcher(api, watcher::Config::default().timeout(WATCH)).default_backoff()
+        follow(move || watcher::watcher(api.clone(), watcher::Config::default().timeout(WATCH))).default_backoff()
     }
 
     fn pods(&self) -> impl Stream<Item = watcher::Result<Event<Pod>>> + use<> {
         let api: Api<Pod> = Api::all_with(self.client.clone(), &ApiResource::erase::<ApiPod>(&()));
         let config = watcher::Config::default().timeout(WATCH).fields(&format!("spec.nodeName={}", self.node));
-        watcher::watcher(api, config).default_backoff()
+        follow(move || watcher::watcher(api.clone(), config.clone())).default_backoff()
     }
+}
+
+/// What `open` tells, begun anew where it cannot go on: the library notices that a version is too old only in a watch's
+/// stream. Where the answer's code says so, it would ask for that version for ever.
+fn follow<T, S>(open: impl Fn() -> S + Send) -> impl Stream<Item = watcher::Result<Event<T>>>
+where
+    S: Stream<Item = watcher::Result<Event<T>>> + Send + 'static,
+{
+    let first = open().boxed();
+    unfold((open, first), |(open, mut stream)| async move {
+        let next = stream.next().await?;
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &next
+            // 504: a version that is from the future, after a restore of etcd.
+            && matches!(status.code, 410 | 504)
+        {
+            stream = open().boxed();
+        }
+        Some((next, (open, stream)))
+    })
 }
 
 impl Source for Kubernetes {
