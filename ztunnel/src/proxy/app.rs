@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_hbone::Memory;
 use mesh_identity::ca_client::CaOptions;
 use mesh_identity::{CaClient, Connector, FileToken, Store};
 use mesh_runtime::admin;
@@ -26,6 +27,7 @@ use super::dns::{Dns, DnsMetrics};
 use super::dump::{Dump, Included};
 use super::guard;
 use super::handover::Handover;
+use super::held;
 use super::live::CloseReason;
 use super::metrics::Metrics;
 use super::pods::{Pods, StillAlive};
@@ -84,7 +86,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let cap = NodeCap::new(config.stock_cap);
     let host = Box::new(Arc::clone(&workers));
     let max = config.max_connections_per_pod;
-    let pods = Pods::new(host, config.trust_domain.clone(), max, Arc::clone(&cap), notices);
+    let memory = Memory::new(config.held_memory());
+    let pods = Pods::new(host, config.trust_domain.clone(), max, Arc::clone(&cap), notices, memory.clone());
     let handover = Handover {
         agent_socket: config.agent_socket.clone(),
         pods: Arc::clone(&pods),
@@ -110,6 +113,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     });
     let mut failure = handover.start().map_err(Error::Workers)?;
     tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
+    tokio::spawn(held::run(memory, Arc::clone(&pods), shared.tunnels.clone(), metrics.clone()));
     tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap)));
 
     let pages = Pages { log: log.clone(), readiness, registry };

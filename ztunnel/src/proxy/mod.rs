@@ -15,6 +15,7 @@ pub mod dump;
 pub mod error;
 pub mod guard;
 pub mod handover;
+pub mod held;
 pub mod inbound;
 pub mod jail;
 pub mod live;
@@ -97,6 +98,9 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         let share = usize::try_from(*files / 4).unwrap_or(usize::MAX).max(1);
         config.max_connections_per_pod = config.max_connections_per_pod.min(share);
     }
+    // The control group is out of sight in the jail.
+    let memory = mesh_runtime::limits::memory();
+    config.max_held_memory.get_or_insert_with(|| config::default_held_memory(memory));
     jail::enter(config.uid)?;
     let unreadable = app::check_files(&config);
     if !unreadable.is_empty() {

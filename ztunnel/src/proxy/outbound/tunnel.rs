@@ -34,10 +34,12 @@ pub async fn dial_tunnel(
         let (io, connection) = tls.get_ref();
         // Set once, here.
         let _ = io.facts().negotiated.set(Negotiated::of(peer.clone(), connection));
-        let made = mesh_hbone::client::handshake(tls, &shared.hbone).await.map_err(ConnectionError::Http2)?;
-        Ok::<_, ConnectionError>((made, peer))
+        let facts = Arc::clone(io.facts());
+        let options = facts.options(&shared.hbone);
+        let made = mesh_hbone::client::handshake(tls, &options).await.map_err(ConnectionError::Http2)?;
+        Ok::<_, ConnectionError>((made, peer, facts))
     };
-    let ((tunnel, driver), peer) = tokio::select! {
+    let ((tunnel, driver), peer, facts) = tokio::select! {
         made = handshakes => made?,
         () = pod.live.closed() => return Err(ConnectionError::PodGone),
     };
@@ -47,6 +49,7 @@ pub async fn dial_tunnel(
         let ended = tokio::select! {
             ended = driver => ended,
             () = pod.live.closed() => Ok(()),
+            () = facts.told_to_close() => Ok(()),
         };
         let Err(error) = ended else { return };
         tracing::debug!(%error, peer = %key.next_hop, "tunnel ended");
