@@ -59,7 +59,7 @@ pub async fn find(cluster: &Cluster, namespace: &str) -> Surroundings {
     };
     let daemon = |set: DaemonSet| {
         let is_own = set.metadata.namespace.as_deref() == Some(namespace);
-        let pod = set.spec.and_then(|spec| spec.template.spec);
+        let pod = set.spec.template.spec;
         (name(set.metadata), !is_own && pod.is_some_and(|pod| loads_programs(&pod)))
     };
     let [first, second] = REGISTRATIONS.map(|(name, ..)| cluster.get_global::<ValidatingWebhookConfiguration>(name));

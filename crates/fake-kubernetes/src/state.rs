@@ -156,15 +156,16 @@ impl State {
     /// Takes note of a question, and decides what becomes of it.
     pub(crate) fn judge(&mut self, asked: &Asked) -> (Verdict, Moment) {
         self.asked.push(asked.clone());
-        let refusal = self.refusals.iter_mut().find(|refusal| refusal.of.takes(asked));
-        let verdict = if self.token.is_some() && asked.token != self.token {
-            Verdict::Refuse(401, String::new())
-        } else if let Some(refusal) = refusal {
-            Verdict::Refuse(refusal.code, refusal.headers.clone())
-        } else {
-            let held = self.holds.iter_mut().find(|held| held.of.takes(asked));
-            Verdict::Answer(held.map(|held| held.place))
+        if self.token.is_some() && asked.token != self.token {
+            return (Verdict::Refuse(401, String::new()), self.now);
+        }
+        let refuse = |refusal: &mut Refusal| {
+            refusal.of.takes(asked).then(|| Verdict::Refuse(refusal.code, refusal.headers.clone()))
         };
+        let refused = self.refusals.iter_mut().find_map(refuse);
+        let mut held = self.holds.iter_mut();
+        let verdict = refused
+            .unwrap_or_else(|| Verdict::Answer(held.find_map(|held| held.of.takes(asked).then_some(held.place))));
         (verdict, self.now)
     }
 

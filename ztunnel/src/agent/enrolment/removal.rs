@@ -21,7 +21,9 @@ impl Removal {
 
     fn set(&self, wanted: bool) {
         match (self.0.swap(wanted, Ordering::Relaxed), wanted) {
-            (false, true) => tracing::warn!("the mesh's namespace is being deleted: this agent's end releases all pods"),
+            (false, true) => {
+                tracing::warn!("the mesh's namespace is being deleted: this agent's end releases all pods")
+            }
             (true, false) => tracing::info!("the mesh's namespace is there again: this agent's end releases no pod"),
             (true, true) | (false, false) => {}
         }
