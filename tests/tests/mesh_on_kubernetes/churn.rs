@@ -59,7 +59,12 @@ fn no_pod_starts_uncaptured_however_often_agents_are_killed() {
     assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes");
     // Those that are on the server's own node are not seen on the wire, but by its proxy.
     let unproven = mesh.unproven("busy");
-    assert!(unproven.is_empty(), "taken in without an identity: {unproven:#?}\n{:#?}\n{}", strangers(&mesh), mesh.state());
+    assert!(
+        unproven.is_empty(),
+        "taken in without an identity: {unproven:#?}\n{:#?}\n{}",
+        strangers(&mesh),
+        mesh.state()
+    );
     let addresses: Vec<IpAddr> = addresses.into_iter().collect();
     let server = [server.parse().unwrap()];
     let tunnels = report.between(&addresses, &server).filter(|(_, flow)| flow.is_tls() && flow.payload > 0).count();
