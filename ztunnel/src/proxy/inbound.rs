@@ -73,7 +73,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
             facts,
             drain: drain.clone(),
         });
-        let options = told.options(&worker.shared.hbone);
+        let options = mesh_hbone::Options { backlog: Arc::clone(&told.backlog), ..worker.shared.hbone.clone() };
         let turn = worker.turns.of(&pod.uid);
         let handler = move |request| turn.run(Arc::clone(&tunnel).connect(request));
         tokio::select! {
@@ -115,7 +115,8 @@ async fn authenticate(
     drop(waiting);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;
-    let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream);
+    let backlog = shared.hbone_of(pod).backlog;
+    let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream, &backlog);
     let (tls, identity) = handshake::accept(io, &credential).await?;
     let (io, connection) = tls.get_ref();
     // Set once, here.

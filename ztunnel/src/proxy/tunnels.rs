@@ -82,11 +82,6 @@ impl TunnelFacts {
     pub async fn told_to_close(&self) {
         self.close.notified().await;
     }
-
-    /// The options of this tunnel.
-    pub fn options(&self, options: &mesh_hbone::Options) -> mesh_hbone::Options {
-        mesh_hbone::Options { backlog: Arc::clone(&self.backlog), ..options.clone() }
-    }
 }
 
 /// What a TLS handshake brought.
@@ -121,8 +116,16 @@ impl Negotiated {
 }
 
 impl Tunnels {
-    /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries.
-    pub fn list(&self, direction: Direction, pod: &Pod, peer: SocketAddr, io: TcpStream) -> Metered {
+    /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries. What it holds is noted in
+    /// `backlog`.
+    pub fn list(
+        &self,
+        direction: Direction,
+        pod: &Pod,
+        peer: SocketAddr,
+        io: TcpStream,
+        backlog: &Arc<Backlog>,
+    ) -> Metered {
         // Fails only on what is no TCP socket.
         let _ = SockRef::from(&io).set_tcp_user_timeout(Some(USER_TIMEOUT));
         let facts = Arc::new(TunnelFacts {
@@ -137,7 +140,7 @@ impl Tunnels {
             written: AtomicU64::new(0),
             streams: AtomicUsize::new(0),
             served: AtomicU64::new(0),
-            backlog: Backlog::of(pod.memory.clone()),
+            backlog: Arc::clone(backlog),
             is_told: AtomicBool::new(false),
             close: Notify::new(),
         });

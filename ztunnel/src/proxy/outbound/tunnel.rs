@@ -25,17 +25,17 @@ pub async fn dial_tunnel(
 ) -> Result<(Tunnel, SpiffeId), ConnectionError> {
     let token = pod.live.token();
     let shared = &worker.shared;
+    let options = shared.hbone_of(&pod);
     let handshakes = async {
         // First what may take seconds, so that no socket waits for it.
         let credential = shared.certificates.certificate(&key.source).await?;
         let tcp = dial::upstream(&pod, key.next_hop).await?;
-        let io = shared.tunnels.list(Direction::Outbound, &pod, key.next_hop, tcp);
+        let io = shared.tunnels.list(Direction::Outbound, &pod, key.next_hop, tcp, &options.backlog);
         let (tls, peer) = handshake::connect(io, &credential, key.next_hop.ip(), &key.expected).await?;
         let (io, connection) = tls.get_ref();
         // Set once, here.
         let _ = io.facts().negotiated.set(Negotiated::of(peer.clone(), connection));
         let facts = Arc::clone(io.facts());
-        let options = facts.options(&shared.hbone);
         let made = mesh_hbone::client::handshake(tls, &options).await.map_err(ConnectionError::Http2)?;
         Ok::<_, ConnectionError>((made, peer, facts))
     };
