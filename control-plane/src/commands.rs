@@ -142,6 +142,8 @@ mod tests {
         assert_eq!(
             text,
             "a.yaml:1: Service shop/web: spec.ports[0].targetPort: 99999 is not a port; use 1 to 65535\n\
+             Service shop/web: is not valid, and has no earlier version: connections to those of its addresses that can be \
+             read are refused\n\
              0 objects in 1 files: not all valid\n"
         );
     }

@@ -171,7 +171,7 @@ mod tests {
     fn what_has_waited_longest_goes_first_and_no_more_than_needed() {
         let one = |bytes, since| Candidate { bytes, since, is_told: false };
         let candidates = [one(100, 9), one(100, 3), one(0, 0), one(200, 3), one(10, 1), one(100, 5)];
-        assert_eq!(choose(&candidates, 0), []);
+        assert_eq!(choose(&candidates, 0), Vec::<usize>::new());
         assert_eq!(choose(&candidates, 1), [3]);
         assert_eq!(choose(&candidates, 201), [3, 1]);
         assert_eq!(choose(&candidates, 400), [3, 1, 5]);
@@ -182,7 +182,7 @@ mod tests {
     fn what_is_ending_already_counts() {
         let one = |bytes, is_told| Candidate { bytes, since: 1, is_told };
         let candidates = [one(100, true), one(50, false), one(60, false)];
-        assert_eq!(choose(&candidates, 100), []);
+        assert_eq!(choose(&candidates, 100), Vec::<usize>::new());
         assert_eq!(choose(&candidates, 110), [2]);
     }
 }
