@@ -50,6 +50,7 @@ const WEBHOOKS: &str = "admissionregistration.k8s.io";
 const INGEST: &str = "control-plane/src/ingest/kubernetes/watch.rs";
 const ROOT: &str = "control-plane/src/ca/kubernetes/root.rs";
 const LEADER: &str = "control-plane/src/status/leader.rs";
+const REFUSALS: &str = "control-plane/src/status/refusals.rs";
 const STATUS: &str = "control-plane/src/status/objects.rs";
 const AGENT: &str = "ztunnel/src/agent/enrolment/kubernetes.rs";
 const REPORT: &str = "ztunnel/src/agent/enrolment/kubernetes/report.rs";
@@ -103,6 +104,7 @@ const TABLE: &[Right] = &[
     // Who makes something has no name to be held to; what is there already is not touched by it.
     right("culvertd", Scope::Own, "", &["secrets", "configmaps"], &[], &["create"], ROOT),
     right("culvertd", Scope::Own, "", &["configmaps"], &["culvert-ca-root-cert"], &["get", "patch"], ROOT),
+    right("culvertd", Scope::Own, "", &["configmaps"], &["culvertd-refusals"], &["get", "patch"], REFUSALS),
     right("culvertd", Scope::Own, "coordination.k8s.io", &["leases"], &["culvertd-leader"], &["get", "update"], LEADER),
     right("culvertd", Scope::Own, "coordination.k8s.io", &["leases"], &[], &["create"], LEADER),
     right("culvert-node", Scope::Cluster, "", &["pods"], &[], READ, AGENT),

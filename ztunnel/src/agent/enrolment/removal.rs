@@ -22,7 +22,7 @@ impl Removal {
     fn set(&self, wanted: bool) {
         match (self.0.swap(wanted, Ordering::Relaxed), wanted) {
             (false, true) => {
-                tracing::warn!("the mesh's namespace is being deleted: this agent's end releases all pods")
+                tracing::warn!("the mesh's namespace is being deleted: this agent's end releases all pods");
             }
             (true, false) => tracing::info!("the mesh's namespace is there again: this agent's end releases no pod"),
             (true, true) | (false, false) => {}
@@ -76,10 +76,10 @@ mod tests {
         serde_json::from_value(json!({ "metadata": metadata })).unwrap()
     }
 
-    fn after(events: Vec<Event<PartialObjectMeta<Namespace>>>) -> bool {
+    fn after(events: impl IntoIterator<Item = Event<PartialObjectMeta<Namespace>>>) -> bool {
         let removal = Removal::default();
         let mut own = OwnNamespace::new("culvert-system".into(), removal.clone());
-        events.iter().for_each(|event| own.take(event));
+        events.into_iter().for_each(|event| own.take(&event));
         removal.is_wanted()
     }
 
@@ -90,11 +90,11 @@ mod tests {
             let objects = objects.into_iter().map(Event::InitApply);
             [Event::Init].into_iter().chain(objects).chain([Event::InitDone])
         };
-        assert!(!after(listed(vec![own(false), namespace("shop", true)]).collect()));
-        assert!(after(listed(vec![own(true)]).collect()));
-        assert!(after(listed(vec![own(false)]).chain([Event::Apply(own(true))]).collect()));
-        assert!(after(listed(vec![own(false)]).chain([Event::Delete(own(false))]).collect()));
-        assert!(!after(listed(vec![own(false)]).chain([Event::Delete(namespace("shop", false))]).collect()));
+        assert!(!after(listed(vec![own(false), namespace("shop", true)])));
+        assert!(after(listed(vec![own(true)])));
+        assert!(after(listed(vec![own(false)]).chain([Event::Apply(own(true))])));
+        assert!(after(listed(vec![own(false)]).chain([Event::Delete(own(false))])));
+        assert!(!after(listed(vec![own(false)]).chain([Event::Delete(namespace("shop", false))])));
     }
 
     #[test]
@@ -104,9 +104,9 @@ mod tests {
             [Event::Init].into_iter().chain(object).chain([Event::InitDone])
         };
         let own = || Some(namespace("culvert-system", false));
-        assert!(after(list(own()).chain(list(None)).collect()));
-        assert!(!after(list(own()).chain([Event::Init]).collect()), "the list is not whole yet");
-        assert!(!after(list(None).collect()), "an agent whose mesh has no namespace of its own");
-        assert!(!after(list(own()).chain(list(None)).chain(list(own())).collect()), "it is there again");
+        assert!(after(list(own()).chain(list(None))));
+        assert!(!after(list(own()).chain([Event::Init])), "the list is not whole yet");
+        assert!(!after(list(None)), "an agent whose mesh has no namespace of its own");
+        assert!(!after(list(own()).chain(list(None)).chain(list(own()))), "it is there again");
     }
 }
