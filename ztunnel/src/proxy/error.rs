@@ -87,6 +87,12 @@ pub enum ConnectionError {
     /// The pod has too many connections.
     #[error("the pod has as many connections as it may; see --max-connections-per-pod")]
     TooManyConnections,
+    /// The pod has too many sockets, for how many descriptors the process has left.
+    #[error(
+        "the pod has as many sockets as the proxy has descriptors left; see process_open_fds and process_max_fds, and raise \
+         the limit of open files"
+    )]
+    TooManySockets,
     /// The pod has too many tunnels.
     #[error("peers have as many tunnels to the pod as they may")]
     TooManyTunnels,
@@ -143,6 +149,7 @@ impl ConnectionError {
             | Self::NoTunnel
             | Self::Open { .. }
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes => ResponseFlags::Connect,
@@ -176,6 +183,7 @@ impl ConnectionError {
             Self::GaveUp(_) => "gave_up",
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
+            Self::TooManySockets => "too_many_sockets",
             Self::TooManyTunnels => "too_many_tunnels",
             Self::TooManyFromPeer => "too_many_from_peer",
             Self::TooManyHandshakes => "too_many_handshakes",
@@ -206,6 +214,7 @@ impl ConnectionError {
             | Self::GaveUp(_)
             | Self::Copy(_)
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes
@@ -233,6 +242,7 @@ impl ConnectionError {
             | Self::NoTunnel
             | Self::Open { .. }
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes
@@ -290,6 +300,7 @@ impl ConnectionError {
             | Self::GaveUp(_)
             | Self::Copy(_)
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes

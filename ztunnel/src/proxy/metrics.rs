@@ -196,6 +196,10 @@ pub struct Metrics {
     pub pods_stopped: Counter,
     /// Sockets in stock, all pods together.
     pub stock_idle: Gauge,
+    /// Descriptors that the process has open.
+    pub descriptors_open: Gauge,
+    /// Descriptors that the process may have open.
+    pub descriptors_limit: Gauge,
 }
 
 /// The counters of one connection, looked up once.
@@ -252,6 +256,8 @@ impl Metrics {
         );
         registry.register("culvert_connection_failures", "Failed connections by cause", self.failures.clone());
         registry.register("culvert_stocked_sockets", "Sockets in stock for all pods", self.stock_idle.clone());
+        registry.register("process_open_fds", "Descriptors that are open", self.descriptors_open.clone());
+        registry.register("process_max_fds", "Descriptors that may be open", self.descriptors_limit.clone());
         let labels = [("component".into(), "ztunnel".into()), ("tag".into(), env!("CARGO_PKG_VERSION").into())];
         let build: Gauge = Gauge::default();
         build.set(1);

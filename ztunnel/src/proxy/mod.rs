@@ -7,6 +7,7 @@ pub mod admit;
 mod app;
 pub mod config;
 pub mod connect;
+pub mod descriptors;
 pub mod dial;
 pub mod discovery;
 pub mod dns;
@@ -20,6 +21,7 @@ pub mod live;
 pub mod local;
 pub mod lookup;
 pub mod metrics;
+pub mod open;
 pub mod outbound;
 pub mod plaintext;
 pub mod plan;
@@ -81,32 +83,35 @@ pub enum Error {
     ControlPlane(mesh_identity::connector::ConnectorError),
 }
 
+/// Open files that a process may have where nobody has said anything, and the kernel does not say either.
+const FEW_FILES: u64 = 1024;
+
 /// Runs the proxy until it is told to end. Must be called before the process has a second thread.
 ///
 /// # Errors
 /// Why it did not start.
-pub fn run(mut config: Config) -> Result<(), Error> {
+pub fn run(config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
     mesh_runtime::memory::keep_freed();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
-    let file_limit = mesh_runtime::limits::raise_open_files();
-    if let Ok(files) = &file_limit {
-        // One pod gets half of them at most, or its peers could take the sockets of all others.
-        let share = usize::try_from(*files / 4).unwrap_or(usize::MAX).max(1);
-        config.max_connections_per_pod = config.max_connections_per_pod.min(share);
-    }
+    let raised = mesh_runtime::limits::raise_open_files();
     jail::enter(config.uid)?;
     let unreadable = app::check_files(&config);
     if !unreadable.is_empty() {
         return Err(Error::Files(unreadable));
     }
     let log = mesh_runtime::log::init(&config.log_level, format)?;
-    if let Err(error) = file_limit {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-    }
+    let file_limit = match raised {
+        Ok(files) => files,
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+            mesh_runtime::limits::open_files_limit().unwrap_or(FEW_FILES)
+        }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
-    runtime.block_on(app::run(config, log))
+    let file_limit = usize::try_from(file_limit).unwrap_or(usize::MAX);
+    runtime.block_on(app::run(config, file_limit, log))
 }
 
 #[cfg(test)]

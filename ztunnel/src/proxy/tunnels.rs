@@ -14,8 +14,8 @@ use mesh_model::SpiffeId;
 use rustls::CommonState;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 
+use super::open::PodStream;
 use super::pods::Pod;
 use super::record::Direction;
 
@@ -93,9 +93,9 @@ impl Negotiated {
 
 impl Tunnels {
     /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries.
-    pub fn list(&self, direction: Direction, pod: &Pod, peer: SocketAddr, io: TcpStream) -> Metered {
+    pub fn list(&self, direction: Direction, pod: &Pod, peer: SocketAddr, io: PodStream) -> Metered {
         // Fails only on what is no TCP socket.
-        let _ = SockRef::from(&io).set_tcp_user_timeout(Some(USER_TIMEOUT));
+        let _ = SockRef::from(&*io).set_tcp_user_timeout(Some(USER_TIMEOUT));
         let facts = Arc::new(TunnelFacts {
             direction,
             pod: format!("{}/{}", pod.namespace, pod.name),
@@ -130,7 +130,7 @@ impl Register {
 /// A tunnel's TCP connection, with its bytes counted.
 #[derive(Debug)]
 pub struct Metered {
-    io: TcpStream,
+    io: PodStream,
     facts: Arc<TunnelFacts>,
     id: u64,
     register: Arc<Register>,
