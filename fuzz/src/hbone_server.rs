@@ -36,7 +36,9 @@ async fn answer(mut request: Request) {
     match request.authority.port() % 4 {
         0 => request.refuse(503),
         1 => request.reset(ResetReason::Refused),
-        2 => request.cancelled().await,
+        2 => {
+            request.given_up().await;
+        }
         _ => {
             let Ok(mut stream) = request.accept(&Headers::new()) else { return };
             while let Ok(Some(data)) = stream.read().await {

@@ -32,19 +32,21 @@ pub fn exchange(stream: TcpStream, method: &str, host: &str, path: &str) -> Resu
     let what = || format!("{method} {path} from {host}");
     stream.set_read_timeout(Some(BOUND)).during(what)?;
     stream.set_write_timeout(Some(BOUND)).during(what)?;
-    talk(stream, method, host, path, None)
+    talk(stream, method, host, path, "", None)
 }
 
-/// As [`exchange`], over any stream that bounds its own waiting; `body` with its media type.
+/// As [`exchange`], over any stream that bounds its own waiting; with further lines of the head, each with its end, and `body`
+/// with its media type.
 pub(crate) fn talk(
     mut stream: impl Read + Write,
     method: &str,
     host: &str,
     path: &str,
+    more: &str,
     body: Option<(&str, &[u8])>,
 ) -> Result<Answer, Error> {
     let what = || format!("{method} {path} from {host}");
-    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n");
+    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{more}");
     if let Some((kind, _)) = body {
         request.push_str(&format!("content-type: {kind}\r\n"));
     }

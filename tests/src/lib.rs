@@ -54,6 +54,7 @@ pub mod metrics;
 pub mod mounts;
 pub mod netns;
 pub mod node;
+pub mod picture;
 pub mod pod;
 pub mod prerequisites;
 pub mod process;

@@ -3,12 +3,20 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "kubernetes_api/agent.rs"]
+mod agent;
 #[path = "kubernetes_api/entries.rs"]
 mod entries;
 #[path = "kubernetes_api/leader.rs"]
 mod leader;
+#[path = "kubernetes_api/not_valid.rs"]
+mod not_valid;
+#[path = "kubernetes_api/plugged.rs"]
+mod plugged;
 #[path = "kubernetes_api/policies.rs"]
 mod policies;
+#[path = "kubernetes_api/rights.rs"]
+mod rights;
 #[path = "kubernetes_api/scene.rs"]
 mod scene;
 #[path = "kubernetes_api/status.rs"]

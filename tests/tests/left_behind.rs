@@ -10,29 +10,23 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::Duration;
 
 use common::{connect, echo_any, until_connected};
-use futures_util::TryStreamExt;
 use nix::sys::stat::fstat;
-use rtnetlink::IpVersion;
-use rtnetlink::packet_route::route::RouteMessage;
 use tests::Error;
 use tests::bpf;
 use tests::cgroup::resident;
 use tests::cluster::Cluster;
 use tests::families::Families;
 use tests::netns::NetNs;
+use tests::picture::{self, Picture, differences, files};
 
 /// What agent and proxy together may have grown by: pools and the allocator's own.
 const MEMORY: u64 = 16 << 20;
 /// Rounds before memory is looked at.
 const WARM: usize = 40;
 const BOUND: Duration = Duration::from_secs(20);
-
-/// Everything that a pod's enrolment touches, as text by place.
-type Picture = BTreeMap<String, Vec<String>>;
 
 fn picture(cluster: &Cluster, networks: &[(&str, &NetNs)]) -> Result<Picture, Error> {
     let node = cluster.node(1)?;
@@ -54,9 +48,7 @@ fn picture(cluster: &Cluster, networks: &[(&str, &NetNs)]) -> Result<Picture, Er
     let mut inodes = Vec::new();
     for (name, network) in networks {
         inodes.push(u32::try_from(fstat(network.as_fd()).unwrap().st_ino).unwrap());
-        all.insert(format!("rules and routes of {name}"), rules_and_routes(network)?);
-        all.insert(format!("sysctls of {name}"), network.run(sysctls)?);
-        all.insert(format!("sockets of {name}"), network.run(sockets)?);
+        all.extend(picture::of_network(name, network)?);
     }
     let links = bpf::links()?.into_iter().filter(|link| match link {
         bpf::Link::Cgroup { id, .. } => *id == group,
@@ -66,21 +58,6 @@ fn picture(cluster: &Cluster, networks: &[(&str, &NetNs)]) -> Result<Picture, Er
     links.sort();
     all.insert("links of programs".to_owned(), links);
     Ok(all)
-}
-
-fn files(folder: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut next = vec![folder.to_path_buf()];
-    while let Some(folder) = next.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            found.push(entry.path().display().to_string());
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                next.push(entry.path());
-            }
-        }
-    }
-    found.sort();
-    found
 }
 
 /// Kinds of descriptors and how many there are of each; namespaces by their inode.
@@ -98,84 +75,8 @@ fn descriptors(pid: u32) -> Vec<String> {
     kinds.into_iter().map(|(kind, count)| format!("{count} x {kind}")).collect()
 }
 
-fn rules_and_routes(network: &NetNs) -> Result<Vec<String>, Error> {
-    let failed = |e: rtnetlink::Error| Error::Absent(e.to_string());
-    network.netlink(|handle| async move {
-        let mut found = Vec::new();
-        for version in [IpVersion::V4, IpVersion::V6] {
-            let rules: Vec<_> = handle.rule().get(version).execute().try_collect().await.map_err(failed)?;
-            found.extend(rules.iter().map(|rule| format!("{rule:?}")));
-        }
-        let mut v4 = RouteMessage::default();
-        v4.header.address_family = rtnetlink::packet_route::AddressFamily::Inet;
-        let mut v6 = RouteMessage::default();
-        v6.header.address_family = rtnetlink::packet_route::AddressFamily::Inet6;
-        for ask in [v4, v6] {
-            let routes: Vec<_> = handle.route().get(ask).execute().try_collect().await.map_err(failed)?;
-            // What the kernel learnt by itself comes and goes.
-            let lasting = routes.iter().filter(|route| !format!("{route:?}").contains("Cloned"));
-            found.extend(lasting.map(|route| format!("{:?} {:?}", route.header, route.attributes)));
-        }
-        let queues: Vec<_> = handle.qdisc().get().execute().try_collect().await.map_err(failed)?;
-        found.extend(queues.iter().map(|queue| format!("{:?}", queue.header)));
-        found.sort();
-        Ok(found.into_iter().map(|line| without_times(&line)).collect())
-    })
-}
-
-/// Cache figures of a route change with every packet.
-fn without_times(line: &str) -> String {
-    line.split_once("CacheInfo").map_or(line, |(before, _)| before).to_owned()
-}
-
-fn sysctls() -> Vec<String> {
-    let mut found = Vec::new();
-    for folder in ["ipv4", "ipv4/conf/all", "ipv4/conf/lo", "ipv4/conf/eth0", "ipv6", "ipv6/conf/all", "ipv6/conf/eth0"]
-    {
-        for entry in fs::read_dir(Path::new("/proc/sys/net").join(folder)).into_iter().flatten().flatten() {
-            if let Ok(value) = fs::read_to_string(entry.path()) {
-                found.push(format!("{} = {}", entry.path().display(), value.trim()));
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
-/// Sockets by protocol, address, port and state, but for those that only wait for their time to end.
-fn sockets() -> Vec<String> {
-    let mut found = Vec::new();
-    for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6"] {
-        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
-        for line in text.lines().skip(1) {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            if let Some([local, remote, state]) = words.get(1..4).and_then(|w| <[&str; 3]>::try_from(w).ok())
-                && state != "06"
-            {
-                found.push(format!("{table} {local} {remote} {state}"));
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
 /// How many sockets the proxy may have more or less than before: its stock for the other pod follows that pod's rate.
 const STOCK: usize = 16;
-
-/// The lines that only one of the two has.
-fn differences(before: &Picture, after: &Picture) -> Vec<String> {
-    let mut found = Vec::new();
-    for (place, lines) in before {
-        let now = &after[place];
-        found.extend(lines.iter().filter(|line| !now.contains(line)).map(|line| format!("{place}: gone: {line}")));
-        found.extend(now.iter().filter(|line| !lines.contains(line)).map(|line| format!("{place}: new: {line}")));
-        if lines.len() != now.len() {
-            found.push(format!("{place}: {} lines, were {}", now.len(), lines.len()));
-        }
-    }
-    found
-}
 
 fn proxy_sockets(cluster: &Cluster) -> Result<usize, Error> {
     let all = descriptors(cluster.node(1)?.proxy()?.pid().expect("running"));

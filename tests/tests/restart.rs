@@ -67,12 +67,28 @@ fn the_control_plane_dies_and_traffic_goes_on() -> Result<(), Error> {
     let to = server.at(7000).to_string();
     until_connected(&client, &to);
     let control = cluster.control()?;
+    let is_connected = |expected: f64| {
+        let shown = |index: usize| {
+            let text = cluster.node(index).ok()?.metrics().ok()?;
+            let gauge = |name: &str| tests::metrics::samples(&text, name).next().map(|sample| sample.value);
+            Some((gauge("culvert_xds_connected")?, gauge("culvert_xds_disconnected_seconds")?))
+        };
+        tests::wait::until(&format!("both proxies say that connected is {expected}"), BOUND, || {
+            let both = [shown(1)?, shown(2)?];
+            both.iter()
+                .all(|(connected, lost)| *connected == expected && (*lost == 0.0 || expected == 0.0))
+                .then_some(())
+        })
+    };
+    is_connected(1.0)?;
     control.component.kill()?;
+    is_connected(0.0)?;
     for _ in 0..5 {
         let seen = connect(&client, &to, &["--send", "hello", "--read", "5"]);
         assert!(seen.ok, "{seen:?}");
     }
     control.component.start()?;
+    is_connected(1.0)?;
     let late = echo(&cluster, "late", 2).enrolled(true).start()?;
     until_connected(&client, &late.at(7000).to_string());
     Ok(())

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::storm::{Storm, settled};
 use tests::Error;
-use tests::app::storm::{Report, now};
+use tests::app::storm::{Failure, Report, now};
 use tests::cluster::Cluster;
 use tests::families::Families;
 use tests::pod::Pod;
@@ -151,9 +151,10 @@ fn killing_the_proxy_fails_no_new_connection() -> Result<(), Error> {
         proxy.start()
     };
     let (report, begun) = Stage::start()?.under_load("proxy killed", kill)?;
-    // A connection that was established when the proxy was killed, within the time that the kill took, was open.
-    let was_open = |connected: u64| connected > 0 && begun.iter().any(|kill| connected <= kill + 50_000);
-    let new: Vec<_> = report.failed.iter().filter(|f| !was_open(f.connected)).collect();
+    // A connection that was established when a proxy was killed, within the time that the kill took, and failed after it.
+    let broken_by = |kill: &u64, one: &Failure| one.connected <= kill + 50_000 && one.ended >= *kill;
+    let was_open = |one: &Failure| one.connected > 0 && begun.iter().any(|kill| broken_by(kill, one));
+    let new: Vec<_> = report.failed.iter().filter(|one| !was_open(one)).collect();
     assert!(new.is_empty(), "{new:#?}");
     let refused = report.failures.keys().any(|kind| kind.starts_with("connect"));
     assert!(!refused, "{:?}", report.failures);

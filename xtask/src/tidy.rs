@@ -14,6 +14,7 @@ const MAX_LINES: usize = 700;
 
 /// Which workspace packages each package may depend on. `mesh-runtime` is everybody's; no component knows another.
 const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
+    ("crates/fake-kubernetes", &[]),
     ("crates/mesh-proto", &[]),
     ("crates/mesh-model", &["mesh-proto"]),
     ("crates/mesh-xds", &["mesh-proto", "mesh-model", "mesh-runtime"]),
@@ -23,9 +24,18 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("ztunnel-ebpf", &[]),
     (
         "ztunnel",
-        &["mesh-proto", "mesh-model", "mesh-xds", "mesh-identity", "mesh-hbone", "mesh-runtime", "ztunnel-ebpf"],
+        &[
+            "fake-kubernetes",
+            "mesh-proto",
+            "mesh-model",
+            "mesh-xds",
+            "mesh-identity",
+            "mesh-hbone",
+            "mesh-runtime",
+            "ztunnel-ebpf",
+        ],
     ),
-    ("control-plane", &["mesh-proto", "mesh-model", "mesh-xds", "mesh-identity", "mesh-runtime"]),
+    ("control-plane", &["fake-kubernetes", "mesh-proto", "mesh-model", "mesh-xds", "mesh-identity", "mesh-runtime"]),
     // The end-to-end tests see the mesh from outside, as its users do; only the wire is shared.
     ("tests", &["mesh-proto"]),
     (
@@ -68,6 +78,7 @@ const CONFINED: &[(&[&str], &[&str], &str)] = &[
 
 /// Everything but `crates/mesh-model`.
 const NOT_THE_MODEL: &[&str] = &[
+    "crates/fake-kubernetes",
     "crates/mesh-hbone",
     "crates/mesh-identity",
     "crates/mesh-proto",

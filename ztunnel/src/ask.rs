@@ -43,6 +43,17 @@ pub fn ready(options: &Options) -> Result<(), ClientError> {
     ask(options, pod_request::Kind::Ping(node::Ping {})).map(drop)
 }
 
+/// Whether the agent answers at all, also that it cannot enrol pods yet.
+///
+/// # Errors
+/// When it is not there or does not answer.
+pub fn alive(options: &Options) -> Result<(), ClientError> {
+    match ready(options) {
+        Err(error @ (ClientError::Unreachable { .. } | ClientError::Unanswered { .. })) => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// The pods that are enrolled, as text.
 ///
 /// # Errors
@@ -136,6 +147,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let options = Options { run_dir: folder.path().into(), output: Output::Text };
         assert!(matches!(ready(&options), Err(ClientError::Unreachable { .. })));
+        assert!(matches!(alive(&options), Err(ClientError::Unreachable { .. })));
         assert!(matches!(pods(&options), Err(ClientError::Unreachable { .. })));
     }
 }

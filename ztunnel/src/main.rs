@@ -25,6 +25,8 @@ enum Command {
     Cni,
     /// Ask this node's agent whether pods can be enrolled: exit code 0 if so
     Ready(ask::Options),
+    /// Ask this node's agent whether it answers: exit code 0 also if pods cannot be enrolled yet
+    Alive(ask::Options),
     /// Ask this node's agent which pods are enrolled, each checked in the kernel now
     Pods(ask::Options),
     /// Print the version
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Proxy(config) => proxy::run(*config).map_err(Into::into),
         Command::Cni => return cni::run(),
         Command::Ready(options) => ask::ready(&options).map_err(Into::into),
+        Command::Alive(options) => ask::alive(&options).map_err(Into::into),
         Command::Pods(options) => ask::pods(&options).map(|text| print!("{text}")).map_err(Into::into),
         Command::Version => {
             println!("{}", env!("CARGO_PKG_VERSION"));

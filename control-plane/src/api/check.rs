@@ -25,11 +25,6 @@ pub(super) fn is_dns_subdomain(text: &str) -> bool {
     text.len() <= 253 && text.split('.').all(is_dns_label)
 }
 
-/// RFC 1035 label: like an RFC 1123 one, and begins with a letter. Service names are such.
-pub(super) fn is_service_name(text: &str) -> bool {
-    is_dns_label(text) && text.as_bytes().first().is_some_and(u8::is_ascii_lowercase)
-}
-
 /// Name of a port that a container declares and a target port may use (RFC 6335 service name).
 pub(super) fn is_port_name(text: &str) -> bool {
     text.len() <= 15 && is_dns_label(text) && text.bytes().any(|b| b.is_ascii_lowercase()) && !text.contains("--")
@@ -79,9 +74,10 @@ pub(super) fn namespaced(kind: Kind, meta: &ObjectMeta, problems: &mut Problems)
         problems.add("metadata.namespace", format!("{namespace:?} is not a namespace name"), DNS_LABEL_FIX);
     }
     let name = meta.name.as_deref().unwrap_or_default();
-    let valid = if kind == Kind::Service { is_service_name(name) } else { is_dns_subdomain(name) };
+    // A service's may begin with a digit from Kubernetes 1.36 on (KEP-5311).
+    let valid = if kind == Kind::Service { is_dns_label(name) } else { is_dns_subdomain(name) };
     if !valid {
-        let fix = if kind == Kind::Service { SERVICE_NAME_FIX } else { DNS_SUBDOMAIN_FIX };
+        let fix = if kind == Kind::Service { DNS_LABEL_FIX } else { DNS_SUBDOMAIN_FIX };
         problems.add("metadata.name", format!("{name:?} is not a name for a {kind}"), fix);
     }
     (Name::new(namespace, name), object_labels(meta, problems))
@@ -128,12 +124,7 @@ pub(super) fn address(field: &str, text: &str, problems: &mut Problems) -> Optio
         return None;
     };
     let v4_mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-    if address.is_unspecified()
-        || address.is_loopback()
-        || address.is_multicast()
-        || is_link_local(address)
-        || v4_mapped
-    {
+    if !is_reachable(address) || v4_mapped {
         problems.add(
             field,
             format!("{address} cannot be reached from another node"),
@@ -142,6 +133,16 @@ pub(super) fn address(field: &str, text: &str, problems: &mut Problems) -> Optio
         return None;
     }
     Some(address)
+}
+
+/// Whether it is an address that cannot be reached from another node, such as load balancers for one machine give services.
+pub(super) fn is_near(text: &str) -> bool {
+    text.parse::<IpAddr>().is_ok_and(|address| !is_reachable(address))
+}
+
+/// Whether the address may be reached from another node.
+fn is_reachable(address: IpAddr) -> bool {
+    !address.is_unspecified() && !address.is_loopback() && !address.is_multicast() && !is_link_local(address)
 }
 
 /// Addresses without repetition, in the order in which they were given.
@@ -154,6 +155,14 @@ impl Addresses {
         if let Some(address) = address(field, text, problems)
             && !self.0.contains(&address)
         {
+            self.0.push(address);
+        }
+    }
+
+    /// Adds the address of an object that is not valid, if it is one in whatever form.
+    pub(super) fn add_unread(&mut self, text: &str) {
+        let address = text.parse::<IpAddr>().ok().map(|address| address.to_canonical());
+        if let Some(address) = address.filter(|address| is_reachable(*address) && !self.0.contains(address)) {
             self.0.push(address);
         }
     }
@@ -175,5 +184,3 @@ pub(super) fn system_time(timestamp: &k8s_openapi::jiff::Timestamp) -> Option<Sy
 pub(super) const DNS_LABEL_FIX: &str = "use at most 63 of a-z, 0-9 and '-', with a letter or digit at both ends";
 pub(super) const DNS_SUBDOMAIN_FIX: &str =
     "use at most 253 of a-z, 0-9, '-' and '.', with a letter or digit at both ends of each part";
-const SERVICE_NAME_FIX: &str =
-    "use at most 63 of a-z, 0-9 and '-', beginning with a letter, ending with a letter or digit";

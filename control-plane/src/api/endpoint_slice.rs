@@ -67,7 +67,7 @@ pub(super) fn validate(object: &k8s::EndpointSlice) -> Result<EndpointSlice, Vec
     let mut problems = Problems::default();
     let (name, labels) = check::namespaced(Kind::EndpointSlice, &object.metadata, &mut problems);
     let service = labels.get(SERVICE_NAME).map(|service| {
-        if !check::is_service_name(service) {
+        if !check::is_dns_label(service) {
             problems.add(
                 format!("metadata.labels[{SERVICE_NAME}]"),
                 format!("{service:?} is not a service name"),

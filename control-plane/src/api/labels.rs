@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
+
 use super::problem::Problems;
 
 /// Labels or a selector: key to value.
@@ -12,6 +14,14 @@ const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
+
+/// The labels of an object that is not valid; none where they cannot be read.
+pub(super) fn unread(object: &Value) -> Option<Labels> {
+    match object.pointer("/metadata/labels") {
+        None | Some(Value::Null) => Some(Labels::new()),
+        Some(labels) => serde_json::from_value(labels.clone()).ok(),
+    }
+}
 
 /// What the label `istio.io/dataplane-mode` of a namespace or a pod asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +51,14 @@ impl DataplaneMode {
                 Self::Unset
             }
         }
+    }
+
+    /// The safest reading of labels of an object that is not valid, none where they cannot be read: what is not said is
+    /// that it is to be enrolled.
+    pub(super) fn read_safely(labels: Option<&Labels>) -> Self {
+        let mut problems = Problems::default();
+        let mode = labels.map(|labels| Self::read(labels, &mut problems));
+        mode.filter(|_| problems.is_empty()).unwrap_or(Self::Ambient)
     }
 }
 
@@ -75,5 +93,12 @@ impl WaypointBinding {
                 name: name.to_owned(),
             }),
         }
+    }
+
+    /// The safest reading of labels of an object that is not valid, none where they cannot be read: they may name a waypoint,
+    /// so nobody gets past one that no object can be.
+    pub(super) fn read_safely(labels: Option<&Labels>) -> Self {
+        let nowhere = || Self::Waypoint(WaypointRef { namespace: None, name: "_".to_owned() });
+        labels.map_or_else(nowhere, Self::read)
     }
 }

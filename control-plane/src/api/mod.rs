@@ -44,7 +44,7 @@ pub use pod::{ContainerPort, Owner, Phase, Pod};
 pub use problem::{Problem, Problems};
 pub use service::{AppProtocol, EntryPart, Families, Service, ServiceAddresses, ServicePort, TargetPort, Topology};
 pub use service_entry::{Resolution, ServiceEntry};
-pub use stand_in::of as stand_in;
+pub use stand_in::{keep, of as stand_in};
 pub use workload_entry::{EntryAddress, EntryEndpoint, WorkloadEntry};
 pub use workload_kinds::{Deployment, ServiceAccount};
 

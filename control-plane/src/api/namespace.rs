@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1 as k8s;
 use serde_json::Value;
 
 use super::check;
-use super::labels::{DataplaneMode, Labels, WaypointBinding, WaypointRef};
+use super::labels::{self, DataplaneMode, WaypointBinding};
 use super::name::Kind;
 use super::problem::{Problem, Problems};
 
@@ -41,12 +41,6 @@ pub(super) fn validate(object: &k8s::Namespace) -> Result<Namespace, Vec<Problem
 
 /// The safest reading of a namespace that is not valid: its pods are enrolled, and behind the waypoint that it names.
 pub(super) fn stand_in(name: Arc<str>, value: &Value) -> Namespace {
-    let labels = value.pointer("/metadata/labels").filter(|labels| !labels.is_null());
-    let waypoint = match labels.map(|labels| serde_json::from_value::<Labels>(labels.clone())) {
-        None => WaypointBinding::Unset,
-        Some(Ok(labels)) => WaypointBinding::read(&labels),
-        // They may name one; so nobody gets past one that no object can be.
-        Some(Err(_)) => WaypointBinding::Waypoint(WaypointRef { namespace: None, name: "_".to_owned() }),
-    };
+    let waypoint = WaypointBinding::read_safely(labels::unread(value).as_ref());
     Namespace { name, mode: DataplaneMode::Ambient, waypoint, is_stand_in: true }
 }

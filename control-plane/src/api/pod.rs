@@ -1,5 +1,7 @@
 //! Pod: address, identity, node, readiness, and what the mesh's own labels and annotations say.
 
+mod stand_in;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -10,6 +12,8 @@ use super::check;
 use super::labels::{DataplaneMode, Labels, WaypointBinding};
 use super::name::{Kind, Name};
 use super::problem::{Problem, Problems};
+
+pub(super) use stand_in::{keep, stand_in};
 
 /// A pod.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,6 +52,13 @@ pub struct Pod {
     pub owner: Option<Owner>,
     /// When it was created; none when the object does not say.
     pub created: Option<SystemTime>,
+    /// It stands for one that is not valid: what could be read of it.
+    pub is_stand_in: bool,
+}
+
+impl Pod {
+    /// The account of a pod of which it cannot be read as whom it runs. No account has the name, so nobody can be it.
+    pub const NOBODY: &str = "_";
 }
 
 /// `status.phase` of a pod.
@@ -134,6 +145,7 @@ pub(super) fn validate(object: &k8s::Pod) -> Result<Pod, Vec<Problem>> {
         created: meta.creation_timestamp.as_ref().and_then(|time| check::system_time(&time.0)),
         name,
         labels,
+        is_stand_in: false,
     };
     problems.finish(pod)
 }

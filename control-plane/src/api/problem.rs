@@ -56,6 +56,11 @@ impl Problems {
         }
     }
 
+    /// Whether nothing was noted.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
     /// The validated value if nothing was noted, else the list.
     ///
     /// # Errors

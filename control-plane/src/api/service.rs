@@ -1,5 +1,7 @@
 //! Service: its addresses, its ports, and which pods stand behind it.
 
+mod stand_in;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,6 +14,8 @@ use super::check;
 use super::labels::{GATEWAY_NAME, Labels, WaypointBinding};
 use super::name::{Kind, Name};
 use super::problem::{Problem, Problems};
+
+pub(super) use stand_in::{keep, stand_in};
 
 /// A service.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +38,8 @@ pub struct Service {
     pub waypoint: WaypointBinding,
     /// What only a host of a ServiceEntry has; none for a Service. The host is then the whole name.
     pub entry: Option<EntryPart>,
+    /// It stands for one that is not valid: nothing is known of it but its addresses, and nobody reaches it.
+    pub is_stand_in: bool,
 }
 
 /// What a host of a ServiceEntry has beside what a Service has.
@@ -182,6 +188,7 @@ pub(super) fn validate(object: &k8s::Service) -> Result<Service, Vec<Problem>> {
         topology: topology(spec, &mut problems),
         waypoint: waypoint(&labels),
         entry: None,
+        is_stand_in: false,
     };
     problems.finish(service)
 }
@@ -233,10 +240,12 @@ fn addresses(object: &k8s::Service, spec: &k8s::ServiceSpec, problems: &mut Prob
     if found.0.is_empty() {
         return ServiceAddresses::Allocate;
     }
-    // A load balancer's address reaches the service from inside as well, unless it must be passed through (`Proxy`).
+    // A load balancer's address reaches the service from inside as well, unless it must be passed through (`Proxy`). One that
+    // no other node reaches is nothing that the service's author can mend, and nothing that the mesh could carry.
     let ingress = object.status.as_ref().and_then(|status| status.load_balancer.as_ref()?.ingress.as_deref());
     for (index, entry) in ingress.unwrap_or_default().iter().enumerate() {
-        if let Some(text) = entry.ip.as_deref().filter(|_| entry.ip_mode.as_deref() != Some("Proxy")) {
+        let is_passed_through = entry.ip_mode.as_deref() == Some("Proxy");
+        if let Some(text) = entry.ip.as_deref().filter(|text| !is_passed_through && !check::is_near(text)) {
             found.add(&format!("status.loadBalancer.ingress[{index}].ip"), text, problems);
         }
     }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::name::{Kind, ObjectId};
-use super::{Object, authorization_policy, namespace, peer_authentication};
+use super::{Object, authorization_policy, namespace, peer_authentication, pod, service};
 
-/// The safest reading of the object `id`, which is not valid. None where it is safest that there is no such object.
+/// The safest reading of the object `id`, which is not valid. None where it is safest that there is no such object, and for
+/// names under which it would be taken for another one; those are in no cluster.
 pub fn of(id: &ObjectId, value: &Value) -> Option<Object> {
+    let is_in_name = |mark: char| id.name.contains(mark) || id.namespace.contains(mark);
     match id.kind {
         Kind::AuthorizationPolicy => authorization_policy::stand_in(id.to_name(), value)
             .map(|policy| Object::AuthorizationPolicy(Arc::new(policy))),
@@ -17,15 +19,29 @@ pub fn of(id: &ObjectId, value: &Value) -> Option<Object> {
             Some(Object::PeerAuthentication(Arc::new(peer_authentication::stand_in(id.to_name(), value))))
         }
         Kind::Namespace => Some(Object::Namespace(Arc::new(namespace::stand_in(id.name.clone(), value)))),
+        // A name with a dot is a host of a ServiceEntry.
+        Kind::Service => (!is_in_name('/') && !id.name.contains('.'))
+            .then(|| Object::Service(Arc::new(service::stand_in(id.to_name(), value)))),
+        Kind::Pod => (!is_in_name('/')).then(|| Object::Pod(Arc::new(pod::stand_in(id.to_name(), value)))),
         Kind::Node
         | Kind::ServiceAccount
         | Kind::Deployment
-        | Kind::Service
         | Kind::EndpointSlice
-        | Kind::Pod
         | Kind::ServiceEntry
         | Kind::WorkloadEntry
         | Kind::Gateway
         | Kind::GatewayClass => None,
+    }
+}
+
+/// What of the last good version of an object stays in force beside its newest one, which is not valid and stood in for by
+/// `newest`. None: nothing does, since it is not the same object any more.
+pub fn keep(last: &Object, newest: Option<&Object>) -> Option<Object> {
+    match (last, newest) {
+        (Object::Pod(last), Some(Object::Pod(newest))) => pod::keep(last, newest).map(|pod| Object::Pod(Arc::new(pod))),
+        (Object::Service(last), Some(Object::Service(newest))) => {
+            Some(Object::Service(Arc::new(service::keep(last, newest))))
+        }
+        _ => Some(last.clone()),
     }
 }

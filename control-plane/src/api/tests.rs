@@ -84,6 +84,15 @@ fn a_service_is_read() {
     assert_eq!(service.addresses, ServiceAddresses::Allocate);
     let targets: Vec<_> = service.ports.iter().map(|port| (port.port, port.target.clone())).collect();
     assert_eq!(targets, [(80, TargetPort::Named("web".to_owned())), (9090, TargetPort::Number(9090))]);
+    // As Kubernetes names services from 1.36 on, and with addresses of load balancers for one machine.
+    let Object::Service(service) = accepted(
+        "{apiVersion: v1, kind: Service, metadata: {name: 1web}, spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]},
+          status: {loadBalancer: {ingress: [{ip: 127.0.0.1}, {ip: 192.0.2.1}, {ip: 192.0.2.2, ipMode: Proxy}, {ip: '169.254.1.1'}]}}}",
+    ) else {
+        panic!("not a service")
+    };
+    let given = ["10.96.0.1", "192.0.2.1"].map(|address| address.parse().unwrap()).to_vec();
+    assert_eq!(service.addresses, ServiceAddresses::Given(given));
 }
 
 /// Name, manifest, mistakes.
@@ -144,9 +153,9 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ),
     (
         "service addresses",
-        "{apiVersion: v1, kind: Service, metadata: {name: 1web}, spec: {clusterIP: 127.0.0.1, ports: [{port: 80}]}}",
+        "{apiVersion: v1, kind: Service, metadata: {name: web.1}, spec: {clusterIP: 127.0.0.1, ports: [{port: 80}]}}",
         &[
-            "metadata.name: \"1web\" is not a name for a Service",
+            "metadata.name: \"web.1\" is not a name for a Service",
             "spec.clusterIP: 127.0.0.1 cannot be reached from another node",
         ],
     ),

@@ -44,14 +44,18 @@ pub struct Line {
 pub struct Surroundings {
     /// Whether this user may do what installing takes, by what it is; or why that is not known.
     pub rights: BTreeMap<String, Result<bool, String>>,
+    /// Whether this user may give rights that it does not have itself, as installing does, by what it takes.
+    pub grants: BTreeMap<String, Result<bool, String>>,
     /// DaemonSets and Deployments of other meshes and of CNIs, as `namespace/name`.
     pub workloads: Vec<String>,
+    /// DaemonSets, apart from the mesh's own, that load eBPF programs by the look of what they mount and may.
+    pub programs: Vec<String>,
     /// Names of webhooks on pods or namespaces of other meshes.
     pub webhooks: Vec<String>,
     /// `pod-security.kubernetes.io/enforce` of the system namespace; none if there is no such namespace.
     pub pod_security: Option<Option<String>>,
-    /// Whether the validation webhook of the mesh is registered and has its roots; none if it is not there.
-    pub webhook_has_roots: Option<bool>,
+    /// The registrations of the mesh's own validation webhook that are there, and whether each has its roots.
+    pub own_webhooks: BTreeMap<&'static str, bool>,
     /// What could not be asked, and why. What is among it is neither there nor missing.
     pub unknown: BTreeMap<&'static str, String>,
 }
@@ -64,6 +68,11 @@ pub const DEPLOYMENTS: &str = "deployments";
 pub const WEBHOOKS: &str = "webhooks";
 /// The mesh's own webhook.
 pub const OWN_WEBHOOK: &str = "the validation webhook";
+/// Its registrations, what each is for, and where it is made.
+pub const REGISTRATIONS: [(&str, &str, &str); 2] = [
+    ("culvertd", "labels of pods and namespaces", "manifests/culvert/25-webhook.yaml"),
+    ("culvertd-custom-kinds", "policies, entries and gateways", "manifests/crds/webhook.yaml"),
+];
 /// The mesh's own namespace.
 pub const OWN_NAMESPACE: &str = "the system namespace";
 
@@ -95,7 +104,9 @@ impl Check {
         if after {
             lines.extend(around.knows(OWN_NAMESPACE).then(|| pod_security(facts, around)));
             lines.extend(installed(facts));
-            lines.extend(around.knows(OWN_WEBHOOK).then(|| webhook(around)));
+            if around.knows(OWN_WEBHOOK) {
+                lines.extend(webhooks(around));
+            }
             lines.push(roots(facts));
             lines.push(versions(facts));
             lines.extend(captured(facts));
@@ -198,6 +209,10 @@ const CNIS: [(&str, &str); 7] = [
     ("kube-router", "kube-router"),
 ];
 
+/// Other meshes by the names of their DaemonSets and Deployments.
+const MESHES: [&str; 6] =
+    ["istio-cni-node", "istiod", "linkerd-destination", "linkerd-cni", "consul-connect-injector", "kuma-control-plane"];
+
 fn has<'a>(around: &'a Surroundings, name: &str) -> Option<&'a String> {
     around.workloads.iter().find(|workload| workload.rsplit('/').next() == Some(name))
 }
@@ -211,6 +226,14 @@ fn network(facts: &Facts, around: &Surroundings) -> Vec<Line> {
         (true, true) => good("CNI: none that is known by name; the nodes are ready, so there is one"),
         (true, false) => failed("no CNI: no node is ready", "install a CNI first; the mesh chains its plugin to it"),
     }];
+    let others = around.programs.iter().filter(|name| name.rsplit('/').next() != Some("cilium"));
+    let others: Vec<&str> = others.map(String::as_str).collect();
+    if !others.is_empty() {
+        lines.push(doubtful(
+            format!("eBPF programs of others may be attached where the mesh attaches its own: by {}", names(others)),
+            "each agent asks its node's kernel, and refuses pods whose connections they could turn; `culvert status` says so",
+        ));
+    }
     if has(around, "cilium").is_some() {
         lines.push(doubtful(
             "Cilium's programs may turn services into pods before the mesh sees them",
@@ -221,8 +244,7 @@ fn network(facts: &Facts, around: &Surroundings) -> Vec<Line> {
 }
 
 fn others(around: &Surroundings) -> Vec<Line> {
-    let meshes =
-        ["istio-cni-node", "istiod", "linkerd-destination", "linkerd-cni"].iter().filter_map(|name| has(around, name));
+    let meshes = MESHES.iter().filter_map(|name| has(around, name));
     let found: Vec<&str> = meshes.chain(&around.webhooks).map(String::as_str).collect();
     if found.is_empty() {
         let asked = [DAEMONSETS, DEPLOYMENTS, WEBHOOKS].iter().all(|what| around.knows(what));
@@ -260,7 +282,16 @@ fn rights(around: &Surroundings) -> Vec<Line> {
     } else if !missing.is_empty() {
         lines.push(failed(format!("this user may not {}", names(missing)), "install as a cluster administrator"));
     }
-    for (what, why) in around.rights.iter().filter_map(|(what, may)| Some((what, may.as_ref().err()?))) {
+    let missing: Vec<&str> =
+        around.grants.iter().filter(|(_, may)| matches!(may, Ok(false))).map(|(what, _)| what.as_str()).collect();
+    if !missing.is_empty() {
+        lines.push(doubtful(
+            format!("this user may not {}: it can give the mesh only rights that it has itself", names(missing)),
+            "install as a cluster administrator",
+        ));
+    }
+    let asked = around.rights.iter().chain(&around.grants);
+    for (what, why) in asked.filter_map(|(what, may)| Some((what, may.as_ref().err()?))) {
         lines
             .push(doubtful(format!("whether this user may {what} is not known: {why}"), "ask a cluster administrator"));
     }
@@ -308,18 +339,23 @@ fn of_component(facts: &Facts, component: Component) -> Line {
     failed(what, remedy)
 }
 
-fn webhook(around: &Surroundings) -> Line {
-    match around.webhook_has_roots {
-        Some(true) => good("the validation webhook is registered, with its roots"),
+fn webhooks(around: &Surroundings) -> Vec<Line> {
+    let of_one = |(name, what, file): (&str, &str, &str)| match around.own_webhooks.get(name) {
+        Some(true) => good(format!("the validation webhook for {what} is registered, with its roots")),
         Some(false) => failed(
-            "the validation webhook has no roots, so nobody can ask it",
+            format!("the validation webhook for {what} has no roots, so nobody can ask it"),
             "look at culvertd's log; it writes them",
         ),
         None => doubtful(
-            "the validation webhook is not registered: mistakes are told of only after they are stored",
-            "kubectl apply --server-side -f manifests/culvert/25-webhook.yaml",
+            format!(
+                "the validation webhook for {what} is not registered: mistakes are told of only after they are stored"
+            ),
+            format!(
+                "kubectl apply --server-side -f {file}; where Istio has installed these kinds, its own webhook checks them"
+            ),
         ),
-    }
+    };
+    REGISTRATIONS.into_iter().map(of_one).collect()
 }
 
 fn roots(facts: &Facts) -> Line {

@@ -310,6 +310,8 @@ pub struct Dump {
 pub struct Discovery {
     /// Since when it is connected, RFC 3339.
     pub connected_since: Option<String>,
+    /// Since when it is not, RFC 3339.
+    pub disconnected_since: Option<String>,
     /// Everything was told once.
     pub synced: bool,
     /// Why the last connection ended.

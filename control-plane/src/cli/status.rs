@@ -110,7 +110,7 @@ impl Status {
             problems.extend(of_control_plane(facts, &replicas));
             problems.extend(nodes.iter().flat_map(|node| of_node(facts, node)));
             problems.extend(of_certificates(facts));
-            problems.extend(proxies.iter().flat_map(of_follower));
+            problems.extend(proxies.iter().flat_map(|one| of_follower(facts, one)));
         }
         problems.extend(refused.iter().flat_map(of_refused));
         problems.extend(pods.iter().filter_map(of_pod));
@@ -347,11 +347,12 @@ fn of_certificates(facts: &Facts) -> Vec<Problem> {
     problems
 }
 
-fn of_follower(follower: &Follower) -> Vec<Problem> {
+fn of_follower(facts: &Facts, follower: &Follower) -> Vec<Problem> {
     let subject = format!("proxy {} of node {}", follower.proxy, follower.node);
     if follower.replica.is_none() {
         let remedy = "culvert proxy-status; its log says why it cannot connect";
-        return vec![problem(subject, "follows no replica of culvertd that answers", remedy)];
+        let what = format!("follows no replica of culvertd that answers{}", own_words(facts, &follower.proxy));
+        return vec![problem(subject, what, remedy)];
     }
     let refused = follower.nacks.iter().map(|one| {
         let resource = if one.nack.resource.is_empty() { &one.r#type } else { &one.nack.resource };
@@ -359,6 +360,23 @@ fn of_follower(follower: &Follower) -> Vec<Problem> {
         problem(subject.clone(), format!("refused {resource}: {}", one.nack.reason), remedy)
     });
     refused.collect()
+}
+
+/// What a proxy itself says of its way to the control plane, behind a comma; empty where it says that it has one, or nothing.
+fn own_words(facts: &Facts, proxy: &str) -> String {
+    let asked = facts.proxies.iter().find(|one| one.part.pod == proxy);
+    let Some(discovery) = asked.and_then(|one| one.answer.as_ref().ok()).map(|dump| &dump.discovery) else {
+        return String::new();
+    };
+    match (&discovery.connected_since, &discovery.disconnected_since) {
+        (None, Some(since)) => {
+            let goes_on =
+                if discovery.synced { "it goes on with what it knows" } else { "it carries no connection yet" };
+            let why = discovery.last_error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
+            format!(", by its own words since {since}; {goes_on}{why}")
+        }
+        _ => String::new(),
+    }
 }
 
 fn of_refused(refused: &Refused) -> Vec<Problem> {

@@ -39,8 +39,8 @@ pub fn healthy() -> Facts {
         }]),
     };
     let proxy = |node: &str| {
-        let discovery =
-            Discovery { connected_since: Some("2026-01-01T00:00:00Z".into()), synced: true, last_error: None };
+        let connected_since = Some("2026-01-01T00:00:00Z".into());
+        let discovery = Discovery { connected_since, synced: true, ..Discovery::default() };
         let dump = Dump { version: super::version::CLIENT.into(), discovery, ..Dump::default() };
         Asked { part: part(Component::Proxy, node, &format!("proxy-{node}")), answer: Ok(dump) }
     };

@@ -32,7 +32,8 @@ pub(super) fn workload(
         let part = wire::Workload { services: HashMap::from([entry]), ..Default::default() };
         message.extend(part.encode_to_vec());
     }
-    Resource { member_of, ..resource(workload.uid.as_str().into(), aliases, address(WORKLOAD, &message)) }
+    let is_bound = workload.waypoint.is_some();
+    Resource { member_of, is_bound, ..resource(workload.uid.as_str().into(), aliases, address(WORKLOAD, &message)) }
 }
 
 /// The resource of a service.
@@ -45,7 +46,21 @@ pub(super) fn service(name: Arc<str>, service: &wire::Service, mut aliases: Vec<
     if service.addresses.iter().any(is_block) {
         aliases.push(BLOCKS.into());
     }
-    resource(name, aliases, address(SERVICE, &service.encode_to_vec()))
+    // A waypoint's own service may be bound to itself, by its namespace.
+    let is_bound = service.waypoint.as_ref().is_some_and(|waypoint| !is_of(waypoint, service));
+    Resource { is_bound, ..resource(name, aliases, address(SERVICE, &service.encode_to_vec())) }
+}
+
+/// Whether the waypoint is that service.
+fn is_of(waypoint: &wire::GatewayAddress, service: &wire::Service) -> bool {
+    use wire::gateway_address::Destination;
+    match &waypoint.destination {
+        Some(Destination::Hostname(host)) => host.namespace == service.namespace && host.hostname == service.hostname,
+        Some(Destination::Address(address)) => {
+            service.addresses.iter().any(|own| own.network == address.network && own.address == address.address)
+        }
+        None => false,
+    }
 }
 
 /// The resource of a policy.
@@ -61,7 +76,7 @@ fn resource(name: Arc<str>, aliases: Vec<Arc<str>>, body: Bytes) -> Resource {
         // Writing to a string cannot fail.
         let _ = write!(version, "{byte:02x}");
     }
-    Resource { name, aliases, version: version.into(), body, member_of: Vec::new(), is_named: false }
+    Resource { name, aliases, version: version.into(), body, member_of: Vec::new(), is_named: false, is_bound: false }
 }
 
 fn address(field: u32, message: &[u8]) -> Bytes {

@@ -172,6 +172,7 @@ impl Index {
                 is_private: entry.is_private,
                 created: entry.created,
             }),
+            is_stand_in: false,
         })
     }
 

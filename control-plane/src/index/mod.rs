@@ -41,6 +41,8 @@ mod policy_tests;
 #[cfg(test)]
 mod property_tests;
 #[cfg(test)]
+mod stand_in_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod waypoint_tests;
@@ -249,6 +251,8 @@ impl Index {
     /// The part of [`Index::notes`] that only editing objects can mend.
     pub fn conflicts(&self) -> Vec<Note> {
         let mut notes = self.namespaces.notes();
+        notes.extend(self.pods.notes());
+        notes.extend(self.services.notes());
         notes.extend(self.vips.notes());
         notes.extend(self.hosts_without_address());
         notes.extend(self.entries.notes());

@@ -26,10 +26,11 @@ impl Namespaces {
         self.0.len()
     }
 
-    /// Whether nobody knows if the mesh is to carry the pod's traffic: its namespace decides, and is not valid.
+    /// Whether nobody knows if the mesh is to carry the pod's traffic: what decides is not valid, and says nothing else.
     pub(super) fn is_in_doubt(&self, pod: &Pod) -> bool {
         let is_stand_in = || self.0.get(&pod.name.namespace).is_some_and(|namespace| namespace.is_stand_in);
-        !pod.host_network && pod.mode == DataplaneMode::Unset && is_stand_in()
+        let is_of_one = || pod.mode == DataplaneMode::Unset && is_stand_in();
+        !pod.host_network && (is_of_one() || pod.is_stand_in && self.enrols(pod))
     }
 
     /// What to tell people, by name.

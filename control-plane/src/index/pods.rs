@@ -1,14 +1,14 @@
 //! Pods, found by name, label, address, node and namespace; and the workload that each becomes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::multimap::MultiMap;
 use super::resource::Changes;
-use super::{Dirty, Index, encode, names, workload};
-use crate::api::{Labels, Name, Pod};
+use super::{Dirty, Index, Note, encode, names, workload};
+use crate::api::{Kind, Labels, Name, ObjectId, Pod};
 
 type Pair = (Arc<str>, String, String);
 
@@ -21,6 +21,8 @@ pub(super) struct Pods {
     by_node: MultiMap<Arc<str>, Name>,
     /// Live pods only: an address may be given to a new pod once the old one has ended.
     by_address: MultiMap<IpAddr, Name>,
+    /// Those that stand for pods that are not valid.
+    stand_ins: BTreeSet<Name>,
 }
 
 impl Pods {
@@ -50,6 +52,9 @@ impl Pods {
         for address in live_addresses(&pod) {
             self.by_address.insert(*address, name.clone());
         }
+        if pod.is_stand_in {
+            self.stand_ins.insert(name.clone());
+        }
         self.all.insert(name.clone(), pod);
         old
     }
@@ -65,6 +70,7 @@ impl Pods {
         for address in live_addresses(&pod) {
             self.by_address.remove(address, name);
         }
+        self.stand_ins.remove(name);
         Some(pod)
     }
 
@@ -79,6 +85,21 @@ impl Pods {
     /// The namespaces that have pods.
     pub(super) fn namespaces(&self) -> impl Iterator<Item = &Arc<str>> {
         self.by_namespace.keys()
+    }
+
+    /// What to tell people, by name.
+    pub(super) fn notes(&self) -> impl Iterator<Item = Note> {
+        let stand_ins = self.stand_ins.iter().filter_map(|name| self.all.get(name));
+        stand_ins.filter(|pod| !pod.phase.is_over()).map(|pod| Note {
+            object: ObjectId::namespaced(Kind::Pod, &pod.name).to_string(),
+            reason: if pod.addresses.is_empty() {
+                "is not valid, and has no earlier version; it has no address that can be read, and is not known to proxies"
+            } else {
+                "is not valid, and has no earlier version: it counts as enrolled unless it or its namespace says otherwise, \
+                 and is then not reached in plaintext"
+            }
+            .to_owned(),
+        })
     }
 
     /// Live pods that have this address.

@@ -253,7 +253,10 @@ fn a_policy_that_cannot_be_read_denies_what_it_may_be_for() {
     let bare = serde_json::json!({"spec": "text", "metadata": []});
     for kind in Kind::ALL {
         let id = crate::api::ObjectId { kind, namespace: "ns".into(), name: "a".into() };
-        let is_guarded = matches!(kind, Kind::Namespace | Kind::AuthorizationPolicy | Kind::PeerAuthentication);
+        let is_guarded = matches!(
+            kind,
+            Kind::Namespace | Kind::Service | Kind::Pod | Kind::AuthorizationPolicy | Kind::PeerAuthentication
+        );
         assert_eq!(stand_in(&id, &bare).is_some(), is_guarded, "{kind}");
     }
 }

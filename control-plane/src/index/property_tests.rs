@@ -56,10 +56,10 @@ fn edits() -> impl Strategy<Value = Vec<Edit>> {
     let edit = prop_oneof![
         1 => (0..2u8, labels).prop_map(|(name, labels)| Edit::Namespace { name, labels }),
         1 => (small.clone(), small.clone()).prop_map(|(name, zone)| Edit::Node { name, zone }),
-        4 => (0..2u8, 0..5u8, 0..6u8, small.clone(), small.clone(), 0..8u8).prop_map(
+        4 => (0..2u8, 0..5u8, 0..6u8, small.clone(), small.clone(), 0..10u8).prop_map(
             |(namespace, name, address, app, node, shape)| Edit::Pod { namespace, name, address, app, node, shape }
         ),
-        4 => (0..2u8, 0..4u8, 0..4u8, 0..7u8, port).prop_map(
+        4 => (0..2u8, 0..4u8, 0..4u8, 0..9u8, port).prop_map(
             |(namespace, name, app, address, port)| Edit::Service { namespace, name, app, address, port }
         ),
         2 => (0..2u8, small, 0..4u8, prop::collection::vec(0..6u8, 0..4)).prop_map(
@@ -153,8 +153,10 @@ fn event(edit: &Edit) -> Event {
             let annotation = if *shape < 4 || *shape == 7 { "enabled" } else { "pending" };
             let ends = if *shape > 5 { "deletionTimestamp: 2026-01-01T00:00:00Z," } else { "" };
             let address = if *shape == 3 { String::new() } else { format!("podIP: 10.0.0.{address},") };
+            // Not valid.
+            let mode = if *shape > 7 { "istio.io/dataplane-mode: sideways," } else { "" };
             format!(
-                "{{apiVersion: v1, kind: Pod, metadata: {{{ends} name: x{name}, namespace: ns{namespace}, labels: {{app: a{app}, n: x{name}}},
+                "{{apiVersion: v1, kind: Pod, metadata: {{{ends} name: x{name}, namespace: ns{namespace}, labels: {{{mode} app: a{app}, n: x{name}}},
                    annotations: {{ambient.istio.io/redirection: {annotation}}}}},
                   spec: {{{host} nodeName: node{node}, containers: [{{name: c, ports: [{{name: web, containerPort: 80}}]}}]}},
                   status: {{{address} phase: {phase}, conditions: [{{type: Ready, status: 'True'}}]}}}}"
@@ -170,6 +172,9 @@ fn event(edit: &Edit) -> Event {
                 1..=3 => format!("clusterIP: 10.96.0.{address},"),
                 // What x0 in ns0 would choose for itself, so that it is displaced and comes back.
                 4 => format!("clusterIP: {CHOSEN_BY_X0},"),
+                // Not valid.
+                7 => "clusterIP: 10.96.0.1, ipFamilies: [IPv5],".to_owned(),
+                8 => "internalTrafficPolicy: Far,".to_owned(),
                 _ => String::new(),
             };
             format!(

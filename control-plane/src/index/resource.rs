@@ -20,6 +20,9 @@ pub struct Resource {
     pub member_of: Vec<Arc<str>>,
     /// A policy that holds only for workloads that name it.
     pub is_named: bool,
+    /// A workload or service that is bound to a waypoint, which must be known before it: what is bound to one that is not
+    /// known is refused.
+    pub is_bound: bool,
 }
 
 /// Resources that are new or different, and names of resources that are gone: workloads and services, and policies.

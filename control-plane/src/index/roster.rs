@@ -81,9 +81,12 @@ impl Directory for Roster {
 impl Pods {
     fn insert(&mut self, pod: &Arc<Pod>) {
         self.remove(&pod.name);
-        self.by_identity.insert(identity(pod), pod.name.clone());
-        if !pod.phase.is_over() {
-            self.by_node.insert((pod.node.clone(), identity(pod)), pod.name.clone());
+        // Nobody gets a certificate.
+        if &*pod.service_account != Pod::NOBODY {
+            self.by_identity.insert(identity(pod), pod.name.clone());
+            if !pod.phase.is_over() {
+                self.by_node.insert((pod.node.clone(), identity(pod)), pod.name.clone());
+            }
         }
         self.all.insert(pod.name.clone(), pod.clone());
     }

@@ -1,9 +1,9 @@
 //! Services, found by name and by the pods they select; and the resource that each becomes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use mesh_model::port_names::{EXTENSION, PAYLOAD_TYPE};
+use mesh_model::{invalid, port_names};
 use mesh_proto::extension;
 use mesh_proto::workload as wire;
 use prost::Message as _;
@@ -11,11 +11,11 @@ use prost::Message as _;
 use super::multimap::MultiMap;
 use super::pods::selects;
 use super::resource::Changes;
-use super::waypoint::Addressed;
-use super::{Dirty, Index, encode, names};
+use super::waypoint::{self, Addressed};
+use super::{Dirty, Index, Note, encode, names};
 use crate::api::{
-    AppProtocol, EndpointSlice, Families, Labels, Name, Pod, Service, ServiceAddresses, ServicePort, TargetPort,
-    Topology,
+    AppProtocol, EndpointSlice, Families, Kind, Labels, Name, ObjectId, Pod, Service, ServiceAddresses, ServicePort,
+    TargetPort, Topology,
 };
 
 /// The services, with what finds them.
@@ -27,6 +27,8 @@ pub(super) struct Services {
     by_namespace: MultiMap<Arc<str>, Name>,
     /// By the first label of their selector: a pod that is selected carries it.
     by_label: MultiMap<(Arc<str>, String, String), Name>,
+    /// Those that stand for services that are not valid.
+    stand_ins: BTreeSet<Name>,
 }
 
 impl Services {
@@ -47,6 +49,9 @@ impl Services {
             self.by_label.insert((name.namespace.clone(), key.clone(), value.clone()), name.clone());
         }
         self.hosts += usize::from(service.entry.is_some());
+        if service.is_stand_in {
+            self.stand_ins.insert(name.clone());
+        }
         self.all.insert(name.clone(), service);
         old
     }
@@ -55,6 +60,7 @@ impl Services {
     pub(super) fn remove(&mut self, name: &Name) -> Option<Arc<Service>> {
         let service = self.all.remove(name)?;
         self.hosts -= usize::from(service.entry.is_some());
+        self.stand_ins.remove(name);
         self.by_namespace.remove(&name.namespace, name);
         if let Some((key, value)) = service.selector.first_key_value() {
             self.by_label.remove(&(name.namespace.clone(), key.clone(), value.clone()), name);
@@ -79,10 +85,21 @@ impl Services {
         candidates.filter(|service| selects(&service.selector, labels)).collect()
     }
 
-    /// The service of a slice, if its endpoints come from slices: it has no selector and is no alias.
+    /// The service of a slice, if its endpoints come from slices: it is known to have no selector, and is no alias.
     pub(super) fn of_slice(&self, slice: &EndpointSlice) -> Option<&Arc<Service>> {
         let service = self.all.get(slice.service.as_ref()?)?;
-        (service.selector.is_empty() && is_carried(service)).then_some(service)
+        (service.selector.is_empty() && is_carried(service) && !service.is_stand_in).then_some(service)
+    }
+
+    /// What to tell people, by name.
+    pub(super) fn notes(&self) -> impl Iterator<Item = Note> {
+        self.stand_ins.iter().map(|name| Note {
+            object: ObjectId::namespaced(Kind::Service, name).to_string(),
+            reason:
+                "is not valid, and has no earlier version: connections to those of its addresses that can be read are \
+                     refused"
+                    .to_owned(),
+        })
     }
 }
 
@@ -101,7 +118,9 @@ impl Index {
             return;
         }
         dirty.services.insert(name.clone());
-        let relevant = |service: &Service| (is_carried(service), service.selector.clone(), service.ports.clone());
+        let relevant = |service: &Service| {
+            (is_carried(service), service.is_stand_in, service.selector.clone(), service.ports.clone())
+        };
         if old.map(relevant) == new.map(relevant) {
             return;
         }
@@ -146,10 +165,14 @@ impl Index {
             hostname: self.options.hostname(name),
             addresses: blocks,
             ports: service.ports.iter().map(port_on_wire).collect(),
-            waypoint: self.waypoint(&name.namespace, &service.waypoint, Addressed::Service),
+            waypoint: if service.is_stand_in {
+                Some(waypoint::nowhere(name))
+            } else {
+                self.waypoint(&name.namespace, &service.waypoint, Addressed::Service)
+            },
             load_balancing: load_balancing(&service),
             ip_families: families(service.families).into(),
-            extensions: port_names(&service.ports).into_iter().collect(),
+            extensions: named_ports(&service.ports).into_iter().chain(service.is_stand_in.then(not_valid)).collect(),
             subject_alt_names: entry.map(|entry| entry.subject_alt_names.clone()).unwrap_or_default(),
             // Kubernetes' own services are the definition of their host names.
             canonical: entry.is_none(),
@@ -212,12 +235,20 @@ pub(super) fn port_on_wire(port: &ServicePort) -> wire::Port {
 }
 
 /// The extension that names the ports, for a service that has names.
-fn port_names(ports: &[ServicePort]) -> Option<wire::Extension> {
+fn named_ports(ports: &[ServicePort]) -> Option<wire::Extension> {
     let named = ports.iter().filter(|port| !port.name.is_empty());
     let named = named.map(|port| extension::PortName { service_port: port.port.into(), name: port.name.clone() });
     let message = extension::PortNames { ports: named.collect() };
-    let config = prost_types::Any { type_url: PAYLOAD_TYPE.to_owned(), value: message.encode_to_vec() };
-    (!message.ports.is_empty()).then(|| wire::Extension { name: EXTENSION.to_owned(), config: Some(config) })
+    let config = prost_types::Any { type_url: port_names::PAYLOAD_TYPE.to_owned(), value: message.encode_to_vec() };
+    (!message.ports.is_empty())
+        .then(|| wire::Extension { name: port_names::EXTENSION.to_owned(), config: Some(config) })
+}
+
+/// The extension that says that an object is not valid.
+pub(super) fn not_valid() -> wire::Extension {
+    let value = extension::Invalid {}.encode_to_vec();
+    let config = prost_types::Any { type_url: invalid::PAYLOAD_TYPE.to_owned(), value };
+    wire::Extension { name: invalid::EXTENSION.to_owned(), config: Some(config) }
 }
 
 fn load_balancing(service: &Service) -> Option<wire::LoadBalancing> {

@@ -40,7 +40,7 @@ pub(super) fn delete(kind: Kind, namespace: &str, name: &str) -> Event {
     Event::Delete(ObjectId { kind, namespace: namespace.into(), name: name.into() })
 }
 
-fn index(text: &str) -> Index {
+pub(super) fn index(text: &str) -> Index {
     let mut index = Index::new(options());
     index.apply(apply(text), time(0));
     index
@@ -50,18 +50,18 @@ fn decode(body: &[u8]) -> wire::address::Type {
     wire::Address::decode(body).unwrap().r#type.unwrap()
 }
 
-fn find(index: &Index, name: &str) -> Option<wire::address::Type> {
+pub(super) fn find(index: &Index, name: &str) -> Option<wire::address::Type> {
     index.resources().find(|resource| &*resource.name == name).map(|resource| decode(&resource.body))
 }
 
-fn workload(index: &Index, pod: &str) -> wire::Workload {
+pub(super) fn workload(index: &Index, pod: &str) -> wire::Workload {
     match find(index, &format!("Kubernetes//Pod/ns/{pod}")) {
         Some(wire::address::Type::Workload(workload)) => workload,
         other => panic!("no workload {pod}: {other:?}"),
     }
 }
 
-fn service(index: &Index, name: &str) -> wire::Service {
+pub(super) fn service(index: &Index, name: &str) -> wire::Service {
     match find(index, &format!("ns/{name}.ns.svc.cluster.local")) {
         Some(wire::address::Type::Service(service)) => service,
         other => panic!("no service {name}: {other:?}"),
@@ -69,7 +69,7 @@ fn service(index: &Index, name: &str) -> wire::Service {
 }
 
 /// `service -> service port:target port, ...` of every service of a pod.
-fn services(index: &Index, pod: &str) -> Vec<String> {
+pub(super) fn services(index: &Index, pod: &str) -> Vec<String> {
     let mut list: Vec<String> = workload(index, pod)
         .services
         .into_iter()
@@ -109,9 +109,9 @@ status: {{phase: Running, podIP: {address}, conditions: [{{type: Ready, status: 
     )
 }
 
-const ENROLLED: &str =
+pub(super) const ENROLLED: &str =
     "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: ns, labels: {istio.io/dataplane-mode: ambient}}\n";
-const WEB: &str = "---
+pub(super) const WEB: &str = "---
 apiVersion: v1
 kind: Service
 metadata: {name: web, namespace: ns}

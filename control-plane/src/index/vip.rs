@@ -315,6 +315,7 @@ mod tests {
             families: Families::Automatic,
             topology: Topology::Anywhere,
             waypoint: WaypointBinding::Unset,
+            is_stand_in: false,
         })
     }
 

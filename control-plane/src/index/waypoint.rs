@@ -101,8 +101,7 @@ impl Index {
         let listener = self.gateways.listener(gateway);
         let listener = listener.filter(|listener| listener.allows_all || *name.namespace == *namespace);
         let Some(listener) = listener else {
-            let nowhere = format!("{}.{}.{NOWHERE}", name.name, name.namespace);
-            return Some(by_host(name.namespace.to_string(), nowhere, HBONE_PORT));
+            return Some(nowhere(&name));
         };
         let is_for = match (gateway.waypoint_for, addressed) {
             (WaypointFor::All, _)
@@ -174,6 +173,11 @@ impl Index {
         let entries: Vec<Name> = entries.map(|entry| entry.name.clone()).collect();
         self.touch_entries(&entries, dirty);
     }
+}
+
+/// A waypoint that is never there, in the place of the one of this name.
+pub(super) fn nowhere(name: &Name) -> wire::GatewayAddress {
+    by_host(name.namespace.to_string(), format!("{}.{}.{NOWHERE}", name.name, name.namespace), HBONE_PORT)
 }
 
 fn by_host(namespace: String, hostname: String, port: u16) -> wire::GatewayAddress {

@@ -7,7 +7,7 @@ use mesh_proto::extension;
 use mesh_proto::workload as wire;
 use prost::Message as _;
 
-use super::services::port_on_wire;
+use super::services::{not_valid, port_on_wire};
 use super::waypoint::Addressed;
 use super::{Index, Options, names};
 use crate::api::{
@@ -45,7 +45,10 @@ impl Index {
 /// The workload of a pod, except for the services it belongs to.
 pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
     let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt);
-    let health = Health::of(pod.ready && !around.is_waiting, pod.terminating);
+    // By tunnel or not at all: so not before the tunnel is there.
+    let is_closed = pod.is_stand_in && around.is_in_doubt && !pod.captured && !pod.native_tunnel;
+    let health = Health::of(pod.ready && !around.is_waiting && !is_closed, pod.terminating);
+    let is_nobody = around.is_in_doubt && &*pod.service_account == Pod::NOBODY;
     let (workload_type, workload_name) = controller(pod);
     wire::Workload {
         uid: around.uid,
@@ -63,7 +66,7 @@ pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire
         workload_name,
         native_tunnel: is_hbone && pod.native_tunnel,
         status: health.status().into(),
-        extensions: health.extension().into_iter().collect(),
+        extensions: health.extension().into_iter().chain(is_nobody.then(not_valid)).collect(),
         cluster_id: options.cluster_id.clone(),
         locality: around.locality,
         authorization_policies: around.policies,

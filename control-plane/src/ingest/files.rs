@@ -1,6 +1,7 @@
 //! Which object of which file is in force. Pure: file contents in, events out.
 //!
-//! - An object that is not valid keeps its last good version from the same file; its neighbours take effect.
+//! - An object that is not valid keeps its last good version from the same file, unless it is a pod that is another one or
+//!   has ended; its neighbours take effect.
 //! - One that is not valid and has no good version is stood in for, where it would be less safe to do without.
 //! - A file in which some document cannot even be identified, or that cannot be read at all, removes nothing.
 //! - A file that became empty removes nothing: half of a write looks just like that. Removing the file removes its
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use crate::api::{Document, Object, ObjectId, Outcome, Problem};
+use crate::api::{self, Document, Object, ObjectId, Outcome, Problem};
 use crate::index::Event;
 
 /// The files of a source.
@@ -102,7 +103,8 @@ impl Files {
                     file.objects.insert(id, object);
                 }
                 Outcome::Refused { id: Some(id), label, problems, stand_in } => {
-                    let kept = previous.remove(&id).filter(|_| !stood_in.contains(&id));
+                    let last = previous.remove(&id).filter(|_| !stood_in.contains(&id));
+                    let kept = last.and_then(|last| api::keep(&last, stand_in.as_ref()));
                     refuse(label, problems, kept.is_some());
                     // The first of a name in a file counts, valid or not.
                     if lines.contains_key(&id) {

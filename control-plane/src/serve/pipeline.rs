@@ -161,6 +161,7 @@ fn entry(resource: &Resource) -> Entry {
             body: resource.body.clone(),
         },
         member_of: resource.member_of.clone(),
+        refers: resource.is_bound,
     }
 }
 

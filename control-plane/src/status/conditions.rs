@@ -124,6 +124,8 @@ pub(super) fn mistakes(kind: Kind, verdict: &Verdict) -> Option<String> {
         _ if *keeps_last_good => "the last good version stays in force",
         Kind::AuthorizationPolicy => "what it may be for is denied until this is mended",
         Kind::PeerAuthentication => "what it may be for takes no plaintext until this is mended",
+        Kind::Service => "connections to its addresses are refused until this is mended",
+        Kind::Pod => "it counts as enrolled unless it or its namespace says otherwise, until this is mended",
         Kind::Namespace => "its pods count as enrolled, and are not reached in plaintext, until this is mended",
         _ => "it does not take effect",
     };
@@ -141,7 +143,7 @@ fn refusal(nacks: &Nacks, resource: &str) -> Option<String> {
         named.push(&others);
     }
     let who = named.join(", ");
-    Some(format!("refused by proxies that are connected to the leading replica of culvertd ({who}): {reason}"))
+    Some(format!("refused by proxies ({who}): {reason}"))
 }
 
 /// The waypoint that the service is bound to. The outer none: its namespace decides, and cannot be read.

@@ -7,12 +7,14 @@ mod leader;
 mod lease;
 mod objects;
 mod pace;
+mod refusals;
 mod taint;
 
 use mesh_runtime::drain;
 
 use crate::ingest::Cluster;
 use leader::Election;
+use refusals::Board;
 
 pub use leader::{Leadership, Leading};
 pub use objects::Facts;
@@ -46,8 +48,12 @@ impl Status {
             taint::run(cluster, namespace, &leading).await;
         });
         let facts = &facts;
+        let me = self.leading.now().me;
+        let board = || Board::new(cluster, namespace, &me);
+        let mut published = board();
+        let board = &board;
         let objects = self.leading.clone().whenever(|leading| async move {
-            objects::run(cluster, &leading, facts).await;
+            objects::run(cluster, &leading, facts, board()).await;
         });
         tokio::select! {
             biased;
@@ -55,7 +61,9 @@ impl Status {
             () = self.election.run() => {}
             () = taints => {}
             () = objects => {}
+            () = published.publish(facts) => {}
         }
+        published.withdraw().await;
         // From here on nothing is written: what was doing that is dropped.
         self.election.release().await;
     }

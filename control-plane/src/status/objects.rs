@@ -15,7 +15,7 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use kube::core::DynamicObject;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use mesh_xds::server::Service;
+use mesh_xds::server::{ClientStatus, Service};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::conditions::{self, All, Condition, Nacks};
 use super::leader::Leading;
 use super::pace::Pace;
+use super::refusals::{Board, Others};
 use crate::api::ObjectId;
 use crate::ca::ServiceAccount;
 use crate::ingest::kubernetes::{Verdict, Verdicts, describe, resource};
@@ -73,6 +74,16 @@ impl Facts {
         };
         Self { verdicts, view, discovery, node_proxies }
     }
+
+    /// Who is connected to this replica.
+    pub(super) fn clients(&self) -> Vec<ClientStatus> {
+        self.discovery.clients()
+    }
+
+    /// Who of them is a node's proxy.
+    pub(super) fn node_proxies(&self) -> &[ServiceAccount] {
+        &self.node_proxies
+    }
 }
 
 /// Something to write.
@@ -92,19 +103,22 @@ impl Task {
     }
 }
 
-/// Writes while this replica leads. Never ends.
-pub(super) async fn run(cluster: &Cluster, leading: &Leading, facts: &Facts) {
+/// Writes while this replica leads, also what the clients of other replicas refuse, which is on the board. Never ends.
+pub(super) async fn run(cluster: &Cluster, leading: &Leading, facts: &Facts, mut board: Board) {
     if facts.view.clone().wait_for(|view| view.synced).await.is_err() {
         // There is no pipeline any more.
         std::future::pending::<()>().await;
     }
     let mut changed = facts.verdicts.changed();
     let mut done = Done::default();
+    let mut others = Others::default();
     let mut pace = Pace::new(INTERVAL, BURST, Instant::now());
     loop {
         changed.borrow_and_update();
         let all = facts.verdicts.all();
-        let nacks = conditions::nacks(&facts.discovery.clients(), &facts.node_proxies);
+        let mut nacks = conditions::nacks(&facts.clients(), facts.node_proxies());
+        board.read(&mut others).await;
+        others.add_to(&mut nacks, Instant::now());
         for task in done.tasks(&all, &nacks) {
             sleep_until(pace.take(Instant::now())).await;
             if !leading.leads() {

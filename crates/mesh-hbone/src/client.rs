@@ -11,18 +11,19 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::backlog::Queued;
 use crate::budget::{Budget, Budgeted};
-use crate::connection::Keepalive;
+use crate::connection::{Keepalive, Noted, Windows};
 use crate::flood::Guarded;
 use crate::headers::HeaderError;
 use crate::stream::{ResetReason, Stream, StreamError};
-use crate::{Authority, ConnectionError, Headers, Options};
+use crate::{Authority, Backlog, ConnectionError, Headers, Options};
 
 /// One connection to a peer, on which streams are opened. Cheap to clone; the connection ends after the last clone is dropped
 /// and the last stream has ended.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
-    requests: h2::client::SendRequest<Bytes>,
+    requests: h2::client::SendRequest<Queued>,
     shared: Arc<Shared>,
 }
 
@@ -33,6 +34,7 @@ struct Shared {
     bulk: AtomicUsize,
     limit: usize,
     closed: AtomicBool,
+    backlog: Arc<Backlog>,
 }
 
 /// Bytes in large pieces after which a stream counts as one that carries bulk data.
@@ -133,7 +135,7 @@ impl Drop for StreamPermit {
 /// Room for one stream on a tunnel, taken before it is opened, so that nobody else fills the tunnel meanwhile.
 #[derive(Debug)]
 pub struct Slot {
-    requests: h2::client::SendRequest<Bytes>,
+    requests: h2::client::SendRequest<Queued>,
     permit: StreamPermit,
 }
 
@@ -150,9 +152,10 @@ pub async fn handshake<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let mut windows = Windows::new(options);
     let mut builder = h2::client::Builder::new();
     builder
-        .initial_window_size(options.stream_window)
+        .initial_window_size(windows.size())
         .initial_connection_window_size(options.connection_window)
         .max_frame_size(options.max_frame_size)
         .max_header_list_size(options.max_header_list)
@@ -160,7 +163,9 @@ where
         .initial_max_send_streams(options.client_streams)
         .enable_push(false);
     let budget = Budget::new(options.poll_budget);
-    let handshake = builder.handshake::<_, Bytes>(Guarded::client(Budgeted::new(io, budget.clone())));
+    let noted = Noted(Arc::clone(&options.backlog));
+    let io = Guarded::client(Budgeted::new(io, budget.clone()), &options.backlog);
+    let handshake = builder.handshake::<_, Queued>(io);
     let (requests, mut connection) = timeout(options.handshake_timeout, budget.of_each_poll(handshake))
         .await
         .map_err(|_| ConnectionError::HandshakeTimeout)??;
@@ -169,13 +174,17 @@ where
         bulk: AtomicUsize::new(0),
         limit: options.client_streams,
         closed: AtomicBool::new(false),
+        backlog: Arc::clone(&options.backlog),
     });
     let mut keepalive = Keepalive::new(connection.ping_pong(), options);
     let closing = Closing(Arc::clone(&shared));
     let driver = async move {
-        let closing = closing;
+        let (closing, noted) = (closing, noted);
         let moving = poll_fn(|cx| {
-            if let Poll::Ready(result) = std::pin::Pin::new(&mut connection).poll(cx) {
+            windows.follow(|size| connection.set_initial_window_size(size).is_ok());
+            let ended = std::pin::Pin::new(&mut connection).poll(cx);
+            noted.0.note();
+            if let Poll::Ready(result) = ended {
                 return Poll::Ready(match result.map_err(ConnectionError::from) {
                     // Peers hang up without more ado when they are done.
                     Err(ConnectionError::Io(_)) if closing.0.streams.load(Ordering::Acquire) == 0 => Ok(()),
@@ -272,7 +281,8 @@ impl Slot {
         if !parts.status.is_success() {
             return Err(OpenError::Refused { status: parts.status.as_u16(), headers });
         }
-        Ok((Accepted { headers }, Stream::new(recv, send, Some(self.permit))))
+        let backlog = Arc::clone(&self.permit.tunnel.backlog);
+        Ok((Accepted { headers }, Stream::new((recv, Bytes::new()), send, Some(self.permit), backlog)))
     }
 }
 

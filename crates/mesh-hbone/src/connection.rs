@@ -3,13 +3,18 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::{Instant, Sleep};
 
-use crate::Options;
+use crate::memory::Pressure;
+use crate::{Backlog, Options};
+
+/// The most that the window of a stream is while the share that pays for the tunnel is under pressure, in bytes: one read.
+const SMALL_WINDOW: u32 = 256 << 10;
 
 /// Why a tunnel's connection ended.
 #[derive(Debug, Error)]
@@ -34,6 +39,48 @@ impl From<h2::Error> for ConnectionError {
             return ConnectionError::Protocol(error.to_string());
         }
         ConnectionError::Io(error.into_io().unwrap_or_else(|| io::ErrorKind::Other.into()))
+    }
+}
+
+/// The flow-control window of a tunnel's streams, which follows the pressure on the share that pays for it. A change comes
+/// into force when the peer has acknowledged it: one that does not keeps what it had.
+pub(crate) struct Windows {
+    full: u32,
+    backlog: Arc<Backlog>,
+    /// For which the window was chosen that is announced.
+    pressure: Pressure,
+}
+
+impl Windows {
+    pub(crate) fn new(options: &Options) -> Self {
+        let backlog = Arc::clone(&options.backlog);
+        Windows { full: options.stream_window, pressure: backlog.pressure(Pressure::Low), backlog }
+    }
+
+    /// As it is announced, in bytes.
+    pub(crate) fn size(&self) -> u32 {
+        match self.pressure {
+            Pressure::Low => self.full,
+            Pressure::High => self.full.min(SMALL_WINDOW),
+        }
+    }
+
+    /// Announces by `set` what has changed; false: not now, the last change is not acknowledged yet.
+    pub(crate) fn follow(&mut self, set: impl FnOnce(u32) -> bool) {
+        let before = self.pressure;
+        self.pressure = self.backlog.pressure(before);
+        if self.pressure != before && !set(self.size()) {
+            self.pressure = before;
+        }
+    }
+}
+
+/// Takes the tunnel's note out of the account when its driver ends or is dropped.
+pub(crate) struct Noted(pub(crate) Arc<Backlog>);
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 

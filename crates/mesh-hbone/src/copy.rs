@@ -5,7 +5,8 @@
 //!   TCP RST. So does dropping the future before its end: a cut never looks like an orderly end.
 //!   A reset is seen in every state: also when that side has ended its direction and there is nothing to write to it, and
 //!   when its bytes wait for the other side.
-//! - Backpressure passes through: a side that takes no more stops the reading of the other, and of the peer behind it.
+//! - Backpressure passes through: a side that takes no more stops the reading of the other, and of the peer behind it. What
+//!   waits meanwhile is noted in the account of [`memory`](crate::memory); under its pressure as little as possible waits.
 //!
 //! Both directions are polled by one task. Read buffers belong to the thread, not to the connection: an idle connection holds
 //! none.
@@ -16,13 +17,14 @@ mod plain;
 
 use std::future::poll_fn;
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use thiserror::Error;
 
+use crate::memory::{Hold, Pressure};
 use crate::stream::{ResetReason, Stream, StreamError};
 use direction::{FromPlain, FromStream, PlainSink, at};
 pub use plain::Plain;
@@ -34,6 +36,49 @@ pub struct Counters {
     pub left_to_right: AtomicU64,
     /// From the second to the first.
     pub right_to_left: AtomicU64,
+    /// What is held for it now, and in whose account; by default in nobody's.
+    pub hold: Hold,
+}
+
+impl Counters {
+    /// Nothing is carried yet; what will be held is noted there.
+    pub fn noted(hold: Hold) -> Self {
+        Counters { hold, ..Counters::default() }
+    }
+}
+
+/// Notes what a copy holds, until it ends.
+struct Noting<'a> {
+    counters: &'a Counters,
+    pressure: Pressure,
+    /// Bytes carried when it was noted last.
+    carried: u64,
+}
+
+impl<'a> Noting<'a> {
+    fn new(counters: &'a Counters) -> Self {
+        Noting { counters, pressure: Pressure::Low, carried: 0 }
+    }
+
+    /// How the share is served, for one turn.
+    fn pressure(&mut self) -> Pressure {
+        self.pressure = self.counters.hold.pressure(self.pressure);
+        self.pressure
+    }
+
+    /// The turn is over, and so much is held.
+    fn note(&mut self, bytes: usize) {
+        let Counters { left_to_right, right_to_left, hold } = self.counters;
+        let carried = left_to_right.load(Ordering::Relaxed) + right_to_left.load(Ordering::Relaxed);
+        hold.note(bytes, carried != self.carried);
+        self.carried = carried;
+    }
+}
+
+impl Drop for Noting<'_> {
+    fn drop(&mut self) {
+        self.counters.hold.note(0, false);
+    }
 }
 
 /// Which argument of [`splice`] or [`relay`].
@@ -82,9 +127,12 @@ pub async fn splice<P: Plain>(stream: Stream, plain: P, counters: &Counters) -> 
 async fn join<P: Plain>(stream: &mut Stream, plain: &P, counters: &Counters) -> Result<(), CopyError> {
     let (read, write) = stream.halves();
     let (mut down, mut up, mut watch) = (FromStream::default(), FromPlain::default(), Watch::new(plain, Side::Right));
+    let mut noting = Noting::new(counters);
     poll_fn(|cx| {
-        let received = down.poll(cx, read, plain, &counters.left_to_right)?;
-        let mut sent = up.poll(cx, plain, Side::Right, write, &counters.right_to_left);
+        let pressure = noting.pressure();
+        let received = down.poll(cx, read, plain, &counters.left_to_right, pressure)?;
+        let mut sent = up.poll(cx, plain, Side::Right, write, &counters.right_to_left, pressure);
+        noting.note(down.held() + up.held());
         if sent.is_pending() && down.has_ended() {
             sent = write.poll_reset(cx).map(|error| Err(error.into()));
         }
@@ -124,9 +172,12 @@ async fn join_plain<L: Plain, R: Plain>(left: &L, right: &R, counters: &Counters
     let (mut to_left, mut to_right) =
         (PlainSink { plain: left, side: Side::Left }, PlainSink { plain: right, side: Side::Right });
     let (mut watch_left, mut watch_right) = (Watch::new(left, Side::Left), Watch::new(right, Side::Right));
+    let mut noting = Noting::new(counters);
     poll_fn(|cx| {
-        let sent = out.poll(cx, left, Side::Left, &mut to_right, &counters.left_to_right)?;
-        let received = back.poll(cx, right, Side::Right, &mut to_left, &counters.right_to_left)?;
+        let pressure = noting.pressure();
+        let sent = out.poll(cx, left, Side::Left, &mut to_right, &counters.left_to_right, pressure)?;
+        let received = back.poll(cx, right, Side::Right, &mut to_left, &counters.right_to_left, pressure)?;
+        noting.note(out.held() + back.held());
         match (sent, received) {
             (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok(())),
             (Poll::Ready(()) | Poll::Pending, Poll::Pending) | (Poll::Pending, Poll::Ready(())) => {

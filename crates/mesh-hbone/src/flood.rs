@@ -6,10 +6,13 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
+
+use crate::Backlog;
 
 /// Length of the client's connection preface (RFC 9113 section 3.4).
 const PREFACE: usize = 24;
@@ -60,6 +63,8 @@ impl Bucket {
 struct Frames {
     /// Bytes to pass over: the preface, or a frame's payload.
     skip: usize,
+    /// Length of the payload that is passed over.
+    length: usize,
     header: [u8; HEADER],
     have: usize,
     idle: Bucket,
@@ -74,7 +79,7 @@ impl Frames {
 
     /// What a client gets: a server sends frames alone.
     fn client() -> Self {
-        Self { skip: 0, header: [0; HEADER], have: 0, idle: Bucket::new(IDLE), busy: Bucket::new(BUSY) }
+        Self { skip: 0, length: 0, header: [0; HEADER], have: 0, idle: Bucket::new(IDLE), busy: Bucket::new(BUSY) }
     }
 
     /// Looks at what has come; false if it is too much.
@@ -96,6 +101,7 @@ impl Frames {
             self.have = 0;
             let [a, b, c, kind, flags, ..] = self.header;
             self.skip = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+            self.length = self.skip;
             let allowed = match kind {
                 // DATA: only what is empty and no end.
                 0 if self.skip > 0 || flags & 1 != 0 => true,
@@ -110,32 +116,39 @@ impl Frames {
             }
         }
     }
+
+    /// Bytes that have come of a frame whose rest has not.
+    fn arriving(&self) -> usize {
+        if self.skip > 0 { self.length.saturating_sub(self.skip) } else { 0 }
+    }
 }
 
-/// A byte stream whose reads fail once the peer floods.
+/// A byte stream whose reads fail once the peer floods. What has come of a frame that is not complete is noted.
 pub(crate) struct Guarded<IO> {
     io: IO,
     frames: Frames,
+    backlog: Arc<Backlog>,
 }
 
 impl<IO> Guarded<IO> {
     /// For a server, before anything was read.
-    pub(crate) fn new(io: IO) -> Self {
-        Self { io, frames: Frames::new() }
+    pub(crate) fn new(io: IO, backlog: &Arc<Backlog>) -> Self {
+        Self { io, frames: Frames::new(), backlog: Arc::clone(backlog) }
     }
 
     /// For a client, before anything was read.
-    pub(crate) fn client(io: IO) -> Self {
-        Self { io, frames: Frames::client() }
+    pub(crate) fn client(io: IO, backlog: &Arc<Backlog>) -> Self {
+        Self { io, frames: Frames::client(), backlog: Arc::clone(backlog) }
     }
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Guarded<IO> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { io, frames } = self.get_mut();
+        let Self { io, frames, backlog } = self.get_mut();
         let before = buf.filled().len();
         ready!(Pin::new(io).poll_read(cx, buf))?;
         if frames.observe(buf.filled().get(before..).unwrap_or_default()) {
+            backlog.set_arriving(frames.arriving());
             Poll::Ready(Ok(()))
         } else {
             tracing::debug!("a peer sends too many control frames");
@@ -221,6 +234,23 @@ mod tests {
         let mut frames = Frames::client();
         let ping = frame(6, 0, 8);
         assert_eq!((0..100_000).find(|_| !frames.observe(&ping)), Some(2_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_come_of_a_frame_is_known_until_its_rest_comes() {
+        let mut frames = Frames::new();
+        assert!(frames.observe(&[0x50; 20]));
+        assert_eq!(frames.arriving(), 0, "the preface is no frame");
+        assert!(frames.observe(&[0x50; 4]));
+        let data = frame(0, 0, 1000);
+        assert!(frames.observe(&data[..HEADER]));
+        assert_eq!(frames.arriving(), 0);
+        assert!(frames.observe(&data[HEADER..HEADER + 999]));
+        assert_eq!(frames.arriving(), 999);
+        assert!(frames.observe(&[&data[HEADER + 999..], &data[..HEADER + 5]].concat()));
+        assert_eq!(frames.arriving(), 5, "of the next one");
+        assert!(frames.observe(&data[HEADER + 5..]));
+        assert_eq!(frames.arriving(), 0);
     }
 
     #[tokio::test(start_paused = true)]

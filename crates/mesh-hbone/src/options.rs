@@ -1,15 +1,20 @@
 //! The limits and times of a tunnel. The defaults are what other HBONE implementations use, so that both ends agree.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::Backlog;
 
 /// Limits and times of one tunnel, either end. `Options::default()` is right for a mesh.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Flow-control window of each stream that we receive on, in bytes. Bounds what one slow reader can make us hold.
+    /// Flow-control window of each stream that we receive on, in bytes. Bounds what one slow reader can make us hold. Smaller
+    /// while the share that pays for the tunnel is under pressure.
     pub stream_window: u32,
     /// Flow-control window of the whole connection, in bytes.
     pub connection_window: u32,
-    /// Largest DATA frame that we accept, in bytes (16 KiB to 16 MiB - 1, RFC 9113 section 6.5.2).
+    /// Largest DATA frame that we accept, in bytes (16 KiB to 16 MiB - 1, RFC 9113 section 6.5.2). So much may have to wait for
+    /// its rest, and so much may be kept by one byte of it.
     pub max_frame_size: u32,
     /// Bytes that one stream may have queued for the socket before `write` waits.
     pub send_buffer: usize,
@@ -27,6 +32,8 @@ pub struct Options {
     pub ping_timeout: Duration,
     /// Time for the HTTP/2 connection preface.
     pub handshake_timeout: Duration,
+    /// Where what this one tunnel holds is noted; by default it counts for nobody.
+    pub backlog: Arc<Backlog>,
 }
 
 impl Default for Options {
@@ -34,7 +41,7 @@ impl Default for Options {
         Options {
             stream_window: 4 << 20,
             connection_window: 16 << 20,
-            max_frame_size: 1 << 20,
+            max_frame_size: 256 << 10,
             send_buffer: 512 << 10,
             // With TLS this takes 50 to 100 microseconds in each direction.
             poll_budget: 128 << 10,
@@ -44,6 +51,7 @@ impl Default for Options {
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
             handshake_timeout: Duration::from_secs(10),
+            backlog: Arc::default(),
         }
     }
 }

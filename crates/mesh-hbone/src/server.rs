@@ -3,24 +3,28 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 use std::{future::poll_fn, pin::pin};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::backlog::Queued;
 use crate::budget::{Budget, Budgeted};
-use crate::connection::Keepalive;
+use crate::connection::{Keepalive, Noted, Windows};
 use crate::flood::Guarded;
 use crate::headers::HeaderError;
+use crate::memory::Pressure;
 use crate::stream::{ResetReason, Stream, StreamError};
-use crate::{Authority, ConnectionError, Headers, Options};
+use crate::{Authority, Backlog, ConnectionError, Headers, Options};
 
 /// Streams that a peer may have reset and that we have not looked at yet, before the connection is closed.
 const MAX_PENDING_RESETS: usize = 50;
 /// Requests that are handed out in one go; then others on the thread have their turn.
 const REQUESTS_IN_A_ROW: usize = 16;
+/// Bytes that a peer may send on a stream before it is answered. Most wait for the answer.
+const EARLY: usize = 16 << 10;
 /// Streams that we may have reset for the peer's faults before the connection is closed.
 const MAX_FAULTS: usize = 256;
 
@@ -36,8 +40,50 @@ pub struct Request {
 
 #[derive(Debug)]
 struct Answer {
-    respond: h2::server::SendResponse<Bytes>,
+    respond: h2::server::SendResponse<Queued>,
     recv: h2::RecvStream,
+    early: Early,
+}
+
+/// What has come on a stream before its answer, for which nobody reads yet.
+#[derive(Debug)]
+struct Early {
+    data: BytesMut,
+    has_ended: bool,
+    backlog: Arc<Backlog>,
+}
+
+impl Early {
+    /// Takes some more; false if that is too much.
+    fn take(&mut self, data: &[u8]) -> bool {
+        let limit = match self.backlog.pressure(Pressure::Low) {
+            Pressure::Low => EARLY,
+            Pressure::High => 0,
+        };
+        if self.data.len() + data.len() > limit {
+            return false;
+        }
+        self.data.extend_from_slice(data);
+        self.backlog.add_unanswered(data.len());
+        true
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        if !self.data.is_empty() {
+            self.backlog.remove_unanswered(self.data.len());
+        }
+    }
+}
+
+/// Why a request need not be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GivenUp {
+    /// The peer has given it up, or the tunnel is gone.
+    ByPeer,
+    /// The peer sends more than may wait before there is an answer.
+    TooEarly,
 }
 
 impl Request {
@@ -46,11 +92,15 @@ impl Request {
     /// # Errors
     /// If the peer has reset the stream, or the tunnel is gone.
     pub fn accept(mut self, headers: &Headers) -> Result<Stream, StreamError> {
-        let Some(Answer { mut respond, recv }) = self.answer.take() else { return Err(StreamError::Finished) };
+        let Some(Answer { mut respond, recv, mut early }) = self.answer.take() else {
+            return Err(StreamError::Finished);
+        };
         let mut response = http::Response::new(());
         *response.headers_mut() = headers.to_map().map_err(|_: HeaderError| StreamError::Finished)?;
         let send = respond.send_response(response, false)?;
-        Ok(Stream::new(recv, send, None))
+        early.backlog.remove_unanswered(early.data.len());
+        let data = std::mem::take(&mut early.data).freeze();
+        Ok(Stream::new((recv, data), send, None, Arc::clone(&early.backlog)))
     }
 
     /// Answers with this status and ends the stream. A status outside of 300..=599 is sent as 500.
@@ -67,11 +117,26 @@ impl Request {
         }
     }
 
-    /// Completes when the peer has given the request up, or the tunnel is gone: nobody waits for the answer any more.
-    pub async fn cancelled(&mut self) {
-        if let Some(answer) = &mut self.answer {
-            let _ = poll_fn(|cx| answer.respond.poll_reset(cx)).await;
+    /// Completes when nobody waits for the answer any more, or the peer does not wait for it as it must. To be polled while
+    /// the answer is being found: what comes meanwhile is taken, and bounded, by it.
+    pub async fn given_up(&mut self) -> GivenUp {
+        poll_fn(|cx| self.poll_given_up(cx)).await
+    }
+
+    fn poll_given_up(&mut self, cx: &mut Context<'_>) -> Poll<GivenUp> {
+        let Some(Answer { respond, recv, early }) = &mut self.answer else { return Poll::Ready(GivenUp::ByPeer) };
+        if respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(GivenUp::ByPeer);
         }
+        while !early.has_ended {
+            match ready!(recv.poll_data(cx)) {
+                Some(Ok(data)) if early.take(&data) => {}
+                Some(Ok(_)) => return Poll::Ready(GivenUp::TooEarly),
+                Some(Err(_)) => return Poll::Ready(GivenUp::ByPeer),
+                None => early.has_ended = true,
+            }
+        }
+        Poll::Pending
     }
 }
 
@@ -114,9 +179,12 @@ where
     H: Fn(Request) -> F + Send,
     F: Future<Output = ()> + Send + 'static,
 {
+    let backlog = &options.backlog;
+    let noted = Noted(Arc::clone(backlog));
+    let mut windows = Windows::new(options);
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(options.stream_window)
+        .initial_window_size(windows.size())
         .initial_connection_window_size(options.connection_window)
         .max_frame_size(options.max_frame_size)
         .max_header_list_size(options.max_header_list)
@@ -124,7 +192,7 @@ where
         .max_concurrent_streams(options.server_streams)
         .max_local_error_reset_streams(Some(MAX_FAULTS))
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS);
-    let mut connection = timeout(options.handshake_timeout, builder.handshake::<_, Bytes>(Guarded::new(io)))
+    let mut connection = timeout(options.handshake_timeout, builder.handshake::<_, Queued>(Guarded::new(io, backlog)))
         .await
         .map_err(|_| ConnectionError::HandshakeTimeout)??;
     let mut keepalive = Keepalive::new(connection.ping_pong(), options);
@@ -144,7 +212,10 @@ where
                 draining = true;
                 connection.graceful_shutdown();
             }
-            if let Poll::Ready(next) = connection.poll_accept(cx) {
+            windows.follow(|size| connection.set_initial_window_size(size).is_ok());
+            let next = connection.poll_accept(cx);
+            noted.0.note();
+            if let Poll::Ready(next) = next {
                 return Poll::Ready(Ok(next));
             }
             keepalive.poll(cx).map(|()| Err(ConnectionError::KeepaliveTimeout))
@@ -163,7 +234,8 @@ where
         };
         match parse(&request) {
             Ok((authority, headers)) => {
-                let answer = Some(Answer { respond, recv: request.into_body() });
+                let early = Early { data: BytesMut::new(), has_ended: false, backlog: Arc::clone(backlog) };
+                let answer = Some(Answer { respond, recv: request.into_body(), early });
                 let handled = handler(Request { authority, headers, answer });
                 tokio::spawn(async move {
                     let _guard = guard;
@@ -218,7 +290,7 @@ fn parse(request: &http::Request<h2::RecvStream>) -> Result<(Authority, Headers)
     Ok((authority, headers))
 }
 
-fn refuse(respond: &mut h2::server::SendResponse<Bytes>, status: u16) {
+fn refuse(respond: &mut h2::server::SendResponse<Queued>, status: u16) {
     let mut response = http::Response::new(());
     *response.status_mut() = http::StatusCode::from_u16(status)
         .ok()

@@ -7,7 +7,10 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::Bytes;
 use thiserror::Error;
 
+use crate::Backlog;
+use crate::backlog::Queued;
 use crate::client::StreamPermit;
+use crate::piece::Piece;
 
 /// Why a stream was reset: the error codes of RFC 9113 section 7 that matter to a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Error)]
@@ -60,6 +63,8 @@ pub struct Stream {
 #[derive(Debug)]
 pub struct ReadHalf {
     inner: h2::RecvStream,
+    /// What came before the stream was answered.
+    early: Bytes,
     /// Bytes handed out and not yet given back to the peer's window.
     held: usize,
     ended: bool,
@@ -69,17 +74,25 @@ pub struct ReadHalf {
 /// The half of a [`Stream`] that sends. Dropped before [`WriteHalf::finish`], it resets the stream.
 #[derive(Debug)]
 pub struct WriteHalf {
-    inner: h2::SendStream<Bytes>,
+    inner: h2::SendStream<Queued>,
     finished: bool,
     permit: Option<Arc<StreamPermit>>,
+    /// The tunnel's account.
+    backlog: Arc<Backlog>,
 }
 
 impl Stream {
-    pub(crate) fn new(recv: h2::RecvStream, send: h2::SendStream<Bytes>, permit: Option<StreamPermit>) -> Self {
+    /// `early` came from `recv` before.
+    pub(crate) fn new(
+        (recv, early): (h2::RecvStream, Bytes),
+        send: h2::SendStream<Queued>,
+        permit: Option<StreamPermit>,
+        backlog: Arc<Backlog>,
+    ) -> Self {
         let permit = permit.map(Arc::new);
         Stream {
-            read: ReadHalf { inner: recv, held: 0, ended: false, permit: permit.clone() },
-            write: WriteHalf { inner: send, finished: false, permit },
+            read: ReadHalf { inner: recv, early, held: 0, ended: false, permit: permit.clone() },
+            write: WriteHalf { inner: send, finished: false, permit, backlog },
         }
     }
 
@@ -140,6 +153,10 @@ impl ReadHalf {
 
     /// The next bytes, without opening the window for earlier ones; [`ReadHalf::release`] does that.
     pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
+        if !self.early.is_empty() {
+            self.held += self.early.len();
+            return Poll::Ready(Ok(Some(std::mem::take(&mut self.early))));
+        }
         if self.ended {
             return Poll::Ready(Ok(None));
         }
@@ -184,13 +201,21 @@ impl WriteHalf {
 
     /// [`WriteHalf::write`] as a poll function. `data` shrinks by what was taken.
     pub fn poll_write(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), StreamError>> {
-        while !data.is_empty() {
+        let mut piece = Piece::own(std::mem::take(data));
+        let written = self.poll_put(cx, &mut piece);
+        *data = piece.into_data();
+        written
+    }
+
+    /// [`WriteHalf::poll_write`] for bytes that keep more memory than their own.
+    pub(crate) fn poll_put(&mut self, cx: &mut Context<'_>, piece: &mut Piece) -> Poll<Result<(), StreamError>> {
+        while !piece.is_empty() {
             if self.finished {
                 return Poll::Ready(Err(StreamError::Finished));
             }
             let mut room = self.inner.capacity();
-            if room < data.len() {
-                self.inner.reserve_capacity(data.len());
+            if room < piece.len() {
+                self.inner.reserve_capacity(piece.len());
                 room = self.inner.capacity();
             }
             if room == 0 {
@@ -200,11 +225,11 @@ impl WriteHalf {
                     None => return Poll::Ready(Err(self.failure())),
                 }
             }
-            let part = data.split_to(room.min(data.len()));
+            let part = piece.take(room);
             if let Some(permit) = &self.permit {
                 permit.moved(part.len());
             }
-            if self.inner.send_data(part, false).is_err() {
+            if self.inner.send_data(Queued::new(part, &self.backlog), false).is_err() {
                 return Poll::Ready(Err(self.failure()));
             }
         }
@@ -224,7 +249,7 @@ impl WriteHalf {
         if self.finished {
             return Err(StreamError::Finished);
         }
-        match self.inner.send_data(Bytes::new(), true) {
+        match self.inner.send_data(Queued::default(), true) {
             Ok(()) => {
                 self.finished = true;
                 Ok(())

@@ -17,6 +17,7 @@ mod fixture;
 pub mod gateway;
 pub mod identity;
 mod intern;
+pub mod invalid;
 pub mod policy;
 pub mod port_names;
 pub mod resolve;

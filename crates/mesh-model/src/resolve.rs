@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::address::Cidr;
 use crate::service::{LocalityScope, Service};
 use crate::snapshot::Snapshot;
 use crate::unusable::{Unusable, workload_rank};
@@ -79,22 +80,37 @@ pub struct Endpoint<'a> {
 }
 
 impl Snapshot {
-    /// What `ip` is for a client at `from`. A service that the client does not see does not count; a service counts
-    /// before a workload of the same address. What cannot be taken counts where it would if it could be.
+    /// What `ip` is for a client at `from`. A service that the client does not see does not count. The narrowest wins: a
+    /// service that has the address itself counts before a workload of that address, and the workload before a service
+    /// that has a wider block of addresses. What cannot be taken counts where it would if it could be.
     pub fn destination(&self, from: &Viewpoint<'_>, ip: IpAddr) -> Destination<'_> {
+        let Some((length, service)) = self.service_destination(from, ip) else {
+            return self.workload_destination(from.network, ip);
+        };
+        if length == Cidr::host(ip).length() {
+            return service;
+        }
+        match self.workload_destination(from.network, ip) {
+            Destination::Unknown => service,
+            workload => workload,
+        }
+    }
+
+    /// The service that `ip` is for a client at `from`, and how many leading bits of it the service names.
+    fn service_destination(&self, from: &Viewpoint<'_>, ip: IpAddr) -> Option<(u8, Destination<'_>)> {
         let mut services = self.services_by_vip(from.network, ip);
-        let service = services.find(|service| service.visible_from(from.namespace));
-        match (service, self.unusable_set().service(from, ip)) {
-            (Some(service), Some((rank, unusable))) => {
-                let here =
-                    service.addresses.iter().filter(|vip| *vip.network == *from.network && vip.block.contains(ip));
-                let length = here.map(|vip| vip.block.length()).max().unwrap_or(0);
-                let usable = (Reverse(length), !service.canonical, &**service.key());
-                if rank < usable { Destination::Unusable(unusable) } else { Destination::Service(service) }
+        let usable = services.find(|service| service.visible_from(from.namespace)).map(|service| {
+            let here = service.addresses.iter().filter(|vip| *vip.network == *from.network && vip.block.contains(ip));
+            let length = here.map(|vip| vip.block.length()).max().unwrap_or(0);
+            ((Reverse(length), !service.canonical, &**service.key()), service)
+        });
+        match (usable, self.unusable_set().service(from, ip)) {
+            (Some((usable, _)), Some((rank, unusable))) if rank < usable => {
+                Some((rank.0.0, Destination::Unusable(unusable)))
             }
-            (Some(service), None) => Destination::Service(service),
-            (None, Some((_, unusable))) => Destination::Unusable(unusable),
-            (None, None) => self.workload_destination(from.network, ip),
+            (Some((rank, service)), _) => Some((rank.0.0, Destination::Service(service))),
+            (None, Some((rank, unusable))) => Some((rank.0.0, Destination::Unusable(unusable))),
+            (None, None) => None,
         }
     }
 

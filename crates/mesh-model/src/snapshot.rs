@@ -15,6 +15,7 @@ use crate::address::Cidr;
 use crate::blocks::{Blocks, Few, add_to, remove_from};
 use crate::endpoints::ServiceEndpoints;
 use crate::intern::Interner;
+use crate::invalid;
 use crate::policy::{Authorization, InvalidAuthorization, Scope};
 use crate::service::{InvalidService, Service};
 use crate::unusable::{Place, Unusable, UnusableSet, workload_rank};
@@ -61,13 +62,20 @@ impl Change {
     /// Reads the body of an `istio.workload.Address` that discovery calls `name`.
     ///
     /// There is always a change to apply: what cannot be taken becomes [`Unusable`], so that traffic to it is refused,
-    /// and the reason is given beside it.
+    /// and the reason is given beside it. What the control plane itself says is [`invalid`] is no mistake of its.
     pub fn address(name: &str, body: &[u8]) -> (Self, Option<InvalidChange>) {
         let unusable = |unusable: Unusable, error| (Self::Unusable(Box::new(unusable)), Some(error));
+        let told = |unusable: Unusable| (Self::Unusable(Box::new(unusable)), None);
         let unreadable = |error: InvalidChange| unusable(Unusable::unreadable(name, &error.to_string()), error);
         match wire::Address::decode(body).map(|address| address.r#type) {
             Err(error) => unreadable(error.into()),
             Ok(None) => unreadable(InvalidChange::Empty),
+            Ok(Some(wire::address::Type::Workload(wire))) if invalid::is_said(&wire.extensions) => {
+                told(Unusable::workload(name, invalid::REASON, &wire))
+            }
+            Ok(Some(wire::address::Type::Service(wire))) if invalid::is_said(&wire.extensions) => {
+                told(Unusable::service(name, invalid::REASON, &wire))
+            }
             Ok(Some(wire::address::Type::Workload(wire))) => match Workload::try_from(&wire) {
                 Ok(workload) => (Self::Workload(Box::new(workload)), None),
                 Err(error) => unusable(Unusable::workload(name, &error.to_string(), &wire), error.into()),

@@ -46,8 +46,10 @@ impl Readiness {
         let _ = count.wait_for(|pending| *pending == 0).await;
     }
 
-    /// Adds `GET /healthz/ready`: 200, or 500 with one pending task per line.
+    /// Adds `GET /healthz/ready`: 200, or 500 with one pending task per line; and `GET /healthz/live`: 200, as long as the
+    /// process answers at all.
     pub fn mount(&self, router: &mut Router) {
+        router.get("/healthz/live", "whether the process answers", |_| async { Reply::text("alive\n") });
         let readiness = self.clone();
         router.get("/healthz/ready", "readiness, or what is pending", move |_| {
             let pending = readiness.pending();
@@ -139,6 +141,7 @@ mod tests {
         let (status, body) = get(&router, "/healthz/ready").await;
         assert_eq!(status, 500);
         assert!(body.contains("discovery"), "{body}");
+        assert_eq!(get(&router, "/healthz/live").await.0, 200);
         pending.done();
         assert_eq!(get(&router, "/healthz/ready").await.0, 200);
     }

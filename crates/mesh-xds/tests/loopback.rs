@@ -178,7 +178,11 @@ async fn a_client_that_comes_back_gets_only_the_difference() {
     first.server.abort();
     first.service.close();
     until("the end of the stream", &mut status, |status| status.connected_since.is_none()).await;
-    assert!(status.borrow().last_error.is_some() && status.borrow().synced);
+    let lost = status.borrow().disconnected_since;
+    assert!(lost.is_some() && status.borrow().last_error.is_some() && status.borrow().synced);
+    // As long as it is tried in vain.
+    until("a second attempt", &mut status, |status| status.terminations.values().sum::<u64>() >= 2).await;
+    assert_eq!(status.borrow().disconnected_since, lost);
     catalog.update(WORKLOAD_TYPE, [thing("w7", &[], "2"), thing("new", &[], "1")], ["w8"]);
     let address = first.address.to_string();
     let _second = control(Arc::clone(&catalog), &address, options).await;
@@ -187,6 +191,7 @@ async fn a_client_that_comes_back_gets_only_the_difference() {
     })
     .await;
     assert_eq!(node.applied.load(Ordering::SeqCst), 502);
+    assert_eq!(status.borrow().disconnected_since, None);
     assert!(status.borrow().terminations.values().sum::<u64>() >= 1);
 }
 

@@ -168,7 +168,8 @@ impl World {
             version: version.into(),
             body: Bytes::from(body),
         };
-        Entry { resource, member_of: service.map(|service| PRIMARIES[service].into()).into_iter().collect() }
+        let member_of = service.map(|service| PRIMARIES[service].into()).into_iter().collect();
+        Entry { resource, member_of, refers: aliases.len() > 1 }
     }
 
     fn reconnect(&mut self) {

@@ -21,6 +21,9 @@ pub struct Api {
     server: SocketAddr,
     network: Option<Arc<NetNs>>,
     tls: Arc<ClientConfig>,
+    roots: Arc<RootCertStore>,
+    /// Who is there, if not the certificate.
+    token: Option<Arc<str>>,
 }
 
 impl Api {
@@ -41,11 +44,19 @@ impl Api {
         let chain = vec![certificate(&credential.certificate).map_err(failed)?];
         let key = PrivateKeyDer::from_pem_slice(credential.key.as_bytes());
         let key = key.map_err(|e| failed(io::Error::other(e)))?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let tls = tls.and_then(|tls| tls.with_root_certificates(roots).with_client_auth_cert(chain, key));
+        let roots = Arc::new(roots);
+        let tls = builder()?.with_root_certificates(Arc::clone(&roots)).with_client_auth_cert(chain, key);
         let tls = tls.map_err(|e| failed(io::Error::other(e)))?;
-        Ok(Self { server, network, tls: Arc::new(tls) })
+        Ok(Self { server, network, tls: Arc::new(tls), roots, token: None })
+    }
+
+    /// The same API server for whoever has this token.
+    ///
+    /// # Errors
+    /// As [`Api::new`].
+    pub fn with_token(&self, token: &str) -> Result<Self, Error> {
+        let tls = builder()?.with_root_certificates(Arc::clone(&self.roots)).with_no_client_auth();
+        Ok(Self { tls: Arc::new(tls), token: Some(token.into()), ..self.clone() })
     }
 
     /// One request; any status.
@@ -65,7 +76,8 @@ impl Api {
         let session = ClientConnection::new(Arc::clone(&self.tls), name).map_err(io::Error::other).during(what)?;
         let text = body.map(|(kind, value)| (kind, value.to_string()));
         let body = text.as_ref().map(|(kind, text)| (*kind, text.as_bytes()));
-        http::talk(StreamOwned::new(session, stream), method, &self.server.to_string(), path, body)
+        let bearer = self.token.as_ref().map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
+        http::talk(StreamOwned::new(session, stream), method, &self.server.to_string(), path, &bearer, body)
     }
 
     /// True when the API server says that it serves.
@@ -141,6 +153,12 @@ impl Api {
             other => other,
         })
     }
+}
+
+fn builder() -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, Error> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    builder.map_err(|error| Error::io("a client of the API server", io::Error::other(error)))
 }
 
 fn read(method: &str, path: &str, answer: &Answer) -> Result<Value, Error> {

@@ -1,11 +1,14 @@
 //! etcd and kube-apiserver: a real Kubernetes API, with or without nodes behind it.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket, sockopt};
+
+use serde_json::Value;
 
 use super::api::Api;
 use super::pki::{MASTERS, Pki};
@@ -47,6 +50,34 @@ impl Place {
     }
 }
 
+/// Something that was asked of the API server.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Asked {
+    /// `get`, `list`, `watch`, `create`, `update`, `patch` or `delete`.
+    pub verb: String,
+    /// The group; empty for Kubernetes' first one.
+    pub group: String,
+    /// The resource in the plural, with the part of it that was asked for.
+    pub resource: String,
+    /// The code of the answer.
+    pub code: u16,
+}
+
+/// Who is audited: the mesh's own parts. Nobody else's requests are worth the room.
+const AUDIT: &str = r#"
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - level: Metadata
+    users:
+      - culvertd
+      - system:serviceaccount:culvert-system:culvertd
+      - system:serviceaccount:culvert-system:culvert-node
+      - system:serviceaccount:culvert-system:ztunnel
+  - level: None
+"#;
+
 /// A running API server with its store. Ends when dropped.
 ///
 /// ```no_run
@@ -66,6 +97,7 @@ pub struct ApiServer {
     api: Api,
     url: String,
     kubeconfig: PathBuf,
+    audit: PathBuf,
     /// Its own folder, where it does not belong to a cluster.
     own: Option<ClusterId>,
     /// Held ports: bound with SO_REUSEPORT and never listened at, so that only a process of ours gets them.
@@ -134,12 +166,18 @@ impl ApiServer {
         let kubeconfig = pki.kubeconfig("admin", &url, "culvert-admin", Some(MASTERS))?;
         let admin = pki.issue("culvert-harness", Some(MASTERS), &[], &[])?;
         let api = Api::new(secure, place.network(), &pki, &admin)?;
-        let server = spec("kube-apiserver", apiserver(&pki, client, address, secure.port(), place)?);
+        let audit = logs.join("audit.log");
+        let policy = folder.join("audit.yaml");
+        std::fs::write(&policy, AUDIT).during(|| format!("writing {}", policy.display()))?;
+        let mut args = apiserver(&pki, client, address, secure.port(), place)?;
+        args.push(format!("--audit-policy-file={}", policy.display()));
+        args.push(format!("--audit-log-path={}", audit.display()));
+        let server = spec("kube-apiserver", args);
         let probe = api.clone();
         let component = Component::new(server, move || Ok(probe.ready())).ready_within(READY);
         store.wait_ready()?;
         component.start()?;
-        Ok(Self { component, store, pki, api, url, kubeconfig, own: None, _ports: ports })
+        Ok(Self { component, store, pki, api, url, kubeconfig, audit, own: None, _ports: ports })
     }
 
     /// A kubeconfig file with every right (group `system:masters`).
@@ -168,6 +206,31 @@ impl ApiServer {
     /// A client with every right.
     pub fn api(&self) -> &Api {
         &self.api
+    }
+
+    /// What a user has asked so far, as the API server's audit has it: verb, group, resource (`pods/status` of a part of it),
+    /// and the code of the answer. Users of the mesh alone are audited: `culvertd`, and the service accounts of
+    /// `culvert-system`. What still runs, such as a watch, is among it.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn asked_by(&self, user: &str) -> Result<BTreeSet<Asked>, Error> {
+        let text = std::fs::read_to_string(&self.audit).during(|| format!("reading {}", self.audit.display()))?;
+        let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let asked = events.filter(|event| event["user"]["username"] == user).filter_map(|event| {
+            let object = &event["objectRef"];
+            let text = |key: &str| object[key].as_str().unwrap_or_default().to_owned();
+            let resource = match (text("resource"), text("subresource")) {
+                // What is no resource: the version, or what kinds there are.
+                (resource, _) if resource.is_empty() => return None,
+                (resource, part) if part.is_empty() => resource,
+                (resource, part) => format!("{resource}/{part}"),
+            };
+            let code = event["responseStatus"]["code"].as_u64().and_then(|code| u16::try_from(code).ok());
+            let verb = event["verb"].as_str().unwrap_or_default().to_owned();
+            Some(Asked { verb, group: text("apiGroup"), resource, code: code.unwrap_or_default() })
+        });
+        Ok(asked.collect())
     }
 }
 

@@ -71,7 +71,8 @@ enum Action {
     Down,
     /// Shows nodes, components with their process ids, and the KUBECONFIG; exit code 1 if none is up
     Status,
-    /// Makes images of the programs that were built (culvert/app:dev, culvert/ztunnel:dev, culvert/culvertd:dev) and gives them to every node
+    /// Makes images of the programs that were built (culvert/app:dev, culvert/ztunnel:dev, culvert/culvertd:dev, and those of
+    /// manifests/samples) and gives them to every node
     LoadImages,
     /// Holds a cluster.
     #[command(hide = true)]
@@ -246,7 +247,7 @@ fn up_state(place: &Place) -> Result<State, Error> {
 fn load_images(options: &Options, place: &Place) -> Result<(), Error> {
     let state = up_state(place)?;
     let bins = bins(options)?;
-    let recipes: Vec<Recipe> = Recipe::basic(&bins).into_iter().chain(Recipe::mesh(&bins)).collect();
+    let recipes = [Recipe::basic(&bins), Recipe::mesh(&bins), Recipe::samples(&bins)].concat();
     let start = Instant::now();
     let images = Images::build(&recipes)?;
     let programs = Programs::at(&state.programs, &[CLUSTER])?;

@@ -18,6 +18,15 @@ pub const TAG: &str = "dev";
 /// The image of the container that holds a pod's namespaces.
 pub const PAUSE: &str = "culvert/pause:dev";
 
+/// The images that the samples of the manifests name. Each is the program of the test applications.
+const SAMPLES: [&str; 6] = [
+    "culvert.dev/samples/bookinfo-details:v1",
+    "culvert.dev/samples/bookinfo-productpage:v1",
+    "culvert.dev/samples/bookinfo-ratings:v1",
+    "culvert.dev/samples/bookinfo-reviews:v1",
+    "culvert.dev/samples/bookinfo-reviews:v2",
+    "culvert.dev/samples/bookinfo-reviews:v3",
+];
 /// Where a container finds its program.
 const BIN: &str = "usr/local/bin";
 
@@ -47,6 +56,12 @@ impl Recipe {
         let mut pause = Self { name: PAUSE.to_owned(), ..app.clone() };
         pause.entrypoint.push("pause".to_owned());
         vec![app, pause]
+    }
+
+    /// The images that the samples name.
+    pub fn samples(bins: &Path) -> Vec<Self> {
+        let app = Self::program("app", bins.join("culvert-app"));
+        SAMPLES.map(|name| Self { name: name.to_owned(), ..app.clone() }).into()
     }
 
     /// The images of the mesh's own programs.
@@ -282,6 +297,20 @@ mod tests {
         let found = parse_ldd(text).expect("all there");
         assert_eq!(found, ["/lib/x86_64-linux-gnu/libgcc_s.so.1", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from));
         assert_eq!(parse_ldd("\tlibnone.so => not found\n"), None);
+    }
+
+    #[test]
+    fn every_image_of_the_samples_is_made() {
+        let mut named = BTreeSet::new();
+        let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/samples");
+        for folder in std::fs::read_dir(samples).expect("samples") {
+            for file in std::fs::read_dir(folder.expect("a folder").path()).expect("files") {
+                let text = std::fs::read_to_string(file.expect("a file").path()).expect("its text");
+                named.extend(text.lines().filter_map(|line| Some(line.trim().strip_prefix("image: ")?.to_owned())));
+            }
+        }
+        let made = Recipe::samples(Path::new("/")).into_iter().map(|recipe| recipe.name).collect();
+        assert_eq!(named, made);
     }
 
     #[test]

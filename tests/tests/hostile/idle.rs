@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PER_CONNECTION: usize = 8;
 
 /// Opens many connections from inside a namespace, and says `first` on each. Some may be refused.
-fn open(network: &NetNs, to: SocketAddr, count: usize, first: &[u8]) -> Vec<TcpStream> {
+pub fn open(network: &NetNs, to: SocketAddr, count: usize, first: &[u8]) -> Vec<TcpStream> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     let open = || {

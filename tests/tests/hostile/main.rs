@@ -15,4 +15,5 @@ mod local;
 mod ports;
 mod requests;
 mod scene;
+mod stalled;
 mod wire;

@@ -52,16 +52,21 @@ struct Gauges {
 impl Scene {
     /// Starts it all, in IPv4, with the victim's traffic.
     pub fn start() -> Self {
-        Self::of(Families::V4)
+        Self::of(Families::V4, &[])
     }
 
     /// As [`Scene::start`], and what is attacked has IPv6 as well.
     pub fn dual() -> Self {
-        Self::of(Families::Dual)
+        Self::of(Families::Dual, &[])
     }
 
-    fn of(families: Families) -> Self {
-        let cluster = Cluster::builder().families(families).start().unwrap();
+    /// As [`Scene::start`], with proxies that may hold so many MiB for receivers.
+    pub fn holding(mebibytes: usize) -> Self {
+        Self::of(Families::V4, &["--max-held-memory", &mebibytes.to_string()])
+    }
+
+    fn of(families: Families, proxy_args: &[&str]) -> Self {
+        let cluster = Cluster::builder().families(families).proxy_args(proxy_args).start().unwrap();
         let target = echo_any(&cluster, "target", 2).enrolled(true).start().unwrap();
         let victim = echo_any(&cluster, "victim", 2).enrolled(true).start().unwrap();
         let friend = cluster.pod("friend").node(1).service_account("friend").enrolled(true).start().unwrap();

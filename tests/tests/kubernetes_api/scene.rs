@@ -1,5 +1,6 @@
 //! A cluster's API without nodes behind it, and culvertd beside it.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +17,8 @@ use tonic::Code;
 
 use super::LONG;
 
+/// Who signs tokens, and for whom they are if nobody else is named.
+pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// Where kinds are defined.
 pub const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
@@ -72,6 +75,16 @@ impl Scene {
                     "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "culvertd"}],
                 }),
             );
+        }
+    }
+
+    /// Applies an object without a namespace, as it is shipped.
+    pub fn install(&self, object: &Value) {
+        let (version, kind) = (object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap());
+        let plural = format!("{}s", kind.to_ascii_lowercase()).replace("policys", "policies");
+        let name = object["metadata"]["name"].as_str().unwrap();
+        if object["metadata"]["namespace"].is_null() {
+            self.apply(&format!("/apis/{version}/{plural}/{name}"), object);
         }
     }
 
@@ -236,6 +249,15 @@ pub struct Culvertd {
 }
 
 impl Culvertd {
+    /// Where discovery and certificates are.
+    pub fn address(&self) -> SocketAddr {
+        self.xds
+    }
+
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     pub fn is_ready(&self) -> bool {
         page(self.ready, "/healthz/ready").is_ok_and(|answer| answer.status == 200)
     }
@@ -327,12 +349,43 @@ pub fn slice(service: &str, address: &str) -> Value {
     })
 }
 
+/// The first object of a file, as it is shipped.
+pub fn shipped(file: &str) -> Value {
+    manifest(file).remove(0)
+}
+
+/// All objects of a file.
+pub fn all(file: &str) -> Vec<Value> {
+    manifest(file)
+}
+
 /// A registration of the webhook as it is installed, without the roots that culvertd adds; but at this address.
 pub fn registration(file: &str, at: SocketAddr) -> Value {
     let mut registration = manifest(file).remove(0);
     let path = registration["webhooks"][0]["clientConfig"]["service"]["path"].as_str().unwrap().to_owned();
     registration["webhooks"][0]["clientConfig"] = json!({"url": format!("https://localhost:{}{path}", at.port())});
     registration
+}
+
+/// What culvertd may do: verb, group and resource.
+pub fn rights() -> BTreeSet<(String, String, String)> {
+    let roles = manifest("culvert/10-rbac.yaml");
+    let roles = roles.iter().filter(|role| role["metadata"]["name"] == "culvertd");
+    let rules = roles.filter_map(|role| role["rules"].as_array()).flatten();
+    let all = |rule: &Value, key: &str| {
+        let list = rule[key].as_array().cloned().unwrap_or_default();
+        list.into_iter().map(|one| one.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let mut found = BTreeSet::new();
+    for rule in rules {
+        for (verb, group) in all(rule, "verbs")
+            .iter()
+            .flat_map(|verb| all(rule, "apiGroups").into_iter().map(move |group| (verb.clone(), group)))
+        {
+            found.extend(all(rule, "resources").into_iter().map(|resource| (verb.clone(), group.clone(), resource)));
+        }
+    }
+    found
 }
 
 /// The objects of one of the mesh's own manifests.

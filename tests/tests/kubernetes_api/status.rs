@@ -31,7 +31,7 @@ fn message(condition: &Value) -> &str {
 }
 
 /// Waits for an event about the object with these words in it.
-fn until_event(scene: &Scene, namespace: &str, object: &str, words: &str) -> Value {
+pub fn until_event(scene: &Scene, namespace: &str, object: &str, words: &str) -> Value {
     let path = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
     wait::until(&format!("an event about {object} with {words}"), LONG, || {
         let events = scene.server().api().list(&path).unwrap();
@@ -169,4 +169,41 @@ async fn a_policy_says_which_proxies_refuse_it() {
     session.ack(&next).await.unwrap();
     let accepted = until(&scene, &path, "ZtunnelAccepted", "Accepted");
     assert_eq!((&accepted["status"], &accepted["observedGeneration"]), (&json!("True"), &json!(2)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_says_also_which_proxies_of_other_replicas_refuse_it() {
+    const BOARD: &str = "/api/v1/namespaces/culvert-system/configmaps/culvertd-refusals";
+    let scene = Scene::new();
+    scene.allow();
+    scene.define("security.istio.io.yaml");
+    scene.namespace("shop", &json!({}));
+    let ztunnel = scene.pod(&pod("culvert-system", "ztunnel-1", "ztunnel", "node-1"), &pod_status("10.244.0.2"));
+    scene.create(POLICIES, &policy("own", &json!({"rules": [{}]})));
+    let path = format!("{POLICIES}/own");
+    let leading = scene.ready_culvertd();
+    leading.status_until("it leads", |status| status["leader"]["leads"] == true);
+    let follower = scene.ready_culvertd();
+    until(&scene, &path, "ZtunnelAccepted", "Accepted");
+
+    let token = scene.token("culvert-system", "ztunnel", Some(&ztunnel));
+    let mut session = follower.session(&scene.root(), &token).await.unwrap();
+    let first = session.next().await.unwrap();
+    assert_eq!(first.type_url, AUTHORIZATION_TYPE);
+    session.nack(&first, "shop/own: too odd for me").await.unwrap();
+    let refused = until(&scene, &path, "ZtunnelAccepted", "RefusedByProxy");
+    assert!(message(&refused).ends_with("(pod ztunnel-1): too odd for me"), "{refused}");
+    assert_eq!(scene.get(BOARD)["data"].as_object().unwrap().len(), 1);
+
+    // The next leader knows of it as well, from its own client or from the board.
+    leading.process.terminate(LONG).unwrap();
+    follower.status_until("it leads", |status| status["leader"]["leads"] == true);
+    let another = scene.ready_culvertd();
+    until(&scene, &path, "ZtunnelAccepted", "RefusedByProxy");
+
+    // A replica that ends takes its word back.
+    follower.process.terminate(LONG).unwrap();
+    another.status_until("it leads", |status| status["leader"]["leads"] == true);
+    until(&scene, &path, "ZtunnelAccepted", "Accepted");
+    assert!(scene.get(BOARD)["data"].as_object().is_none_or(serde_json::Map::is_empty));
 }

@@ -1,8 +1,10 @@
 //! What pods of a real cluster do beside talking to each other, each a case on the same cluster: the kubelet's probes,
 //! plaintext of those who are no part of the mesh, and policies. And what the command line says of all that.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -26,8 +28,10 @@ fn pods_of_every_kind_live_in_the_mesh_as_they_do_without() {
     mesh.cluster.apply("probes.yaml", include_str!("probes.yaml")).unwrap();
     case("probes of the kubelet", || probes(&mesh));
     case("plaintext from outside of the mesh", || outsiders(&mesh));
+    case("what is not valid", || invalid(&mesh));
     case("policies", || policies(&mesh));
     case("both families of addresses", || ipv6::both(&mesh));
+    case("the node's CNI writes its configuration anew", || chained_again(&mesh));
     case("the command line", || cli::after(&mesh));
     case("kinds of pods", || kinds::kinds(&mesh));
     case("a node is drained", || drain::drain(&mesh));
@@ -77,6 +81,56 @@ fn outsiders(mesh: &Mesh) {
         let record = record.unwrap_or_else(|error| panic!("{error}: {:#?}", inbound(mesh, &pod)));
         assert!(!record.contains("src.identity="), "{who}: {record}");
     }
+    assert!(!mesh.unproven("cases").is_empty(), "the metrics have them too");
+}
+
+/// The plugin is put back into a configuration that was written without it.
+fn chained_again(mesh: &Mesh) {
+    let path = Path::new("/etc/cni/net.d/10-ptp.conflist");
+    let node = &mesh.cluster.nodes()[0];
+    let read = || -> Value {
+        let text = node.mounts().run(|| fs::read_to_string(path)).unwrap().unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let is_chained = |list: &Value| {
+        let plugins = list["plugins"].as_array().expect("a list of plugins");
+        plugins.iter().filter(|plugin| plugin["type"] == "ztunnel").count() == 1
+    };
+    let chained = read();
+    assert!(is_chained(&chained), "{chained:#}");
+    let mut without = chained.clone();
+    without["plugins"].as_array_mut().unwrap().retain(|plugin| plugin["type"] != "ztunnel");
+    let text = without.to_string();
+    node.mounts().run(|| fs::write(path, text)).unwrap().unwrap();
+    let again = wait::until("the plugin in its place again", BOUND, || Some(read()).filter(is_chained));
+    let again = again.unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    assert_eq!(again, chained, "as it was before");
+}
+
+/// What is not valid is refused before it is stored, by the webhooks as they are installed, with field and fix.
+fn invalid(mesh: &Mesh) {
+    let until_refused = |what: &str, attempt: &dyn Fn() -> Result<String, tests::Error>, field: &str| {
+        let mut last = String::new();
+        let refused = wait::until(what, BOUND, || {
+            last = attempt().err()?.to_string();
+            last.contains(field).then_some(())
+        });
+        refused.unwrap_or_else(|error| panic!("{error}: {last}\n{}", mesh.state()));
+    };
+    let policy = "{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {name: moody, namespace: cases}, \
+                  spec: {rules: [{from: [{source: {moods: [good]}}]}]}}";
+    let attempt = || mesh.cluster.apply("moody.yaml", policy);
+    until_refused("a policy with an unknown field", &attempt, "spec.rules[0].from[0].source.moods");
+    let label = ["label", "namespace", "cases", "istio.io/dataplane-mode=perhaps", "--overwrite"];
+    until_refused("a label that means nothing", &|| mesh.kubectl(&label), "istio.io/dataplane-mode");
+    let left = mesh.cluster.api().list("/apis/security.istio.io/v1/namespaces/cases/authorizationpolicies").unwrap();
+    // Until the webhooks' roots had been written both were stored.
+    for policy in &left {
+        let name = text(policy, "/metadata/name");
+        mesh.kubectl(&["delete", "authorizationpolicy", &name, "--namespace", "cases"]).unwrap();
+    }
+    mesh.kubectl(&["label", "namespace", "cases", "istio.io/dataplane-mode=ambient", "--overwrite"]).unwrap();
+    mesh.until_pods("cases", true);
 }
 
 /// What kubectl applies refuses those that it is to refuse, and nobody else, and says so; with it gone they are let in again.

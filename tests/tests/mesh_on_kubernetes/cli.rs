@@ -211,9 +211,10 @@ fn broken(mesh: &Mesh) {
         done.unwrap_or_else(|error| panic!("{error}: {last:#?}\n{}", mesh.state()));
     };
     mesh.kubectl(&["label", "namespace", "taken", "istio.io/dataplane-mode=ambient"]).unwrap();
-    let why = ["pod taken/squatter: not captured", "port 15001 is in use in the pod"];
+    let why = ["pod taken/squatter-", ": not captured", "port 15001 is in use in the pod"];
     until("the pod with a port of the mesh's is named", &["check"], 1, &why);
     until("its state has it too", &["status"], 1, &why);
+    complained_of(mesh, "taken", "port 15001 is in use in the pod");
     mesh.kubectl(&["delete", "namespace", "taken", "--wait"]).unwrap();
     until("all is well again", &["check"], 0, &["All is well."]);
 
@@ -231,6 +232,23 @@ fn broken(mesh: &Mesh) {
     mesh.place("ztunnel", None);
     mesh.rolled_out();
     until("all is well in the end", &["check"], 0, &["All is well."]);
+}
+
+/// There is an event about the pod, and one about its owner, that says why it is not captured.
+fn complained_of(mesh: &Mesh, namespace: &str, why: &str) {
+    let path = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
+    let mut last = Vec::new();
+    let seen = wait::until("events about the pod and its owner", BOUND, || {
+        last = mesh.cluster.api().list(&path).ok()?;
+        let about = |kind: &str| {
+            last.iter().any(|event| {
+                let note = event["note"].as_str().unwrap_or_default();
+                event["reason"] == "NotEnrolled" && event["regarding"]["kind"] == kind && note.contains(why)
+            })
+        };
+        (about("Pod") && about("ReplicaSet")).then_some(())
+    });
+    seen.unwrap_or_else(|error| panic!("{error}: {last:#?}"));
 }
 
 /// A process in a container of a pod, whose cgroups have the pod's UID in their name.

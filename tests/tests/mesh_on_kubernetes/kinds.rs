@@ -127,7 +127,7 @@ fn on_a_port_of_its_node(mesh: &Mesh) {
     }
 }
 
-/// A pod that ends serves who is connected to it, and who comes to its address, until it is gone.
+/// A pod that ends serves who is connected to it, and who comes to its address or that of its service, until it is gone.
 fn in_their_time(mesh: &Mesh, lingering: &str) {
     let exchanges = || {
         let log = mesh.kubectl(&["logs", "holder", "--namespace", "kinds"]).unwrap_or_default();
@@ -153,11 +153,12 @@ fn in_their_time(mesh: &Mesh, lingering: &str) {
     let ends = |pod: &Value| pod.pointer("/metadata/deletionTimestamp").is_some();
     assert!(mesh.cluster.api().get(path).unwrap().is_some_and(|pod| ends(&pod)), "it ends");
     let count = grows("exchanges while the pod ends", before);
-    let to = format!("{lingering}:7000");
-    let fresh = mesh.run("kinds", "client", &["connect", "--to", &to, "--send", "hello", "--read", "5"]);
+    let service = mesh.cluster.api().get("/api/v1/namespaces/kinds/services/lingering").unwrap().expect("its service");
+    let to = [lingering, &text(&service, "/spec/clusterIP")].map(|address| format!("{address}:7000"));
+    let fresh = to.map(|to| mesh.run("kinds", "client", &["connect", "--to", &to, "--send", "hello", "--read", "5"]));
     let still = mesh.cluster.api().get(path).unwrap().is_some_and(|pod| ends(&pod));
     assert!(still, "the pod was gone before anything could be shown");
-    assert!(fresh["ok"] == true, "{fresh}");
+    assert!(fresh.iter().all(|seen| seen["ok"] == true), "{fresh:#?}");
     let gone = || mesh.cluster.api().get(path).unwrap().is_none();
     wait::until("the pod is gone", BOUND, || gone().then_some(())).unwrap();
     let (all, ended) = wait::until("the connection ends with it", BOUND, || {

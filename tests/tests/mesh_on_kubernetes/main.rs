@@ -13,6 +13,7 @@ mod kinds;
 mod mesh;
 mod page;
 mod reboot;
+mod removal;
 mod rights;
 mod rollout;
 mod rotation;

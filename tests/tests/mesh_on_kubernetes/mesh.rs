@@ -1,17 +1,21 @@
 //! A cluster with the mesh on it.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::capture::{LinkKind, Recorder};
 use tests::cluster::bin_dir;
 use tests::families::Families;
 use tests::kubernetes::Kubernetes;
 use tests::kubernetes::image::Recipe;
-use tests::{Error, wait};
+use tests::metrics::{self, Sample};
+use tests::{Error, http, wait};
 
 pub const BOUND: Duration = Duration::from_secs(120);
 /// Namespace of the mesh's own pods.
@@ -152,6 +156,59 @@ impl Mesh {
         text(pod, "/metadata/name")
     }
 
+    /// Kills what runs in a pod of the mesh, at once and without a word (SIGKILL), but for what holds its namespaces.
+    fn kill_processes(&self, pod: &Value) {
+        let is_container = |pid: &i32| {
+            let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            program.file_name().is_some_and(|name| name == "ztunnel" || name == "culvertd")
+        };
+        let of_pod = processes_of(&text(pod, "/metadata/uid")).into_iter().filter(is_container);
+        let killed = of_pod.filter(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok());
+        assert!(killed.count() > 0, "no process of {pod}");
+    }
+
+    /// Kills what runs in a pod of the mesh, and waits until the kubelet has started it again and it is ready.
+    pub fn crash(&self, pod: &str) {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
+        let restarts = |pod: &Value| pod.pointer("/status/containerStatuses/0/restartCount").and_then(Value::as_u64);
+        let found = self.cluster.api().get(&path).unwrap().expect("the pod");
+        self.kill_processes(&found);
+        let again = |now: &Value| (restarts(now) > restarts(&found) && is_ready(now)).then_some(());
+        let back = self.cluster.api().until(&format!("{pod} runs again"), &path, BOUND, again);
+        back.unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
+    }
+
+    /// Kills what runs in a pod of the mesh, and has its controller make another pod in its place: the kubelet would wait
+    /// longer each time before it starts the same one again.
+    pub fn kill(&self, pod: &str) {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
+        self.kill_processes(&self.cluster.api().get(&path).unwrap().expect("the pod"));
+        self.kubectl(&["delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force"]).unwrap();
+    }
+
+    /// What the proxies of both nodes have taken in for pods of a namespace from peers that proved no identity, as samples of
+    /// their metrics: bytes, so that a peer that was cut off before it had proved anything does not count.
+    pub fn unproven(&self, namespace: &str) -> Vec<Sample> {
+        let of_node = |node: &str| {
+            let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}", self.part_on("ztunnel", node));
+            let proxy = text(&self.cluster.api().get(&path).unwrap().expect("the proxy"), "/status/podIP");
+            let address = (proxy.parse::<IpAddr>().unwrap(), 15020).into();
+            let told = http::get(self.cluster.fabric(), address, "/metrics").unwrap().body;
+            let carried = ["istio_tcp_received_bytes_total", "istio_tcp_sent_bytes_total"]
+                .into_iter()
+                .flat_map(|name| metrics::samples(&told, name))
+                .filter(|sample| {
+                    let is = |label, value| sample.label(label) == Some(value);
+                    is("reporter", "destination")
+                        && is("destination_workload_namespace", namespace)
+                        && !is("connection_security_policy", "mutual_tls")
+                        && sample.value > 0.0
+                });
+            carried.collect::<Vec<_>>()
+        };
+        [of_node("node1"), of_node("node2")].concat()
+    }
+
     /// Puts a DaemonSet of the mesh onto one node alone, or onto all again.
     pub fn place(&self, part: &str, on: Option<&str>) {
         let selector = json!({"kubernetes.io/hostname": on});
@@ -176,6 +233,17 @@ impl Mesh {
         }
         said + &self.kubectl(&["get", "events", "--all-namespaces"]).unwrap_or_default()
     }
+}
+
+/// The processes of a pod, found by their cgroup.
+pub fn processes_of(uid: &str) -> Vec<i32> {
+    let group = format!("pod{uid}");
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: i32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        // One that has ended meanwhile is none of it.
+        fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?.contains(&group).then_some(pid)
+    });
+    processes.collect()
 }
 
 /// The files of a folder of manifests, in the order in which they are applied.

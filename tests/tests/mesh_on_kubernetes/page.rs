@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use serde_json::Value;
+use tests::capture::Report;
 use tests::kubernetes::image::Recipe;
 use tests::{cluster::bin_dir, http, wait};
 
@@ -76,6 +77,7 @@ fn a_label_encrypts_a_namespace_and_its_removal_leaves_nothing() {
     report.complete().unwrap();
     assert!(report.marked(OPEN).count() > 0, "the capture sees what is in clear");
     assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes");
+    hbone_alone(&report, &mesh);
 
     // One pod opts out, then all do.
     let client = text(&mesh.pod_of("shop", "client"), "/metadata/name");
@@ -88,6 +90,20 @@ fn a_label_encrypts_a_namespace_and_its_removal_leaves_nothing() {
     wait::until("nothing of the pods is left", BOUND, || (pins(&mesh) == nothing).then_some(())).unwrap();
     let seen = exchange(&mesh, "shop", OPEN);
     assert!(seen["ok"] == true, "the pods go on without the mesh: {seen}");
+}
+
+/// All that went between two pods of the application on the wire was TLS to or from the tunnel's port.
+fn hbone_alone(report: &Report, mesh: &Mesh) {
+    let pods = mesh.pods("bookinfo");
+    let addresses: Vec<IpAddr> = pods.iter().map(|pod| text(pod, "/status/podIP").parse().unwrap()).collect();
+    let mut carried = 0;
+    for (link, flow) in report.between(&addresses, &addresses) {
+        let ports = [flow.source.port(), flow.destination.port()];
+        assert!(flow.protocol == 6 && ports.contains(&15008), "on {link:?}, not HBONE: {flow:?}");
+        assert!(flow.payload == 0 || flow.is_tls(), "on {link:?}, not TLS: {flow:?}");
+        carried += flow.payload;
+    }
+    assert!(carried > 0, "the application's pods are on both nodes, and talk across: {pods:#?}");
 }
 
 fn names(mesh: &Mesh, namespace: &str) -> BTreeSet<String> {

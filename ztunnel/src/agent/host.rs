@@ -47,6 +47,8 @@ pub struct Host {
     cgroup_root: PathBuf,
     choices: Choices,
     foreign: Mutex<Option<ForeignPrograms>>,
+    /// Why the node's own programs could not be put back, as it was tried last.
+    hooks: Mutex<Option<HooksMissing>>,
     dns_served: AtomicBool,
 }
 
@@ -58,6 +60,11 @@ pub struct Host {
 )]
 pub struct ForeignPrograms(String);
 
+/// The node's own programs do not stand on the connect hooks: connections are not handed to the proxy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the mesh's programs on the node's connect hooks are gone and cannot be put back: {0}")]
+pub struct HooksMissing(String);
+
 impl Host {
     /// The node of which the calling thread's network namespace is the host's.
     ///
@@ -67,8 +74,8 @@ impl Host {
         let home = File::open("/proc/thread-self/ns/net")?;
         // A proxy that an earlier agent had is still there, or comes back: until one connects, what is in force stays.
         let served = capture.entries().unwrap_or_default().iter().any(|entry| entry.has(FLAG_DNS));
-        let (drift, foreign) = Default::default();
-        Ok(Self { capture, drift, home, cgroup_root, choices, foreign, dns_served: AtomicBool::new(served) })
+        let (drift, foreign, hooks) = Default::default();
+        Ok(Self { capture, drift, home, cgroup_root, choices, foreign, hooks, dns_served: AtomicBool::new(served) })
     }
 
     /// The agent's own network namespace.
@@ -112,13 +119,29 @@ impl Host {
     /// # Errors
     /// When the kernel refuses.
     pub fn mend_hooks(&self) -> Result<bool, CaptureError> {
-        let missing = self.capture.mend_node()?;
+        let mended = self.capture.mend_node();
+        self.remember_hooks(mended.as_ref().err());
+        let missing = mended?;
         match self.capture.follow_kubelet(self.choices.kubelet.as_deref()) {
             // Said at start; a node whose kubelet has another cgroup captures as well as any.
             Err(error) if error.is_absence() => {}
             followed => followed?,
         }
         Ok(missing)
+    }
+
+    fn remember_hooks(&self, error: Option<&CaptureError>) {
+        let mut hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        *hooks = error.map(|error| HooksMissing(error.to_string()));
+    }
+
+    /// Refuses while the node's own programs could not be put back, as it was tried last.
+    ///
+    /// # Errors
+    /// With what was in the way.
+    pub fn refuse_missing_hooks(&self) -> Result<(), HooksMissing> {
+        let known = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        known.clone().map_or(Ok(()), Err)
     }
 
     /// Asks the kernel for programs of others, and takes note of them.

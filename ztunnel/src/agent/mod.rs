@@ -29,6 +29,7 @@ pub mod selftest;
 pub mod sock_diag;
 pub mod sockets;
 pub mod state;
+mod uninstall;
 
 #[cfg(test)]
 mod sys;
@@ -52,11 +53,10 @@ use tokio::task::JoinSet;
 pub use config::Config;
 
 use capture::{CaptureError, NodeCapture};
-use enrolment::{AnySource, Enrolment, SourceError};
+use enrolment::{AnySource, Enrolment, Removal, SourceError};
 use host::{Choices, Host};
 use maker::Maker;
 use manager::Manager;
-use netns::Netns;
 use preflight::PreflightError;
 use run_dir::{RunDir, RunDirError};
 use selftest::SelfTestError;
@@ -125,10 +125,14 @@ const STARTED: Duration = Duration::from_secs(2);
 /// Time without a pod that comes or goes after which none is expected soon.
 const REST: Duration = Duration::from_secs(10);
 
+/// How long what blocks is waited for before the node is left without the mesh: pods are killed after 10 s.
+const LAST_THREADS: Duration = Duration::from_secs(3);
+
 /// Threads for system calls that block shortly: memory of each stays with the process.
 const BLOCKING_THREADS: usize = 4;
 
-/// Runs the agent until it is told to end. Capture stays in force after that.
+/// Runs the agent until it is told to end. Capture stays in force after that, unless the mesh is being taken off the
+/// cluster: then every pod is released, and nothing is left.
 ///
 /// # Errors
 /// When it cannot start, with everything that is missing; or when one of its sockets fails.
@@ -144,7 +148,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     if config.uninstall {
         pod_network::use_proc(&config.proc_dir);
         let run_dir = RunDir::open(&config.run_dir, config.proxy_uid)?;
-        return uninstall(config, &run_dir);
+        return uninstall::uninstall(config, &run_dir);
     }
     let run_dir = RunDir::open_when_free(&config.run_dir, config.proxy_uid)?;
     preflight::check(config)?;
@@ -161,13 +165,25 @@ pub fn run(config: &Config) -> Result<(), Error> {
         .max_blocking_threads(BLOCKING_THREADS)
         .build()
         .map_err(Error::Start)?;
-    let result = runtime.block_on(serve(config, &run_dir, Arc::new(host), &log));
+    let removal = Removal::default();
+    let result = runtime.block_on(serve(config, &run_dir, Arc::new(host), &log, &removal));
+    if result.is_ok() && removal.is_wanted() {
+        // What is still under way in a thread would put back what is removed.
+        runtime.shutdown_timeout(LAST_THREADS);
+        return uninstall::uninstall(config, &run_dir);
+    }
     // Threads that wait for the kernel must not hold up the end.
     runtime.shutdown_background();
     result
 }
 
-async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHandle) -> Result<(), Error> {
+async fn serve(
+    config: &Config,
+    run_dir: &RunDir,
+    host: Arc<Host>,
+    log: &LogHandle,
+    removal: &Removal,
+) -> Result<(), Error> {
     let mut shutdown = Shutdown::new().map_err(Error::Start)?;
     let readiness = Readiness::new();
     let adopting = readiness.register("adopting pods");
@@ -176,7 +192,7 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
         let host = Arc::clone(&host);
         tasks.spawn(async move { host.capture.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
     }
-    let source = AnySource::open(config).await?;
+    let source = AnySource::open(config, removal).await?;
     // Before the sockets are there: what is not registered yet is not waited for.
     let plugin = config.plugin().map(|plugin| (plugin, readiness.register("the CNI plugin is chained")));
     let manager = start(run_dir, config.proxy_uid, &host, source, &readiness, &mut tasks)?;
@@ -207,7 +223,11 @@ async fn serve(config: &Config, run_dir: &RunDir, host: Arc<Host>, log: &LogHand
     });
     tokio::select! {
         reason = shutdown.wait() => {
-            tracing::info!(?reason, "ending; capture stays in force");
+            if removal.is_wanted() {
+                tracing::info!(?reason, "ending, and with it the mesh on this node");
+            } else {
+                tracing::info!(?reason, "ending; capture stays in force");
+            }
             Ok(())
         }
         Some(ended) = tasks.join_next() => ended?,
@@ -273,35 +293,4 @@ fn start(
 
 fn bind(path: &Path) -> Result<seqpacket::Listener, Error> {
     seqpacket::Listener::bind(path, 0o600).map_err(|source| Error::Socket { path: path.display().to_string(), source })
-}
-
-/// Releases every pod and removes all pins.
-fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> {
-    // First what would call an agent that is not there any more.
-    if let Some(plugin) = config.plugin() {
-        plugin.remove()?;
-    }
-    let state = State::new(run_dir.state());
-    let saved = state.load()?;
-    // First the programs: from here on nothing is captured.
-    capture::purge(&config.bpffs)?;
-    for saved in saved {
-        let saved = match saved {
-            Ok(saved) => saved,
-            Err(error) => {
-                tracing::warn!(%error, "a pod's rules stay in its namespace");
-                continue;
-            }
-        };
-        let uid = &saved.pod.uid;
-        // A namespace that is gone needs nothing.
-        if let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie)
-            && let Err(error) = pod::restore(&netns, saved.before)
-        {
-            tracing::warn!(pod = uid, %error, "a pod's rules stay in its namespace");
-        }
-        state.remove(uid)?;
-    }
-    tracing::info!("nothing of this agent is left in the kernel");
-    Ok(())
 }

@@ -11,7 +11,7 @@ use ztunnel_ebpf::{MARK_DELIVERY, MARK_OUTBOUND};
 
 use super::adopt::Stranded;
 use super::capture::{CaptureError, PodCapture};
-use super::host::{ForeignPrograms, Host};
+use super::host::{ForeignPrograms, HooksMissing, Host};
 use super::netlink::Changes;
 use super::netns::{Netns, NetnsError, inode_at};
 use super::pod_network::{self, Before, Needs, PodNetworkError};
@@ -41,6 +41,9 @@ pub enum EnrolError {
     /// Connections of this node may not be seen as the pod made them.
     #[error(transparent)]
     Foreign(#[from] ForeignPrograms),
+    /// The node's own programs are gone.
+    #[error(transparent)]
+    Hooks(#[from] HooksMissing),
     /// Rules, routes or sysctl.
     #[error(transparent)]
     Network(#[from] PodNetworkError),
@@ -119,6 +122,7 @@ impl Pod {
     ) -> Result<Self, Box<NotEnrolled>> {
         host.look_for_foreign_programs()?;
         host.refuse_foreign_programs()?;
+        host.refuse_missing_hooks()?;
         // First of all, since it changes nothing: an address that is not the pod's.
         pod_network::find_interface(&netns, info.primary()?, host.home())?;
         let changes = netns.changes()?;

@@ -14,6 +14,9 @@ use nix::fcntl::{Flock, FlockArg};
 /// How often a successor looks whether the agent before it has ended.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// The file that is locked.
+const LOCK: &str = "agent.lock";
+
 /// The folder, locked: one agent at a time.
 #[derive(Debug)]
 pub struct RunDir {
@@ -51,7 +54,7 @@ impl RunDir {
     /// When another agent runs, or the folder is not safe.
     pub fn open(path: &Path, proxy_uid: u32) -> Result<Self, RunDirError> {
         make(path, 0o711, 0)?;
-        let lock_path = path.join("agent.lock");
+        let lock_path = path.join(LOCK);
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -114,6 +117,22 @@ impl RunDir {
         self.path.join("pods")
     }
 
+    /// Removes everything in it, also what the CNI plugin wrote: this agent is the last one.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn clear(&self) -> Result<(), RunDirError> {
+        for entry in fs::read_dir(&self.path).map_err(at(&self.path))? {
+            let entry = entry.map_err(at(&self.path))?;
+            let path = entry.path();
+            // A link is removed and not followed.
+            let is_folder = entry.file_type().map_err(at(&path))?.is_dir();
+            let removed = if is_folder { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            missing_is_fine(removed).map_err(at(&path))?;
+        }
+        Ok(())
+    }
+
     /// Lets the proxy connect to its socket.
     ///
     /// # Errors
@@ -148,6 +167,13 @@ fn make(path: &Path, mode: u32, owner: u32) -> Result<(), RunDirError> {
     }
     folder.set_permissions(Permissions::from_mode(mode)).map_err(at(path))?;
     fchown(&folder, Some(owner), None).map_err(at(path))
+}
+
+fn missing_is_fine(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> RunDirError {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_hbone::Memory;
 use mesh_identity::ca_client::CaOptions;
 use mesh_identity::{CaClient, Connector, FileToken, Store};
 use mesh_runtime::admin;
@@ -20,12 +21,14 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::Error;
 use super::config::Config;
+use super::contact;
 use super::descriptors::Descriptors;
 use super::discovery::{self, ControlPlane, DiscoveryMetrics};
 use super::dns::{Dns, DnsMetrics};
 use super::dump::{Dump, Included};
 use super::guard;
 use super::handover::Handover;
+use super::held;
 use super::live::CloseReason;
 use super::metrics::Metrics;
 use super::pods::{Bounds, Pods, StillAlive};
@@ -92,7 +95,8 @@ pub async fn run(config: Config, file_limit: usize, log: LogHandle) -> Result<()
         stock: Arc::clone(&cap),
         descriptors: Arc::clone(&descriptors),
     };
-    let pods = Pods::new(Box::new(Arc::clone(&workers)), config.trust_domain.clone(), bounds, notices);
+    let memory = Memory::new(config.held_memory());
+    let pods = Pods::new(Box::new(Arc::clone(&workers)), config.trust_domain.clone(), bounds, notices, memory.clone());
     let handover = Handover {
         agent_socket: config.agent_socket.clone(),
         pods: Arc::clone(&pods),
@@ -108,6 +112,7 @@ pub async fn run(config: Config, file_limit: usize, log: LogHandle) -> Result<()
     let sink = state.sink(&config.node);
     tokio::spawn(driver.run(control_plane, sink));
     tokio::spawn(discovery::return_memory(discovery.clone()));
+    tokio::spawn(contact::watch(discovery.clone()));
     tokio::spawn(async move {
         if synced.synced().await {
             // Only now the workers accept: to a proxy that knows nobody every destination is outside the mesh.
@@ -117,6 +122,7 @@ pub async fn run(config: Config, file_limit: usize, log: LogHandle) -> Result<()
     });
     let mut failure = handover.start().map_err(Error::Workers)?;
     tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
+    tokio::spawn(held::run(memory, Arc::clone(&pods), shared.tunnels.clone(), metrics.clone()));
     tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap), descriptors));
 
     let pages = Pages { log: log.clone(), readiness, registry };

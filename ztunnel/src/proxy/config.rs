@@ -6,6 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_hbone::memory::Limits;
+
+/// MiB that may be held where no limit of memory is known: half of what the manifest allows.
+const HELD_WITHOUT_LIMIT: usize = 512;
+
+/// Least MiB that may be held.
+const MIN_HELD_MEMORY: usize = 16;
+
 /// Flags of `ztunnel proxy`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Config {
@@ -96,6 +104,12 @@ pub struct Config {
     #[arg(long, env = "CULVERT_MAX_CONNECTIONS_PER_POD", default_value_t = 20_000, value_name = "COUNT")]
     pub max_connections_per_pod: usize,
 
+    /// MiB that the proxy may hold for receivers that do not take what is sent to them, all pods together; one pod may hold
+    /// half of that. Of a pod that holds more, connections that have waited longest are reset. Default: half of the control
+    /// group's limit of memory, or 512 where there is none.
+    #[arg(long, env = "CULVERT_MAX_HELD_MEMORY", value_name = "MIB")]
+    pub max_held_memory: Option<usize>,
+
     /// Sockets that may lie in stock for all pods of the node together.
     #[arg(long, env = "CULVERT_STOCK_CAP", default_value_t = 4096, value_name = "COUNT")]
     pub stock_cap: usize,
@@ -170,6 +184,11 @@ impl Config {
         if self.workers == Some(0) {
             wrong.push("--workers is 0: at least one thread must carry connections".to_owned());
         }
+        if let Some(held @ 0..MIN_HELD_MEMORY) = self.max_held_memory {
+            wrong.push(format!(
+                "--max-held-memory is {held}: below {MIN_HELD_MEMORY} MiB a few slow receivers take all of it"
+            ));
+        }
         if wrong.is_empty() { Ok(()) } else { Err(InvalidConfig(wrong)) }
     }
 
@@ -177,6 +196,12 @@ impl Config {
     pub fn worker_count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from).min(4);
         self.workers.unwrap_or_else(cores)
+    }
+
+    /// How much may be held for receivers.
+    pub fn held_memory(&self) -> Limits {
+        let mebibytes = self.max_held_memory.unwrap_or_else(|| default_held_memory(None));
+        Limits::of(mebibytes.saturating_mul(1 << 20))
     }
 
     /// Name of this proxy's own pod.
@@ -188,6 +213,12 @@ impl Config {
     pub fn ca(&self) -> &str {
         self.ca_address.as_deref().unwrap_or(&self.xds_address)
     }
+}
+
+/// MiB that may be held in a process that may have `limit` bytes of memory.
+pub fn default_held_memory(limit: Option<u64>) -> usize {
+    let half = limit.map_or(HELD_WITHOUT_LIMIT, |limit| usize::try_from(limit >> 21).unwrap_or(usize::MAX));
+    half.max(MIN_HELD_MEMORY)
 }
 
 /// Whether it is a domain name as hosts have it, perhaps with a dot at its end.
@@ -234,13 +265,22 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_held_is_half_of_the_memory_that_there_is() {
+        assert_eq!(default_held_memory(Some(1 << 30)), 512);
+        assert_eq!(default_held_memory(None), 512);
+        assert_eq!(default_held_memory(Some(3 << 20)), MIN_HELD_MEMORY);
+        let config = Command::try_parse_from(["proxy", "--node", "a", "--max-held-memory", "64"]).unwrap().config;
+        assert_eq!((config.check(), config.held_memory()), (Ok(()), Limits::of(64 << 20)));
+    }
+
+    #[test]
     fn every_mistake_is_reported_at_once() {
         let flags = ["proxy", "--node", "", "--xds-address", "http://x:1", "--uid", "0", "--workers", "0"];
         let more = ["--admin-addr", "0.0.0.0:1", "--ca-address", "x:1", "--trust-domain", "a/b"];
-        let more = more.iter().chain(&["--cluster-domain", "a..b"]);
+        let more = more.iter().chain(&["--cluster-domain", "a..b", "--max-held-memory", "15"]);
         let config = Command::try_parse_from(flags.iter().chain(more)).unwrap().config;
         let wrong = config.check().unwrap_err();
-        assert_eq!(wrong.0.len(), 8, "{wrong}");
+        assert_eq!(wrong.0.len(), 9, "{wrong}");
         for flag in [
             "--node",
             "--xds-address",
@@ -250,6 +290,7 @@ mod tests {
             "--admin-addr",
             "--trust-domain",
             "--cluster-domain",
+            "--max-held-memory",
         ] {
             assert!(wrong.to_string().contains(flag), "{flag} is missing in {wrong}");
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use mesh_identity::{Connector, FileToken, TokenSource};
 use mesh_proto::core::Node;
@@ -13,6 +13,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tokio::time::timeout;
@@ -122,6 +123,12 @@ impl fmt::Debug for DiscoveryMetrics {
 impl Collector for DiscoveryMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let status = self.0.status().borrow().clone();
+        let away = status.disconnected_since.map(|lost| SystemTime::now().duration_since(lost).unwrap_or_default());
+        let connected = ("culvert_xds_connected", "Whether there is a discovery stream (1) or not (0)");
+        gauge(&mut encoder, connected, i64::from(away.is_none()))?;
+        let away = i64::try_from(away.unwrap_or_default().as_secs()).unwrap_or(i64::MAX);
+        let lost = ("culvert_xds_disconnected_seconds", "Time without a discovery stream; 0 while there is one");
+        gauge(&mut encoder, lost, away)?;
         let terminations = status.terminations.iter().map(|(reason, count)| (*reason, *count));
         counters(
             &mut encoder,
@@ -137,6 +144,12 @@ impl Collector for DiscoveryMetrics {
     }
 }
 
+/// Writes a gauge without labels.
+fn gauge(encoder: &mut DescriptorEncoder<'_>, (name, help): (&str, &str), value: i64) -> fmt::Result {
+    let gauge = ConstGauge::new(value);
+    gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
+}
+
 /// Writes one counter per value of a label.
 fn counters<'a>(
     encoder: &mut DescriptorEncoder<'_>,
@@ -149,4 +162,21 @@ fn counters<'a>(
         ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_there_is_no_control_plane_is_a_number() {
+        let types = [(Arc::from(WORKLOAD_TYPE), Mode::Wildcard)];
+        let (_driver, handle) = Driver::new(Node::default(), types, Options::default());
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(DiscoveryMetrics(handle)));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        assert!(text.contains("# TYPE culvert_xds_connected gauge\nculvert_xds_connected 0\n"), "{text}");
+        assert!(text.contains("\nculvert_xds_disconnected_seconds "), "{text}");
+    }
 }

@@ -233,6 +233,7 @@ fn discovery(status: &Status) -> Value {
     });
     json!({
         "connectedSince": status.connected_since.map(rfc3339),
+        "disconnectedSince": status.disconnected_since.map(rfc3339),
         "synced": status.synced,
         "lastError": status.last_error,
         "types": types.collect::<serde_json::Map<_, _>>(),

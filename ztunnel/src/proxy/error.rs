@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_hbone::copy::CopyError;
-use mesh_hbone::{OpenError, StreamError};
+use mesh_hbone::server::GivenUp;
+use mesh_hbone::{OpenError, ResetReason, StreamError};
 use mesh_identity::{CertificateError, HandshakeError};
 use mesh_model::HBONE_PORT;
 
@@ -81,6 +82,9 @@ pub enum ConnectionError {
     /// The peer gave up while its request was being looked at.
     #[error("the peer gave up before it was answered: {0}")]
     GaveUp(StreamError),
+    /// The peer sent more than may wait while its request was being looked at.
+    #[error("the peer sent too much before it was answered")]
+    TooEarly,
     /// The connection was carried, and broke.
     #[error("{0}")]
     Copy(#[from] CopyError),
@@ -111,6 +115,9 @@ pub enum ConnectionError {
     /// A policy that was changed while the connection lived does not allow it.
     #[error("closed because policy changed{}", .0.as_ref().map(|policy| format!(": {policy} decides")).unwrap_or_default())]
     PolicyChanged(Option<Arc<str>>),
+    /// The pod's connections hold more than they may, and this one had waited longest for its receiver.
+    #[error("closed because its receiver takes nothing and the pod holds too much memory; see --max-held-memory")]
+    TooMuchHeld,
     /// The proxy ended before the connection did.
     #[error("closed because the proxy ends; see --drain-deadline")]
     Drained,
@@ -148,12 +155,15 @@ impl ConnectionError {
             | Self::Family(_)
             | Self::NoTunnel
             | Self::Open { .. }
+            | Self::TooEarly
             | Self::TooManyConnections
             | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes => ResponseFlags::Connect,
-            Self::GaveUp(_) | Self::Copy(_) | Self::PodGone | Self::Drained | Self::Dropped => ResponseFlags::None,
+            Self::GaveUp(_) | Self::Copy(_) | Self::PodGone | Self::TooMuchHeld | Self::Drained | Self::Dropped => {
+                ResponseFlags::None
+            }
         }
     }
 
@@ -181,6 +191,7 @@ impl ConnectionError {
                 OpenError::Protocol(_) => "protocol",
             },
             Self::GaveUp(_) => "gave_up",
+            Self::TooEarly => "too_early",
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
             Self::TooManySockets => "too_many_sockets",
@@ -189,6 +200,7 @@ impl ConnectionError {
             Self::TooManyHandshakes => "too_many_handshakes",
             Self::Silent => "silent",
             Self::PolicyChanged(_) => "policy_changed",
+            Self::TooMuchHeld => "too_much_held",
             Self::Drained => "drained",
             Self::Dropped => "cut_off",
         }
@@ -199,6 +211,7 @@ impl ConnectionError {
         match self {
             Self::Denied(denial) => denial.reply(),
             Self::PolicyChanged(_) => 401,
+            Self::TooEarly => 400,
             Self::Refused(_)
             | Self::Lookup(_)
             | Self::NoSocket(_)
@@ -220,6 +233,7 @@ impl ConnectionError {
             | Self::TooManyHandshakes
             | Self::Silent
             | Self::PodGone
+            | Self::TooMuchHeld
             | Self::Drained
             | Self::Dropped => 503,
         }
@@ -241,6 +255,7 @@ impl ConnectionError {
             | Self::Dial(_)
             | Self::NoTunnel
             | Self::Open { .. }
+            | Self::TooEarly
             | Self::TooManyConnections
             | Self::TooManySockets
             | Self::TooManyTunnels
@@ -251,6 +266,7 @@ impl ConnectionError {
             | Self::Copy(_)
             | Self::PodGone
             | Self::PolicyChanged(_)
+            | Self::TooMuchHeld
             | Self::Drained
             | Self::Dropped => false,
         }
@@ -298,6 +314,7 @@ impl ConnectionError {
             | Self::Certificate(_)
             | Self::Family(_)
             | Self::GaveUp(_)
+            | Self::TooEarly
             | Self::Copy(_)
             | Self::TooManyConnections
             | Self::TooManySockets
@@ -307,6 +324,7 @@ impl ConnectionError {
             | Self::Silent
             | Self::PodGone
             | Self::PolicyChanged(_)
+            | Self::TooMuchHeld
             | Self::Drained
             | Self::Dropped => Retry::Never,
         }
@@ -318,7 +336,17 @@ impl From<CloseReason> for ConnectionError {
         match reason {
             CloseReason::PodGone => Self::PodGone,
             CloseReason::Denied(policy) => Self::PolicyChanged(policy),
+            CloseReason::TooMuchHeld => Self::TooMuchHeld,
             CloseReason::Drained => Self::Drained,
+        }
+    }
+}
+
+impl From<GivenUp> for ConnectionError {
+    fn from(given_up: GivenUp) -> Self {
+        match given_up {
+            GivenUp::ByPeer => Self::GaveUp(StreamError::Reset(ResetReason::Cancel)),
+            GivenUp::TooEarly => Self::TooEarly,
         }
     }
 }
@@ -406,7 +434,8 @@ mod tests {
 
     #[test]
     fn what_broke_under_way_is_no_failure_to_connect() {
-        for error in [ConnectionError::Drained, ConnectionError::Dropped, ConnectionError::PodGone] {
+        let broke = [ConnectionError::Drained, ConnectionError::Dropped, ConnectionError::PodGone];
+        for error in broke.into_iter().chain([ConnectionError::TooMuchHeld]) {
             assert!(!error.is_failure_to_connect());
             assert_eq!(error.flags(), ResponseFlags::None);
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mesh_hbone::copy::splice;
 use mesh_hbone::headers::FORWARDED;
 use mesh_hbone::server::Request;
-use mesh_hbone::{Headers, StreamError, server};
+use mesh_hbone::{Headers, server};
 use mesh_identity::handshake;
 use mesh_model::{Service, Snapshot, SpiffeId, Workload};
 use mesh_runtime::drain::Watcher;
@@ -65,6 +65,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
             }
         };
         let facts = Arc::clone(tls.get_ref().0.facts());
+        let told = Arc::clone(&facts);
         let tunnel = Arc::new(Tunnel {
             worker: Arc::clone(&worker),
             pod: Arc::clone(&pod),
@@ -73,11 +74,16 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
             facts,
             drain: drain.clone(),
         });
-        let options = &worker.shared.hbone;
+        let options = mesh_hbone::Options { backlog: Arc::clone(&told.backlog), ..worker.shared.hbone.clone() };
         let turn = worker.turns.of(&pod.uid);
         let handler = move |request| turn.run(Arc::clone(&tunnel).connect(request));
-        if let Err(error) = server::serve(tls, options, drain.draining(), handler).await {
-            tracing::debug!(%error, %peer, "tunnel ended");
+        tokio::select! {
+            served = server::serve(tls, &options, drain.draining(), handler) => {
+                if let Err(error) = served {
+                    tracing::debug!(%error, %peer, "tunnel ended");
+                }
+            }
+            () = told.told_to_close() => {}
         }
     };
     tokio::select! {
@@ -110,7 +116,8 @@ async fn authenticate(
     drop(waiting);
     let shared = &worker.shared;
     let credential = shared.certificates.certificate(&pod.identity).await?;
-    let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream);
+    let backlog = shared.hbone_of(pod).backlog;
+    let io = shared.tunnels.list(Direction::Inbound, pod, peer, stream, &backlog);
     let (tls, identity) = handshake::accept(io, &credential).await?;
     let (io, connection) = tls.get_ref();
     // Set once, here.
@@ -120,17 +127,27 @@ async fn authenticate(
 
 impl Tunnel {
     /// Serves one CONNECT, from its arrival to its record.
-    async fn connect(self: Arc<Self>, request: Request) {
+    async fn connect(self: Arc<Self>, mut request: Request) {
         let _drain = self.drain.clone();
         let _counted = Counted::new(&self.facts);
         let shared = &self.worker.shared;
         let mut facts = Facts::new(Direction::Inbound, self.connection.peer, self.connection.local);
+        facts.counters = self.pod.counters();
         facts.mtls = true;
         facts.hbone_addr = Some(request.authority.clone());
         facts.src.identity = Some(self.peer.clone());
         facts.dst.identity = Some(self.pod.identity.clone());
         // Without an answer the pod stays unknown, and nothing is let in.
-        let _ = shared.lookup.inbound(&shared.state, &shared.local(&self.pod), &self.pod.lookups).await;
+        let local = shared.local(&self.pod);
+        let looked_up = tokio::select! {
+            biased;
+            _ = shared.lookup.inbound(&shared.state, &local, &self.pod.lookups) => Ok(()),
+            given_up = request.given_up() => Err(ConnectionError::from(given_up)),
+        };
+        if let Err(error) = looked_up {
+            request.refuse(error.reply());
+            return Record::refused(&shared.metrics, &facts, &error);
+        }
         let rules = shared.state.rules_version();
         let admission = match self.decide(&mut facts, &request) {
             Ok(admission) => admission,
@@ -163,9 +180,7 @@ impl Tunnel {
             reason = record.told_to_close() => Err(reason.into()),
             // Boxed: what is needed only until the application has accepted must not be kept by the open connection.
             delivered = Box::pin(dial::deliver(&self.pod, admission.source_ip, admission.target.0)) => delivered,
-            () = request.cancelled() => {
-                Err(ConnectionError::GaveUp(StreamError::Reset(mesh_hbone::ResetReason::Cancel)))
-            }
+            given_up = request.given_up() => Err(given_up.into()),
         };
         let app = match delivered {
             Ok(app) => Unanswered::new(app),

@@ -19,6 +19,8 @@ pub enum CloseReason {
     PodGone,
     /// A policy that was changed meanwhile denies it; the policy's name, if one denied it.
     Denied(Option<Arc<str>>),
+    /// The pod holds too much for receivers that do not take it, and this connection's had waited longest.
+    TooMuchHeld,
     /// The proxy ends and the connection did not, in the time it was given.
     Drained,
 }
@@ -64,6 +66,11 @@ impl<T> Connection<T> {
         // A second reason changes nothing.
         let _ = self.reason.set(reason);
         self.task.wake();
+    }
+
+    /// Whether the connection was told to end.
+    pub fn is_told(&self) -> bool {
+        self.reason.get().is_some()
     }
 
     /// Resolves once the connection was told to end. For the one task that carries it.

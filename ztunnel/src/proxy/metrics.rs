@@ -200,6 +200,10 @@ pub struct Metrics {
     pub descriptors_open: Gauge,
     /// Descriptors that the process may have open.
     pub descriptors_limit: Gauge,
+    /// Bytes that are held for receivers that do not take them.
+    pub held: Gauge,
+    /// Connections and tunnels that were given up for it.
+    pub held_resets: Counter,
 }
 
 /// The counters of one connection, looked up once.
@@ -258,6 +262,12 @@ impl Metrics {
         registry.register("culvert_stocked_sockets", "Sockets in stock for all pods", self.stock_idle.clone());
         registry.register("process_open_fds", "Descriptors that are open", self.descriptors_open.clone());
         registry.register("process_max_fds", "Descriptors that may be open", self.descriptors_limit.clone());
+        registry.register("culvert_held_bytes", "Memory held for receivers that do not take it", self.held.clone());
+        registry.register(
+            "culvert_held_resets",
+            "Connections and tunnels given up because their pod held too much memory",
+            self.held_resets.clone(),
+        );
         let labels = [("component".into(), "ztunnel".into()), ("tag".into(), env!("CARGO_PKG_VERSION").into())];
         let build: Gauge = Gauge::default();
         build.set(1);

@@ -7,6 +7,7 @@ pub mod admit;
 mod app;
 pub mod config;
 pub mod connect;
+mod contact;
 pub mod descriptors;
 pub mod dial;
 pub mod discovery;
@@ -15,6 +16,7 @@ pub mod dump;
 pub mod error;
 pub mod guard;
 pub mod handover;
+pub mod held;
 pub mod inbound;
 pub mod jail;
 pub mod live;
@@ -90,12 +92,15 @@ const FEW_FILES: u64 = 1024;
 ///
 /// # Errors
 /// Why it did not start.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config) -> Result<(), Error> {
     config.check()?;
     let format = config.log_format.parse()?;
     mesh_runtime::memory::keep_freed();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
     let raised = mesh_runtime::limits::raise_open_files();
+    // The control group is out of sight in the jail.
+    let memory = mesh_runtime::limits::memory();
+    config.max_held_memory.get_or_insert_with(|| config::default_held_memory(memory));
     jail::enter(config.uid)?;
     let unreadable = app::check_files(&config);
     if !unreadable.is_empty() {

@@ -38,6 +38,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let mut facts = Facts::new(Direction::Outbound, client, original);
     facts.src.workload = worker.shared.local(pod).workload(&worker.shared.state.snapshot()).cloned();
     facts.src.identity = Some(pod.identity.clone());
+    facts.counters = pod.counters();
     let way = match decide_soon(worker, pod, asked).await {
         Ok(way) => way,
         Err((to, error)) => {

@@ -22,6 +22,7 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
     let _taken = pod.delivery_ports.note(peer);
     let shared = &worker.shared;
     let mut facts = Facts::new(Direction::Inbound, peer, local);
+    facts.counters = pod.counters();
     // Without an answer the pod stays unknown, and nothing is let in.
     let _ = shared.lookup.inbound(&shared.state, &shared.local(pod), &pod.lookups).await;
     let rules = shared.state.rules_version();

@@ -422,4 +422,6 @@ fn carry(
 }
 
 #[cfg(test)]
+mod amid_tests;
+#[cfg(test)]
 mod tests;

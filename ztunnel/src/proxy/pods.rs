@@ -7,6 +7,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mesh_hbone::Memory;
+use mesh_hbone::copy::Counters;
+use mesh_hbone::memory::{Hold, Share};
 use mesh_model::address::ip_from_bytes;
 use mesh_model::{InvalidAddress, InvalidSpiffeId, SpiffeId};
 use mesh_proto::node;
@@ -56,12 +59,19 @@ pub struct Pod {
     pub dns: PodBounds,
     /// How much of it may wait for discovery.
     pub lookups: Bound,
+    /// What is held for receivers of its connections.
+    pub memory: Share,
 }
 
 impl Pod {
     /// The pod's primary address.
     pub fn ip(&self) -> IpAddr {
         self.addresses.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED))
+    }
+
+    /// What counts one of its connections.
+    pub fn counters(&self) -> Counters {
+        Counters::noted(Hold::of(self.memory.clone()))
     }
 
     /// Whether the agent says the same of both.
@@ -166,6 +176,7 @@ pub struct Pods {
     trust_domain: String,
     bounds: Bounds,
     notices: mpsc::UnboundedSender<Notice>,
+    memory: Memory,
 }
 
 /// What bounds the pods.
@@ -218,15 +229,16 @@ fn shared(listeners: Vec<(Port, OwnedFd)>) -> Listeners {
 }
 
 impl Pods {
-    /// No pods. Stocks tell through `notices` what they lack.
+    /// No pods. Stocks tell through `notices` what they lack; each pod has a share of `memory`.
     pub fn new(
         host: Box<dyn Host>,
         trust_domain: String,
         bounds: Bounds,
         notices: mpsc::UnboundedSender<Notice>,
+        memory: Memory,
     ) -> Arc<Self> {
         let (entries, unserved) = Default::default();
-        Arc::new(Self { entries, unserved, host, trust_domain, bounds, notices })
+        Arc::new(Self { entries, unserved, host, trust_domain, bounds, notices, memory })
     }
 
     /// Serves a pod that the agent announced. One that is served already from the same sockets stays as it is, and the
@@ -307,6 +319,7 @@ impl Pods {
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
             lookups: Bound::default(),
+            memory: self.memory.share(),
         };
         Ok((Arc::new(pod), stock))
     }

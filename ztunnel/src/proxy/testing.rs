@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
+use mesh_hbone::Memory;
+use mesh_hbone::memory::Limits;
 use mesh_identity::{Authority, CsrPublicKey, IssueError, IssuedCertificate, Issuer, Store};
 use mesh_model::SpiffeId;
 use mesh_proto::workload::{self as wire, address};
@@ -117,6 +119,8 @@ pub struct Mesh {
     net: [u8; 3],
     signer: Arc<Signer>,
     drains: Mutex<Vec<Trigger>>,
+    /// How much each proxy may hold for receivers.
+    pub limits: Limits,
 }
 
 /// A proxy of the mesh, on the test's own runtime.
@@ -126,6 +130,7 @@ pub struct Proxy {
     pub registry: Registry,
     pub discovery: Mutex<Discovery>,
     pub drain: Watcher,
+    pub memory: Memory,
 }
 
 impl Mesh {
@@ -138,6 +143,7 @@ impl Mesh {
             net: [127, second, NEXT.fetch_add(1, Ordering::Relaxed)],
             signer: Arc::new(Signer { authority, refused: Mutex::default() }),
             drains: Mutex::default(),
+            limits: Limits::of(512 << 20),
         }
     }
 
@@ -182,7 +188,8 @@ impl Mesh {
         let (trigger, drain) = drain::channel();
         self.drains.lock().unwrap().push(trigger);
         let discovery = Mutex::new(state.sink("node"));
-        Proxy { worker: Worker::new(Arc::clone(&shared)), shared, registry, discovery, drain }
+        let memory = Memory::new(self.limits);
+        Proxy { worker: Worker::new(Arc::clone(&shared)), shared, registry, discovery, drain, memory }
     }
 
     /// What drains the proxy that was made first.
@@ -253,6 +260,7 @@ impl Proxy {
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
             lookups: Bound::default(),
+            memory: self.memory.share(),
         })
     }
 

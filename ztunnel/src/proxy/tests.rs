@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_hbone::Memory;
+use mesh_hbone::memory::Limits;
 use mesh_proto::security;
 use mesh_proto::workload as wire;
 use mesh_runtime::drain::Drained;
@@ -22,6 +24,7 @@ use super::{guard, plaintext};
 
 mod discovery;
 mod handover;
+mod held;
 mod removal;
 mod restart;
 mod retry;
@@ -270,7 +273,8 @@ async fn peers_that_say_nothing_keep_nobody_out() {
 /// The register of a proxy that serves this pod.
 fn register(pod: &Arc<Pod>) -> Arc<Pods> {
     let (notices, _orders) = tokio::sync::mpsc::unbounded_channel();
-    let pods = Pods::new(Box::new(Fixed), "cluster.local".into(), bounds(9, 9), notices);
+    let memory = Memory::new(Limits::of(512 << 20));
+    let pods = Pods::new(Box::new(Fixed), "cluster.local".into(), bounds(9, 9), notices, memory);
     pods.insert_for_test(pod);
     pods
 }

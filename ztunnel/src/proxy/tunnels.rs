@@ -5,15 +5,17 @@ use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
+use mesh_hbone::Backlog;
 use mesh_model::SpiffeId;
 use rustls::CommonState;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
 
 use super::open::PodStream;
 use super::pods::Pod;
@@ -58,6 +60,28 @@ pub struct TunnelFacts {
     pub streams: AtomicUsize,
     /// Streams that this end has served. Inbound only.
     pub served: AtomicU64,
+    /// What it holds beside what its connections do.
+    pub backlog: Arc<Backlog>,
+    is_told: AtomicBool,
+    close: Notify,
+}
+
+impl TunnelFacts {
+    /// Tells the tunnel to end.
+    pub fn close(&self) {
+        self.is_told.store(true, Ordering::Relaxed);
+        self.close.notify_one();
+    }
+
+    /// Whether the tunnel was told to end.
+    pub fn is_told(&self) -> bool {
+        self.is_told.load(Ordering::Relaxed)
+    }
+
+    /// Resolves once the tunnel was told to end. For the one task that carries it.
+    pub async fn told_to_close(&self) {
+        self.close.notified().await;
+    }
 }
 
 /// What a TLS handshake brought.
@@ -92,8 +116,16 @@ impl Negotiated {
 }
 
 impl Tunnels {
-    /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries.
-    pub fn list(&self, direction: Direction, pod: &Pod, peer: SocketAddr, io: PodStream) -> Metered {
+    /// Lists a tunnel over `io` while the returned stream lives, and counts what it carries. What it holds is noted in
+    /// `backlog`.
+    pub fn list(
+        &self,
+        direction: Direction,
+        pod: &Pod,
+        peer: SocketAddr,
+        io: PodStream,
+        backlog: &Arc<Backlog>,
+    ) -> Metered {
         // Fails only on what is no TCP socket.
         let _ = SockRef::from(&*io).set_tcp_user_timeout(Some(USER_TIMEOUT));
         let facts = Arc::new(TunnelFacts {
@@ -108,6 +140,9 @@ impl Tunnels {
             written: AtomicU64::new(0),
             streams: AtomicUsize::new(0),
             served: AtomicU64::new(0),
+            backlog: Arc::clone(backlog),
+            is_told: AtomicBool::new(false),
+            close: Notify::new(),
         });
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         self.0.open().insert(id, Arc::clone(&facts));

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use mesh_hbone::Backlog;
 use mesh_hbone::pool::{IDLE_TIMEOUT, Pool};
 use mesh_identity::Store;
 use mesh_model::SpiffeId;
@@ -81,6 +82,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The options of one tunnel of a pod, which pays for what the tunnel holds.
+    pub fn hbone_of(&self, pod: &Pod) -> mesh_hbone::Options {
+        mesh_hbone::Options { backlog: Backlog::of(pod.memory.clone()), ..self.hbone.clone() }
+    }
+
     /// A pod as the decisions know it.
     pub fn local<'a>(&'a self, pod: &'a Pod) -> LocalPod<'a> {
         LocalPod {

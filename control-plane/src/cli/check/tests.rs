@@ -6,7 +6,7 @@ fn around() -> Surroundings {
     Surroundings {
         rights: [("create DaemonSets".to_owned(), Ok(true))].into(),
         pod_security: Some(Some("privileged".into())),
-        webhook_has_roots: Some(true),
+        own_webhooks: REGISTRATIONS.map(|(name, ..)| (name, true)).into(),
         workloads: vec!["kube-system/kindnet".into()],
         ..Surroundings::default()
     }
@@ -51,6 +51,10 @@ fn what_is_missing_before_the_mesh_is_named() {
     assert!(right.verdict == Verdict::Failed && right.what.contains("create CRDs"), "{right:?}");
     let unknown = only(false, |_, around| drop(around.rights.insert("create CRDs".into(), Err("no answer".into()))));
     assert_eq!(unknown.verdict, Verdict::Doubtful);
+    let grant = only(false, |_, around| drop(around.grants.insert("escalate roles".into(), Ok(false))));
+    assert!(grant.verdict == Verdict::Doubtful && grant.what.contains("may not escalate roles"), "{grant:?}");
+    let programs = only(false, |_, around| around.programs.push("kube-system/tetragon".into()));
+    assert!(programs.verdict == Verdict::Doubtful && programs.what.contains("kube-system/tetragon"), "{programs:?}");
     let mesh = only(false, |_, around| around.workloads.push("istio-system/istiod".into()));
     assert!(mesh.what.contains("istio-system/istiod"), "{mesh:?}");
     let cilium = only(false, |_, around| around.workloads = vec!["kube-system/cilium".into()]);
@@ -85,8 +89,12 @@ fn what_the_mesh_does_not_hold_is_named() {
     assert!(skew.verdict == Verdict::Doubtful && skew.what.contains("0.0.9: proxy-a"), "{skew:?}");
     let late = only(true, |facts, _| facts.pods[0].annotated = false);
     assert!(late.verdict == Verdict::Doubtful && late.what.contains("shop/web"), "{late:?}");
-    let hook = only(true, |_, around| around.webhook_has_roots = Some(false));
-    assert_eq!(hook.verdict, Verdict::Failed);
+    for (name, what, file) in REGISTRATIONS {
+        let hook = only(true, |_, around| around.own_webhooks.extend([(name, false)]));
+        assert!(hook.verdict == Verdict::Failed && hook.what.contains(what), "{hook:?}");
+        let hook = only(true, |_, around| around.own_webhooks.retain(|known, _| *known != name));
+        assert!(hook.verdict == Verdict::Doubtful && hook.remedy.is_some_and(|remedy| remedy.contains(file)));
+    }
     let strange = only(true, |facts, _| {
         facts.roots = Some(Ok(vec![Root { fingerprint: "aa".into(), ..Root::default() }]));
         let under = |roots: &[&str]| Certificate {

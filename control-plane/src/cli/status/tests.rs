@@ -72,7 +72,18 @@ fn each_thing_that_is_wrong_is_said_with_its_remedy() {
     assert!(nack.problem == "refused shop/db: no address" && nack.subject.contains("proxy-b"), "{nack:?}");
 
     let lost = only(|facts| drop(facts.culvertd[0].answer.as_mut().unwrap().clients.remove(0)));
-    assert!(lost.problem.contains("follows no replica"), "{lost:?}");
+    assert_eq!(lost.problem, "follows no replica of culvertd that answers");
+    let alone = only(|facts| {
+        facts.culvertd[0].answer.as_mut().unwrap().clients.remove(0);
+        let discovery = &mut facts.proxies[0].answer.as_mut().unwrap().discovery;
+        (discovery.connected_since, discovery.disconnected_since) = (None, Some("2026-01-02T00:00:00Z".into()));
+        discovery.last_error = Some("no route".into());
+    });
+    assert_eq!(
+        alone.problem,
+        "follows no replica of culvertd that answers, by its own words since 2026-01-02T00:00:00Z; it goes on with what it \
+         knows: no route"
+    );
 
     let certificate = only(|facts| {
         let certificate = Certificate {

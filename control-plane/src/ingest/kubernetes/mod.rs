@@ -12,6 +12,8 @@ mod verdicts;
 mod watch;
 
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod property_tests;
 
 use std::collections::BTreeSet;

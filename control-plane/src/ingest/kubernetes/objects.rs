@@ -1,24 +1,18 @@
 //! Which objects of one kind are in force. Pure: what the watch says in, events out.
 //!
 //! - An object that is not valid keeps its last good version, if it still is the same one: not after another of its name
-//!   took its place, nor a pod that has ended. That a pod is being deleted, or captured, is known of any version.
+//!   took its place, nor a pod that has ended. Where a pod is, that it is being deleted, or captured, is known of any version.
 //! - One that is not valid and has no good version to keep is stood in for, where it would be less safe to do without.
 //! - A version that is known already, as most of a repeated list are, is not even looked at.
 //! - After a repeated list, whatever it did not show is gone.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-
-use serde_json::Value;
 
 use super::raw::Raw;
 use super::verdicts::{Outcome, Verdict, is_told};
-use crate::api::{self, Kind, Object, ObjectId, Pod, Problem};
+use crate::api::{self, Kind, Object, ObjectId, Problem};
 use crate::index::Event;
 use crate::ingest::Refusal;
-
-/// Where a pod says that its traffic is captured (RFC 6901: `~1` is a slash).
-const REDIRECTION: &str = "/metadata/annotations/ambient.istio.io~1redirection";
 
 /// The objects of one kind.
 #[derive(Debug)]
@@ -109,10 +103,12 @@ impl Objects {
             Err(problems) => {
                 let last = known.object.take();
                 let was_good = last.is_some() && !known.is_stand_in;
-                let kept = last.as_ref().filter(|_| was_good).and_then(|last| still_good(last, &known.uid, raw));
+                let stand_in = api::stand_in(&id, &raw.value);
+                let is_same = was_good && *known.uid == *raw.uid();
+                let kept = last.as_ref().filter(|_| is_same).and_then(|last| api::keep(last, stand_in.as_ref()));
                 let keeps_last_good = kept.is_some();
                 self.accepted -= usize::from(was_good && !keeps_last_good);
-                known.object = kept.or_else(|| api::stand_in(&id, &raw.value));
+                known.object = kept.or(stand_in);
                 known.is_stand_in = known.object.is_some() && !keeps_last_good;
                 let outcome = Outcome::Refused { problems: problems.clone(), keeps_last_good };
                 self.verdicts.push((id.clone(), Verdict::new(self.kind, raw, outcome)));
@@ -178,31 +174,9 @@ impl Objects {
     }
 }
 
-/// What of the last good version `last`, of the object `uid`, holds beside the newest one, which is not valid.
-fn still_good(last: &Object, uid: &str, newest: &Raw) -> Option<Object> {
-    if newest.uid() != uid {
-        return None;
-    }
-    let Object::Pod(pod) = last else { return Some(last.clone()) };
-    let text = |path| newest.value.pointer(path).and_then(Value::as_str);
-    if matches!(text("/status/phase"), Some("Succeeded" | "Failed")) {
-        return None;
-    }
-    let (terminating, captured) = (text("/metadata/deletionTimestamp").is_some(), text(REDIRECTION) == Some("enabled"));
-    let ready = pod.ready && (!terminating || says_ready(&newest.value));
-    Some(Object::Pod(Arc::new(Pod { terminating, captured, ready, ..Pod::clone(pod) })))
-}
-
-/// Whether a pod, valid or not, says of itself that it is ready.
-fn says_ready(pod: &Value) -> bool {
-    let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
-    let is_ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
-    conditions.into_iter().flatten().any(is_ready)
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -290,16 +264,51 @@ mod tests {
     fn a_pod_that_is_another_or_has_ended_is_not_kept() {
         let mut ended = pod("u1", 2, false);
         ended["status"]["phase"] = json!("Failed");
-        for bad in [pod("u2", 2, false), ended] {
+        let what = |event| match event {
+            Some(Event::Apply(Object::Pod(pod))) => Some((pod.is_stand_in, pod.uid.to_string(), pod.phase.is_over())),
+            Some(_) | None => None,
+        };
+        for (bad, uid, is_over) in [(pod("u2", 2, false), "u2", false), (ended, "u1", true)] {
             let mut objects = Objects::new(Kind::Pod);
             assert!(is_applied(apply(&mut objects, pod("u1", 1, true)).as_ref(), "a"));
-            assert_eq!(deleted(apply(&mut objects, bad).as_slice()), ["a"]);
-            assert_eq!((objects.accepted(), objects.in_force().count()), (0, 0));
+            assert_eq!(what(apply(&mut objects, bad)), Some((true, uid.to_owned(), is_over)));
+            assert_eq!((objects.accepted(), objects.in_force().count()), (0, 1));
             assert!(objects.refusals().all(|refusal| !refusal.keeps_last_good));
-            // Nothing is left to delete, and the next good one counts again.
-            assert!(apply(&mut objects, pod("u2", 3, false)).is_none());
-            assert!(is_applied(apply(&mut objects, pod("u2", 4, true)).as_ref(), "a"));
+            // What stands in is no earlier version, and the next good one counts again.
+            let now = what(apply(&mut objects, pod("u2", 3, false)));
+            assert_eq!(now, is_over.then(|| (true, "u2".to_owned(), false)));
+            assert_eq!(what(apply(&mut objects, pod("u2", 4, true))), Some((false, "u2".to_owned(), false)));
             assert_eq!(objects.accepted(), 1);
+        }
+    }
+
+    #[test]
+    fn a_kept_pod_is_where_it_has_come_to_be() {
+        let mut objects = Objects::new(Kind::Pod);
+        let mut starts = pod("u1", 1, true);
+        starts["status"] = json!({"phase": "Pending"});
+        apply(&mut objects, starts);
+        let addresses = match apply(&mut objects, pod("u1", 2, false)) {
+            Some(Event::Apply(Object::Pod(pod))) => pod.addresses.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((addresses.len(), objects.accepted()), (1, 1));
+        assert!(objects.refusals().all(|refusal| refusal.keeps_last_good));
+    }
+
+    #[test]
+    fn what_is_refused_of_pods_and_services_is_stood_in_for() {
+        let service = json!({
+            "metadata": {"name": "a", "namespace": "shop", "uid": "u1", "resourceVersion": "1"},
+            "spec": {"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9"], "ports": [{"port": 80}], "trafficDistribution": "Far"},
+        });
+        for (kind, object) in [(Kind::Service, service), (Kind::Pod, pod("u1", 1, false))] {
+            let mut objects = Objects::new(kind);
+            assert!(is_applied(apply(&mut objects, object.clone()).as_ref(), "a"), "{kind}");
+            assert_eq!((objects.accepted(), objects.in_force().count()), (0, 1));
+            let gone = objects.delete(&serde_json::from_value(object).unwrap());
+            assert_eq!(deleted(gone.as_slice()), ["a"]);
+            assert_eq!((objects.accepted(), objects.in_force().count()), (0, 0));
         }
     }
 

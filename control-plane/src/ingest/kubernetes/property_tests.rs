@@ -27,15 +27,18 @@ struct Edit {
 
 fn edits() -> impl Strategy<Value = Vec<Edit>> {
     let kind = prop::sample::select(WATCHED.to_vec());
-    let edit = (kind, 0..3u8, prop::option::weighted(0.85, 0..6u8), prop::bool::weighted(0.8));
+    let edit = (kind, 0..3u8, prop::option::weighted(0.85, 0..8u8), prop::bool::weighted(0.8));
     prop::collection::vec(edit.prop_map(|(kind, name, variant, is_seen)| Edit { kind, name, variant, is_seen }), 1..60)
 }
 
-/// An object as the API server shows it, with what it adds to everything. Variant 5 is not valid.
+/// An object as the API server shows it, with what it adds to everything. Variants from 5 on are not valid; of pods 6 is one
+/// that has ended, and 7 another one, which has an address of its own.
 fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
-    let mode = ["none", "ambient", "ambient", "none", "ambient", "sideways"][usize::from(variant)];
+    let mode =
+        ["none", "ambient", "ambient", "none", "ambient", "sideways", "sideways", "ambient"][usize::from(variant)];
+    let is_other = kind == Kind::Pod && variant == 7;
     let mut metadata = json!({
-        "name": format!("x{name}"), "uid": format!("uid-{name}"), "resourceVersion": version.to_string(),
+        "name": format!("x{name}"), "uid": format!("uid-{name}-{is_other}"), "resourceVersion": version.to_string(),
         "creationTimestamp": "2026-01-02T03:04:05Z",
         "labels": {"istio.io/dataplane-mode": mode, "app": format!("a{}", variant % 2)},
         "managedFields": [{"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
@@ -47,13 +50,16 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
     if !kind.is_cluster_scoped() {
         metadata["namespace"] = json!(format!("x{}", variant % 2));
     }
-    let port = if variant == 5 { 70_000 } else { 8000 + u32::from(variant) };
+    let is_valid = variant < 5;
+    let port = if is_valid { 8000 + u32::from(variant) } else { 70_000 };
+    let ip = format!("10.0.0.{}", if variant == 7 { 9 } else { name + 1 });
+    let vip = format!("10.96.0.{}", if variant == 7 { 9 } else { name + 1 });
     // A service without one has the endpoints of slices.
     let selector = if variant == 4 { json!(null) } else { json!({"app": format!("a{}", variant % 2)}) };
     let more = match kind {
         Kind::Namespace => json!({"spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}}),
         Kind::Node => {
-            metadata["labels"] = json!({"topology.kubernetes.io/zone": if variant == 5 { "a zone" } else { mode }});
+            metadata["labels"] = json!({"topology.kubernetes.io/zone": if is_valid { mode } else { "a zone" }});
             json!({"status": {"images": [{"names": ["a"], "sizeBytes": 1}]}})
         }
         Kind::Pod => json!({
@@ -63,12 +69,12 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
                 "containers": [{"name": "main", "image": "i", "ports": [{"name": "web", "containerPort": port, "protocol": "TCP"}]}],
             },
             "status": {
-                "phase": "Running", "podIP": format!("10.0.0.{}", name + 1), "podIPs": [{"ip": format!("10.0.0.{}", name + 1)}],
+                "phase": if variant == 6 { "Failed" } else { "Running" }, "podIP": ip, "podIPs": [{"ip": ip}],
                 "conditions": [{"type": "Ready", "status": if variant == 1 { "False" } else { "True" }, "lastTransitionTime": "2026-01-02T03:04:05Z"}],
             },
         }),
         Kind::Service => json!({"spec": {
-            "type": "ClusterIP", "clusterIP": format!("10.96.0.{}", name + 1), "clusterIPs": [format!("10.96.0.{}", name + 1)],
+            "type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip],
             "selector": selector, "ports": [{"name": "http", "port": port, "targetPort": "web", "protocol": "TCP"}],
         }}),
         Kind::EndpointSlice => {
@@ -80,35 +86,35 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
         }
         Kind::ServiceAccount | Kind::Deployment => json!({}),
         Kind::AuthorizationPolicy => json!({"spec": {
-            "selector": selector.is_object().then(|| json!({"matchLabels": selector})), "action": if variant == 5 { "PERHAPS" } else { "DENY" },
+            "selector": selector.is_object().then(|| json!({"matchLabels": selector})), "action": if is_valid { "DENY" } else { "PERHAPS" },
             "rules": [{"to": [{"operation": {"ports": [port.to_string()]}}]}],
         }}),
         Kind::PeerAuthentication => json!({"spec": {
             "selector": selector.is_object().then(|| json!({"matchLabels": selector})),
-            "mtls": {"mode": if variant == 5 { "STRIKT" } else if variant == 1 { "PERMISSIVE" } else { "STRICT" }},
+            "mtls": {"mode": if !is_valid { "STRIKT" } else if variant == 1 { "PERMISSIVE" } else { "STRICT" }},
         }}),
         Kind::ServiceEntry => json!({"spec": {
             "hosts": [format!("h{}.example.com", variant % 3)], "location": "MESH_INTERNAL", "resolution": "STATIC",
-            "ports": [{"number": if variant == 5 { 0 } else { 80 }, "name": "http", "protocol": "HTTP", "targetPort": port % 65_536}],
+            "ports": [{"number": if is_valid { 80 } else { 0 }, "name": "http", "protocol": "HTTP", "targetPort": port % 65_536}],
             "endpoints": selector.is_null().then(|| json!([{"address": "10.0.0.7"}, {"address": format!("10.0.0.{}", name + 1)}])),
             "workloadSelector": selector.is_object().then(|| json!({"labels": selector})),
         }}),
         Kind::WorkloadEntry => json!({
             "spec": {
-                "address": if variant == 5 { String::new() } else { format!("10.0.0.{}", name + 2) }, "serviceAccount": format!("sa{variant}"),
+                "address": if is_valid { format!("10.0.0.{}", name + 2) } else { String::new() }, "serviceAccount": format!("sa{variant}"),
                 "labels": {"app": format!("a{}", variant % 2)}, "ports": {"http": port % 65_536}, "weight": variant,
             },
             "status": {"conditions": [{"type": "Healthy", "status": if variant == 1 { "False" } else { "True" }}]},
         }),
         Kind::Gateway => json!({
             "spec": {
-                "gatewayClassName": if variant == 5 { "" } else { "istio-waypoint" },
+                "gatewayClassName": if is_valid { "istio-waypoint" } else { "" },
                 "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE", "allowedRoutes": {"namespaces": {"from": "Same"}}}],
             },
             "status": {"addresses": [{"type": "IPAddress", "value": format!("10.96.0.{}", variant + 1)}]},
         }),
         Kind::GatewayClass => {
-            json!({"spec": {"controllerName": if variant == 5 { "" } else { "istio.io/mesh-controller" }}})
+            json!({"spec": {"controllerName": if is_valid { "istio.io/mesh-controller" } else { "" }}})
         }
     };
     let mut whole = json!({"apiVersion": kind.api_version(), "kind": kind.as_str(), "metadata": metadata});

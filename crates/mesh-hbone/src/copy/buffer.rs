@@ -1,4 +1,5 @@
-//! Read buffers, kept per thread: a read always has [`SIZE`] bytes of room, and a connection that waits holds nothing.
+//! Read buffers, kept per thread: a read has [`SIZE`] bytes of room, and a connection that waits for something to read holds
+//! nothing. Under pressure a read has little room, and what was read is copied out of the thread's buffer.
 
 use std::cell::RefCell;
 use std::io;
@@ -7,9 +8,13 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 
 use super::Plain;
+use crate::memory::Pressure;
+use crate::piece::Piece;
 
 /// Bytes that one read may return, and so the largest DATA frame that we send.
 pub(super) const SIZE: usize = 256 << 10;
+/// Bytes that one read may return under pressure.
+pub(super) const SPARING: usize = 8 << 10;
 /// A read that returns less is copied out of the buffer; more is given away with the buffer itself.
 const COPY_BELOW: usize = 32 << 10;
 /// Buffers that a thread keeps for later.
@@ -47,12 +52,20 @@ impl Drop for Buffer {
     }
 }
 
-/// The next bytes of `plain`; empty at its end.
-pub(super) fn poll_read(cx: &mut Context<'_>, plain: &impl Plain) -> Poll<io::Result<Bytes>> {
-    let mut buffer = Buffer::take();
-    let n = ready!(plain.poll_read(cx, &mut buffer.0))?;
-    if n < COPY_BELOW {
-        return Poll::Ready(Ok(Bytes::copy_from_slice(&buffer.0[..n])));
+/// Bytes that one read may return.
+const fn room(pressure: Pressure) -> usize {
+    match pressure {
+        Pressure::Low => SIZE,
+        Pressure::High => SPARING,
     }
-    Poll::Ready(Ok(Bytes::from_owner(buffer).slice(..n)))
+}
+
+/// The next bytes of `plain`; empty at its end.
+pub(super) fn poll_read(cx: &mut Context<'_>, plain: &impl Plain, pressure: Pressure) -> Poll<io::Result<Piece>> {
+    let mut buffer = Buffer::take();
+    let n = ready!(plain.poll_read(cx, &mut buffer.0[..room(pressure)]))?;
+    if n < COPY_BELOW {
+        return Poll::Ready(Ok(Piece::own(Bytes::copy_from_slice(&buffer.0[..n]))));
+    }
+    Poll::Ready(Ok(Piece::new(Bytes::from_owner(buffer).slice(..n), SIZE)))
 }

@@ -8,6 +8,8 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes, BytesMut};
 
 use super::{CopyError, Plain, Side, buffer};
+use crate::memory::Pressure;
+use crate::piece::Piece;
 use crate::stream::{ReadHalf, StreamError, WriteHalf};
 
 /// Bytes that one direction moves in one go: one full read. Then it lets others run, however much there is.
@@ -21,15 +23,15 @@ fn give_way<T>(cx: &Context<'_>) -> Poll<T> {
 
 /// Where a direction goes to.
 pub(super) trait Sink {
-    /// Takes all of `data`; what is left in it has not been taken.
-    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>>;
+    /// Takes all of `piece`; what is left in it has not been taken.
+    fn poll_send(&mut self, cx: &mut Context<'_>, piece: &mut Piece) -> Poll<Result<(), CopyError>>;
     /// Ends the direction.
     fn end(&mut self) -> Result<(), CopyError>;
 }
 
 impl Sink for WriteHalf {
-    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>> {
-        self.poll_write(cx, data).map_err(CopyError::from)
+    fn poll_send(&mut self, cx: &mut Context<'_>, piece: &mut Piece) -> Poll<Result<(), CopyError>> {
+        self.poll_put(cx, piece).map_err(CopyError::from)
     }
 
     fn end(&mut self) -> Result<(), CopyError> {
@@ -44,11 +46,11 @@ pub(super) struct PlainSink<'a, P> {
 }
 
 impl<P: Plain> Sink for PlainSink<'_, P> {
-    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<Result<(), CopyError>> {
-        while !data.is_empty() {
-            let slices = [IoSlice::new(data)];
+    fn poll_send(&mut self, cx: &mut Context<'_>, piece: &mut Piece) -> Poll<Result<(), CopyError>> {
+        while !piece.is_empty() {
+            let slices = [IoSlice::new(piece.data())];
             let n = ready!(self.plain.poll_write(cx, &slices)).and_then(nonzero).map_err(at(self.side))?;
-            data.advance(n);
+            piece.advance(n);
         }
         Poll::Ready(Ok(()))
     }
@@ -61,7 +63,7 @@ impl<P: Plain> Sink for PlainSink<'_, P> {
 /// From a plain connection to a sink.
 #[derive(Debug, Default)]
 pub(super) struct FromPlain {
-    pending: Bytes,
+    pending: Piece,
     done: bool,
 }
 
@@ -73,7 +75,12 @@ impl FromPlain {
 
     /// Nobody wants any more of it.
     pub(super) fn stop(&mut self) {
-        *self = FromPlain { pending: Bytes::new(), done: true };
+        *self = FromPlain { pending: Piece::default(), done: true };
+    }
+
+    /// Bytes of memory that are in use for it.
+    pub(super) fn held(&self) -> usize {
+        self.pending.keeps()
     }
 
     pub(super) fn poll<P: Plain, S: Sink>(
@@ -83,6 +90,7 @@ impl FromPlain {
         side: Side,
         sink: &mut S,
         counter: &AtomicU64,
+        pressure: Pressure,
     ) -> Poll<Result<(), CopyError>> {
         let mut moved = 0;
         while !self.done {
@@ -90,14 +98,17 @@ impl FromPlain {
             if before > 0 {
                 let sent = sink.poll_send(cx, &mut self.pending);
                 counter.fetch_add((before - self.pending.len()) as u64, Ordering::Relaxed);
+                if sent.is_pending() {
+                    self.pending.settle(pressure);
+                }
                 ready!(sent)?;
-                self.pending = Bytes::new();
+                self.pending = Piece::default();
                 moved += before;
                 if moved >= TURN {
                     return give_way(cx);
                 }
             }
-            self.pending = ready!(buffer::poll_read(cx, plain)).map_err(at(side))?;
+            self.pending = ready!(buffer::poll_read(cx, plain, pressure)).map_err(at(side))?;
             if self.pending.is_empty() {
                 sink.end()?;
                 self.done = true;
@@ -107,6 +118,10 @@ impl FromPlain {
     }
 }
 
+/// Bytes of memory that the smallest chunk may keep: it is a part of what was read for the tunnel, up to the largest frame.
+const BLOCK: usize = 256 << 10;
+/// Chunks shorter than this are taken to keep all of that; longer ones, twice their own size.
+const LONG: usize = 32 << 10;
 /// Chunks shorter than this are joined while others wait before them.
 const SMALL: usize = 1 << 10;
 /// Joined chunks are closed at this length.
@@ -127,10 +142,15 @@ enum Phase {
 ///
 /// Everything that has arrived is taken from the stream at once, so that a reset is seen however much waits before it; the
 /// window stays closed for what is not written yet, so no more than one window waits here. Small chunks are joined: a peer
-/// that sends single bytes to a slow reader costs one window of memory, not a frame's overhead per byte.
+/// that sends single bytes to a slow reader costs one window of memory, not a frame's overhead per byte. Those that have to
+/// wait are copied if they keep much more memory than their own.
 #[derive(Debug, Default)]
 pub(super) struct FromStream {
-    queue: VecDeque<Bytes>,
+    queue: VecDeque<Piece>,
+    /// Bytes of memory that `queue` keeps.
+    keeps: usize,
+    /// Pieces at the front of `queue` that had to wait before.
+    settled: usize,
     /// Small chunks, joined; comes after `queue`.
     tail: BytesMut,
     phase: Phase,
@@ -142,12 +162,18 @@ impl FromStream {
         self.phase != Phase::Open
     }
 
+    /// Bytes of memory that are in use for it.
+    pub(super) fn held(&self) -> usize {
+        self.keeps + self.tail.capacity()
+    }
+
     pub(super) fn poll<P: Plain>(
         &mut self,
         cx: &mut Context<'_>,
         stream: &mut ReadHalf,
         plain: &P,
         counter: &AtomicU64,
+        pressure: Pressure,
     ) -> Poll<Result<(), CopyError>> {
         let mut moved = 0;
         loop {
@@ -163,7 +189,11 @@ impl FromStream {
                 self.phase = Phase::Done;
                 continue;
             }
-            let n = ready!(self.poll_write(cx, plain)).and_then(nonzero).map_err(at(Side::Right))?;
+            let Poll::Ready(written) = self.poll_write(cx, plain) else {
+                self.settle(pressure);
+                return Poll::Pending;
+            };
+            let n = written.and_then(nonzero).map_err(at(Side::Right))?;
             self.advance(n);
             counter.fetch_add(n as u64, Ordering::Relaxed);
             stream.release(n);
@@ -195,14 +225,36 @@ impl FromStream {
             return;
         }
         if !self.tail.is_empty() {
-            self.queue.push_back(std::mem::take(&mut self.tail).freeze());
+            let tail = std::mem::take(&mut self.tail);
+            let keeps = tail.capacity();
+            self.queue_up(Piece::new(tail.freeze(), keeps));
         }
-        self.queue.push_back(chunk);
+        let keeps = if chunk.len() < LONG { BLOCK } else { 2 * chunk.len() };
+        self.queue_up(Piece::new(chunk, keeps));
+    }
+
+    fn queue_up(&mut self, piece: Piece) {
+        self.keeps += piece.keeps();
+        self.queue.push_back(piece);
+    }
+
+    /// What is queued has to wait. Each piece is looked at once, and the first, of which some may be gone, again.
+    fn settle(&mut self, pressure: Pressure) {
+        let from = self.settled.max(1);
+        let (first, rest) = (0..1, from..self.queue.len());
+        for at in first.chain(rest) {
+            let Some(piece) = self.queue.get_mut(at) else { break };
+            self.keeps -= piece.keeps();
+            piece.settle(pressure);
+            self.keeps += piece.keeps();
+        }
+        self.settled = self.queue.len();
     }
 
     fn poll_write<P: Plain>(&self, cx: &mut Context<'_>, plain: &P) -> Poll<io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); SLICES];
-        let chunks = self.queue.iter().map(AsRef::as_ref).chain([self.tail.as_ref()]).filter(|c: &&[u8]| !c.is_empty());
+        let queued = self.queue.iter().map(|piece| piece.data().as_ref());
+        let chunks = queued.chain([self.tail.as_ref()]).filter(|chunk: &&[u8]| !chunk.is_empty());
         let (mut n, mut room) = (0, TURN);
         for (slice, chunk) in slices.iter_mut().zip(chunks) {
             let part = chunk.get(..room).unwrap_or(chunk);
@@ -223,6 +275,8 @@ impl FromStream {
                 return;
             }
             n -= first.len();
+            self.keeps -= first.keeps();
+            self.settled = self.settled.saturating_sub(1);
             self.queue.pop_front();
         }
         self.tail.advance(n.min(self.tail.len()));

@@ -1,16 +1,19 @@
 //! What a hostile or broken client may send, byte by byte; and the sizes that are budgets.
 
 use mesh_hbone::headers::{HeaderError, MAX_FIELDS};
+use mesh_hbone::server::GivenUp;
 use mesh_hbone::{Connect, Headers, OpenError, Options, client, copy, server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
 
 use crate::support::{SOON, connect, pair, pipe, soon, tcp};
 
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
+const END_STREAM: u8 = 1;
 /// HPACK's static table: `:status: 400`.
 const STATUS_400: u8 = 0x80 | 12;
 
@@ -157,6 +160,31 @@ async fn more_fields_than_fit_are_400() {
     raw.headers(1, &fields).await;
     let (kind, _, payload) = raw.next(&[HEADERS, RST_STREAM]).await;
     assert_eq!((kind, payload[0]), (HEADERS, STATUS_400));
+}
+
+/// Most peers wait for the answer. What others send before it is bounded, and delivered after it.
+#[tokio::test]
+async fn what_comes_before_the_answer_is_bounded_and_not_lost() {
+    let mut raw = raw().await;
+    raw.headers(1, &[(":method", "CONNECT"), (":authority", "10.0.0.1:80")]).await;
+    let mut request = soon(raw.requests.recv()).await.unwrap();
+    raw.frame(DATA, 0, 1, b"early ").await;
+    raw.frame(DATA, END_STREAM, 1, b"bird").await;
+    let waiting = tokio::time::timeout(std::time::Duration::from_millis(200), request.given_up()).await;
+    assert!(waiting.is_err(), "{waiting:?}");
+    let mut stream = request.accept(&Headers::new()).unwrap();
+    let mut got = Vec::new();
+    while let Some(data) = soon(stream.read()).await.unwrap() {
+        got.extend(data);
+    }
+    assert_eq!(got, b"early bird");
+
+    raw.headers(3, &[(":method", "CONNECT"), (":authority", "10.0.0.1:80")]).await;
+    let mut request = soon(raw.requests.recv()).await.unwrap();
+    for _ in 0..5 {
+        raw.frame(DATA, 0, 3, &[0; 4 << 10]).await;
+    }
+    assert_eq!(soon(request.given_up()).await, GivenUp::TooEarly);
 }
 
 #[tokio::test]

@@ -7,6 +7,8 @@ mod budget;
 #[cfg(test)]
 mod copy;
 #[cfg(test)]
+mod memory;
+#[cfg(test)]
 mod pool;
 #[cfg(test)]
 mod support;

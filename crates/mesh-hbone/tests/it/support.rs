@@ -42,6 +42,7 @@ pub struct Pair {
     pub driver: JoinHandle<Result<(), ConnectionError>>,
 }
 
+/// A tunnel over these. What is held for it is noted for its server's end alone.
 pub async fn pair_over<C, S>(client: C, server: S, options: &Options) -> Pair
 where
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -50,7 +51,8 @@ where
     let (tx, requests) = mpsc::unbounded_channel();
     let (drain, drained) = oneshot::channel::<()>();
     let server = tokio::spawn(serve(server, options.clone(), drained, tx));
-    let (tunnel, driver) = client::handshake(client, options).await.unwrap();
+    let unnoted = Options { backlog: std::sync::Arc::default(), ..options.clone() };
+    let (tunnel, driver) = client::handshake(client, &unnoted).await.unwrap();
     Pair { tunnel, requests, drain: Some(drain), server, driver: tokio::spawn(driver) }
 }
 

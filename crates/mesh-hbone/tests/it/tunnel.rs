@@ -184,7 +184,7 @@ async fn open_gives_up_in_time_and_tells_the_server() {
     assert_eq!(error, OpenError::Timeout);
     assert_eq!(pair.tunnel.streams(), 0);
     let mut request = soon(pair.requests.recv()).await.unwrap();
-    soon(request.cancelled()).await;
+    assert_eq!(soon(request.given_up()).await, mesh_hbone::server::GivenUp::ByPeer);
     assert!(request.accept(&Headers::new()).is_err());
 }
 

@@ -161,7 +161,10 @@ impl Naive {
             let here = service.addresses.iter().filter(|vip| *vip.network == *network && vip.block.contains(ip));
             here.map(move |vip| ((Reverse(vip.block.length()), !service.canonical, &**service.key()), usable))
         });
-        if let Some(((_, _, key), usable)) = claims.min() {
+        let service = claims.min();
+        if let Some(((Reverse(length), _, key), usable)) = service
+            && length == Cidr::host(ip).length()
+        {
             return Some((key, usable));
         }
         let good = self.workloads.values().map(|workload| (workload, true));
@@ -170,7 +173,8 @@ impl Naive {
             !workload.host_network && *workload.location.network == *network && workload.addresses.contains(&ip)
         });
         let first = here.min_by_key(|(workload, _)| address_rank(workload));
-        first.map(|(workload, usable)| (&*workload.uid, usable))
+        let workload = first.map(|(workload, usable)| (&*workload.uid, usable));
+        workload.or_else(|| service.map(|((_, _, key), usable)| (key, usable)))
     }
 
     fn by_ip(&self, network: &str, ip: IpAddr) -> Option<&Workload> {
@@ -382,16 +386,20 @@ proptest! {
     }
 
     #[test]
-    fn destinations_are_services_first(edits in edits()) {
+    fn destinations_are_the_narrowest_and_services_first(edits in edits()) {
         let mut snapshot = Snapshot::new();
         edits.iter().for_each(|edit| apply(&mut snapshot, edit));
         for from in viewpoints() {
             for address in ADDRESSES.map(ip) {
                 let service = snapshot.service_by_vip(from.network, address).is_some();
                 let workload = snapshot.workload_by_ip(from.network, address).is_some();
+                let exact = snapshot.services_by_vip(from.network, address).any(|service| {
+                    let host = Cidr::host(address);
+                    service.addresses.iter().any(|vip| *vip.network == *from.network && vip.block == host)
+                });
                 match snapshot.destination(&from, address) {
                     Destination::Service(_) => prop_assert!(service),
-                    Destination::Workload(_) => prop_assert!(workload && !service),
+                    Destination::Workload(_) => prop_assert!(workload && !exact),
                     Destination::Unusable(_) => prop_assert!(snapshot.all_unusable().len() > 0),
                     Destination::Unknown => prop_assert!(!workload && !service),
                 }

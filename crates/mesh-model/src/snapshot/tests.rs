@@ -209,6 +209,7 @@ fn what_cannot_be_taken_takes_no_address_that_was_not_its_own() {
     assert_eq!(seen(&snapshot, "10.7.7.7"), "!shop/wide");
     assert_eq!(seen(&snapshot, "192.0.2.1"), "-", "not seen from here");
     assert_eq!(seen(&snapshot, "192.0.2.2"), "-", "the node's address");
+    assert_eq!(seen(&snapshot, "10.0.0.1"), "Kubernetes//Pod/shop/web", "a block takes no workload's address");
     snapshot.remove_address("shop/wide");
     assert_eq!(seen(&snapshot, "10.0.0.1"), "Kubernetes//Pod/shop/web");
     snapshot.remove_address("Kubernetes//Pod/shop/web");

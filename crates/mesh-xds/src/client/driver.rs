@@ -155,19 +155,27 @@ impl Driver {
         let (status, statuses) = watch::channel(Status::default());
         let machine = Machine::new(node, types, options.max_names);
         let driver = Self { machine, options, questions, waiting: Waiting::default(), status };
-        driver.publish(|_| {});
+        driver.publish(|status| status.disconnected_since = Some(SystemTime::now()));
         (driver, Handle { demand, status: statuses })
     }
 
     /// Connects and stays connected, until the future is dropped. `sink` is called on this task.
     pub async fn run(mut self, mut connect: impl Connect, mut sink: impl Sink) {
         let mut backoff = self.options.min_backoff;
+        let mut is_first = true;
         loop {
             let end = self.session(&mut connect, &mut sink).await;
             self.machine.disconnected();
-            tracing::warn!(error = %end.error, "discovery stream ended");
+            // Attempts may fail for hours: each is counted, and the first is told.
+            if end.worked || is_first {
+                tracing::warn!(error = %end.error, "discovery stream ended");
+            } else {
+                tracing::debug!(error = %end.error, "no discovery stream");
+            }
+            is_first = false;
             self.publish(|status| {
                 status.connected_since = None;
+                status.disconnected_since.get_or_insert_with(SystemTime::now);
                 *status.terminations.entry(end.kind).or_default() += 1;
                 status.last_error = Some(end.error);
             });
@@ -211,6 +219,7 @@ impl Driver {
         };
         self.publish(|status| {
             status.connected_since = Some(SystemTime::now());
+            status.disconnected_since = None;
             status.connections += 1;
             status.last_error = None;
         });

@@ -12,6 +12,8 @@ const MAX_REJECTED: usize = 1000;
 pub struct Status {
     /// Since when there is a stream; absent while there is none.
     pub connected_since: Option<SystemTime>,
+    /// Since when there is none; absent while there is one.
+    pub disconnected_since: Option<SystemTime>,
     /// Streams opened so far.
     pub connections: u64,
     /// Why the last stream ended or could not be opened.

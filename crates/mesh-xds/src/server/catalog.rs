@@ -1,5 +1,9 @@
 //! What there is to serve: the current resources of each type, and the order in which they changed last.
 //!
+//! Clients that do not get all changes in one response are told them in an order of their own: first what refers to nothing,
+//! then what refers to something, and last what is gone. So nothing is told before what it refers to, and what takes the
+//! place of another is there before that one goes.
+//!
 //! A change costs time in proportion to the logarithm of the number of resources. Readers take a [`Snapshot`], which
 //! shares its structure with the catalog, and never wait for a writer. However far a client is behind, each name is told
 //! once; only removals are forgotten one day, and clients that have missed one must start over. What is sent is encoded
@@ -14,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-pub(super) use self::kind::{Kind, Overrun, Stored};
+pub(super) use self::kind::{Kind, Overrun, Progress, Stored};
 pub(super) use self::part::{Draft, Part};
 pub(super) use self::whole::Whole;
 use crate::Resource;
@@ -31,11 +35,13 @@ pub struct Entry {
     /// resource too, before it. A workload names its services, so that asking for a service brings its endpoints. Not
     /// on the wire.
     pub member_of: Vec<Arc<str>>,
+    /// It cannot be used without another resource of its type, which must be known before it. Not on the wire.
+    pub refers: bool,
 }
 
 impl From<Resource> for Entry {
     fn from(resource: Resource) -> Self {
-        Self { resource, member_of: Vec::new() }
+        Self { resource, member_of: Vec::new(), refers: false }
     }
 }
 
@@ -85,14 +91,13 @@ impl Catalog {
         let before = kind.version();
         let set: Vec<Entry> = set.into_iter().map(Into::into).collect();
         let names: std::collections::HashSet<&str> = set.iter().map(|entry| &*entry.resource.name).collect();
-        for name in removed {
-            if !names.contains(name.as_ref()) {
-                kind.remove(name.as_ref());
-            }
-        }
+        let removed: Vec<N> = removed.into_iter().filter(|name| !names.contains(name.as_ref())).collect();
         drop(names);
         for entry in set {
             kind.set(entry);
+        }
+        for name in removed {
+            kind.remove(name.as_ref());
         }
         let changes = kind.version() - before;
         kind.trim(self.min_removals);

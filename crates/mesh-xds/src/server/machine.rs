@@ -4,6 +4,7 @@
 //!   once, so a slow client costs no memory.
 //! - A type waits while one before it in [`Limits::order`] has something to send: policies come before the workloads
 //!   that they apply to.
+//! - Of one type too, nothing is sent before what it refers to, and what is gone comes last, whatever changed first.
 //! - A type that the catalog does not have is answered like one without resources, so that a client which knows more
 //!   types than this server still becomes ready.
 
@@ -45,6 +46,9 @@ pub struct Limits {
     /// more follow takes the first one for all that there is. With what surrounds the resources it must stay below what
     /// clients take: our own 64 MiB.
     pub max_first_response: usize,
+    /// Responses in a row that a client may be told changes out of their order, because it does not get all of them in one:
+    /// one for which they come faster than it takes them must come back.
+    pub max_uneven: usize,
     /// Types in the order in which they are sent; others come after them.
     pub order: Vec<Arc<str>>,
 }
@@ -57,6 +61,8 @@ impl Default for Limits {
             max_known: 2_000_000,
             max_response: 256 << 10,
             max_first_response: 48 << 20,
+            // Several times all that there may be.
+            max_uneven: 1 << 10,
             order: vec![AUTHORIZATION_TYPE.into(), WORKLOAD_TYPE.into()],
         }
     }

@@ -1,8 +1,9 @@
 //! A directory of YAML as a source of labels, the same one that the control plane takes. It is followed by inotify, and by
 //! looking again every few seconds for what inotify does not tell.
 //!
-//! What is not valid keeps its last good version and is reported; a file that became empty removes nothing, since half of
-//! a write looks just like that. Of two files with the same object the one whose path comes first counts.
+//! What is not valid keeps its last good version and is reported; without one it asks for the mesh where its label may. A file
+//! that became empty removes nothing, since half of a write looks just like that. Of two files with the same object the one
+//! whose path comes first counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -166,6 +167,8 @@ struct Stamp {
 #[derive(Debug, Default)]
 struct Files {
     objects: BTreeMap<String, BTreeMap<Id, Object>>,
+    /// Those of them, with their files, that are no valid versions.
+    stand_ins: BTreeSet<(String, Id)>,
     stamps: BTreeMap<String, Stamp>,
     /// What was complained of in the last look, so that it is said once.
     complaints: BTreeSet<String>,
@@ -186,6 +189,7 @@ impl Files {
             }
         }
         self.objects.retain(|name, _| stamps.contains_key(name));
+        self.stand_ins.retain(|(name, _)| stamps.contains_key(name));
         self.complaints.retain(|text| text.split(": ").next().is_some_and(|name| stamps.contains_key(name)));
         self.stamps = stamps;
         Ok(())
@@ -196,6 +200,7 @@ impl Files {
         let mut previous = self.objects.remove(name).unwrap_or_default();
         let mut objects = BTreeMap::new();
         let mut complaints = Vec::new();
+        let mut stand_ins = BTreeSet::new();
         let mut is_incomplete = documents.is_empty() && !previous.is_empty();
         if is_incomplete {
             complaints.push(String::from("it is empty, but had objects before; remove the file to remove them"));
@@ -209,13 +214,22 @@ impl Files {
                         objects.insert(id, object);
                     }
                 }
-                Document::Refused { id: Some(id), reason } => {
+                Document::Refused { id: Some(id), reason, stand_in } => {
                     complaints.push(reason);
-                    if let Some(kept) = previous.remove(&id) {
-                        objects.entry(id).or_insert(kept);
+                    let at = (name.to_owned(), id);
+                    let kept = previous.remove(&at.1).filter(|_| !self.stand_ins.contains(&at));
+                    if objects.contains_key(&at.1) {
+                        continue;
+                    }
+                    let is_kept = kept.is_some();
+                    if let Some(object) = kept.or(stand_in) {
+                        objects.insert(at.1.clone(), object);
+                        if !is_kept {
+                            stand_ins.insert(at);
+                        }
                     }
                 }
-                Document::Refused { id: None, reason } => {
+                Document::Refused { id: None, reason, .. } => {
                     is_incomplete = true;
                     complaints.push(reason);
                 }
@@ -224,9 +238,15 @@ impl Files {
         }
         if is_incomplete {
             for (id, object) in previous {
-                objects.entry(id).or_insert(object);
+                let at = (name.to_owned(), id);
+                if !objects.contains_key(&at.1) {
+                    objects.insert(at.1.clone(), object);
+                    stand_ins.extend(self.stand_ins.contains(&at).then_some(at));
+                }
             }
         }
+        self.stand_ins.retain(|(file, _)| file != name);
+        self.stand_ins.extend(stand_ins);
         self.complaints.retain(|text| !text.starts_with(&format!("{name}: ")));
         for complaint in complaints.into_iter().take(MAX_COMPLAINTS) {
             self.complain(format!("{name}: {complaint}"));
@@ -236,7 +256,9 @@ impl Files {
 
     fn complain(&mut self, text: String) {
         if !self.complaints.contains(&text) {
-            tracing::warn!("refused; what was read of it before stays in force: {text}");
+            tracing::warn!(
+                "refused; what was read of it before stays in force, or else that it may ask for the mesh: {text}"
+            );
             self.complaints.insert(text);
         }
     }
@@ -359,6 +381,11 @@ mod tests {
         assert_eq!(after(&(namespace("a", "typo") + &namespace("b", "none"))), both.clone().into(), "by object");
         assert_eq!(after("]"), both.clone().into(), "by file");
         assert_eq!(after(""), both.into(), "half of a write");
+        assert_eq!(after(&namespace("b", "ambient")), [(String::from("b"), Mode::Ambient)].into());
+        let mut c = |mode: &str| after(&namespace("c", mode)).get("c").copied();
+        assert_eq!(c("typo"), Some(Mode::Ambient), "there is no good version of it");
+        assert_eq!(c("none"), Some(Mode::None));
+        assert_eq!(c("typo"), Some(Mode::None));
         assert_eq!(after(&namespace("b", "ambient")), [(String::from("b"), Mode::Ambient)].into());
         let complaints = files.complaints.len();
         assert_eq!(complaints, 0, "what was wrong is mended: {:?}", files.complaints);

@@ -2,16 +2,21 @@
 //! and nothing is known before both have been listed whole.
 //!
 //! An API server that is away, restarts or has forgotten where we were (410) is asked again with growing pauses; what it
-//! said last stays in force. An object whose label means nothing keeps its last good version.
+//! said last stays in force. A label that means nothing is taken for the last good one; without one it asks for the mesh, as
+//! the control plane takes it, so that nothing is in plaintext for a slip.
 
 pub mod report;
+
+#[cfg(test)]
+mod fault_tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
-use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use futures_util::FutureExt as _;
+use futures_util::stream::{Stream, StreamExt as _, unfold};
 use k8s_openapi::api::core::v1::{Namespace, Pod as ApiPod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
@@ -21,6 +26,7 @@ use kube::runtime::watcher::{self, Event};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::removal::{OwnNamespace, Removal};
 use super::{Ask, Known, Origin, Running, Source};
 use crate::cni::decide::{DATAPLANE_MODE, Exclusions, Mode, is_excluded};
 use crate::cni::knowledge::{Knowledge, KnownPod};
@@ -44,6 +50,7 @@ pub struct Kubernetes {
     client: kube::Client,
     node: String,
     exclusions: Exclusions,
+    removal: Removal,
 }
 
 /// What of a pod's `spec` decides.
@@ -73,22 +80,41 @@ type Pod = Object<Spec, Status>;
 
 impl Kubernetes {
     /// A source that reads the pods of this node. Those that the plugin lets pass unseen are not enrolled while they run
-    /// either.
+    /// either. `removal` is told when the mesh is taken off the cluster.
     #[must_use]
-    pub const fn new(client: kube::Client, node: String, exclusions: Exclusions) -> Self {
-        Self { client, node, exclusions }
+    pub const fn new(client: kube::Client, node: String, exclusions: Exclusions, removal: Removal) -> Self {
+        Self { client, node, exclusions, removal }
     }
 
     fn namespaces(&self) -> impl Stream<Item = watcher::Result<Event<PartialObjectMeta<Namespace>>>> + use<> {
         let api: Api<PartialObjectMeta<Namespace>> = Api::all(self.client.clone());
-        watcher::watcher(api, watcher::Config::default().timeout(WATCH)).default_backoff()
+        follow(move || watcher::watcher(api.clone(), watcher::Config::default().timeout(WATCH))).default_backoff()
     }
 
     fn pods(&self) -> impl Stream<Item = watcher::Result<Event<Pod>>> + use<> {
         let api: Api<Pod> = Api::all_with(self.client.clone(), &ApiResource::erase::<ApiPod>(&()));
         let config = watcher::Config::default().timeout(WATCH).fields(&format!("spec.nodeName={}", self.node));
-        watcher::watcher(api, config).default_backoff()
+        follow(move || watcher::watcher(api.clone(), config.clone())).default_backoff()
     }
+}
+
+/// What `open` tells, begun anew where it cannot go on: the library notices that a version is too old only in a watch's
+/// stream. Where the answer's code says so, it would ask for that version for ever.
+fn follow<T, S>(open: impl Fn() -> S + Send) -> impl Stream<Item = watcher::Result<Event<T>>>
+where
+    S: Stream<Item = watcher::Result<Event<T>>> + Send + 'static,
+{
+    let first = open().boxed();
+    unfold((open, first), |(open, mut stream)| async move {
+        let next = stream.next().await?;
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &next
+            // 504: a version that is from the future, after a restore of etcd.
+            && matches!(status.code, 410 | 504)
+        {
+            stream = open().boxed();
+        }
+        Some((next, (open, stream)))
+    })
 }
 
 impl Source for Kubernetes {
@@ -99,18 +125,25 @@ impl Source for Kubernetes {
     async fn run(self, knowledge: watch::Sender<Arc<Known>>) {
         let (mut namespaces, mut pods) = (pin!(self.namespaces().fuse()), pin!(self.pods().fuse()));
         let mut cluster = Cluster { exclusions: self.exclusions.clone(), ..Cluster::default() };
+        let mut own = OwnNamespace::new(self.exclusions.system_namespace.clone(), self.removal.clone());
+        let mut namespace = |cluster: &mut Cluster, event| {
+            own.take(&event);
+            cluster.namespace(event);
+        };
         let mut trouble = Trouble::default();
         loop {
             tokio::select! {
                 () = knowledge.closed() => return,
-                Some(event) = namespaces.next() => trouble.take("namespaces", event, |event| cluster.namespace(event)),
+                Some(event) = namespaces.next() => {
+                    trouble.take("namespaces", event, |event| namespace(&mut cluster, event));
+                }
                 Some(event) = pods.next() => trouble.take("pods", event, |event| cluster.pod(event)),
                 else => return,
             }
             // What has come meanwhile belongs to the same picture.
             for _ in 0..BATCH {
                 if let Some(Some(event)) = namespaces.next().now_or_never() {
-                    trouble.take("namespaces", event, |event| cluster.namespace(event));
+                    trouble.take("namespaces", event, |event| namespace(&mut cluster, event));
                 } else if let Some(Some(event)) = pods.next().now_or_never() {
                     trouble.take("pods", event, |event| cluster.pod(event));
                 } else {
@@ -208,16 +241,12 @@ impl Cluster {
             }
             Event::Apply(object) | Event::InitApply(object) => {
                 let name = object.metadata.name.clone().unwrap_or_default();
-                match mode(&object.metadata) {
-                    Ok(mode) => self.namespaces.set(name, mode),
-                    Err(reason) => {
-                        let last = self.namespaces.objects.get(&name).copied();
-                        self.complain(format!("Namespace {name}: {reason}"), last.is_some());
-                        if let Some(last) = last {
-                            self.namespaces.set(name, last);
-                        }
-                    }
-                }
+                let mode = mode(&object.metadata).unwrap_or_else(|reason| {
+                    let last = self.namespaces.objects.get(&name).copied();
+                    self.complain(format!("Namespace {name}: {reason}"), last.is_some());
+                    last.unwrap_or(Mode::Ambient)
+                });
+                self.namespaces.set(name, mode);
             }
         }
     }
@@ -231,19 +260,15 @@ impl Cluster {
             }
             Event::Apply(object) | Event::InitApply(object) => {
                 let key = key(&object.metadata);
-                match read(&object) {
-                    Ok(read) => self.pods.set(key, read),
-                    Err(reason) => {
-                        // Of another pod with this name nothing is kept.
-                        let uid = object.metadata.uid.clone().unwrap_or_default();
-                        let last = self.pods.objects.get(&key).filter(|(known, _)| known.uids.contains(&uid)).cloned();
-                        self.complain(format!("Pod {}/{}: {reason}", key.0, key.1), last.is_some());
-                        match last {
-                            Some(last) => self.pods.set(key, last),
-                            None => drop(self.pods.objects.remove(&key)),
-                        }
-                    }
-                }
+                let mode = mode(&object.metadata).unwrap_or_else(|reason| {
+                    // Of another pod with this name nothing is kept.
+                    let uid = object.metadata.uid.clone().unwrap_or_default();
+                    let last = self.pods.objects.get(&key).filter(|(known, _)| known.uids.contains(&uid));
+                    let last = last.map(|(known, _)| known.mode);
+                    self.complain(format!("Pod {}/{}: {reason}", key.0, key.1), last.is_some());
+                    last.unwrap_or(Mode::Ambient)
+                });
+                self.pods.set(key, read(&object, mode));
             }
         }
     }
@@ -255,7 +280,8 @@ impl Cluster {
             self.complaints.clear();
         }
         if !self.complaints.contains(&text) {
-            tracing::warn!(keeps_last, "label refused: {text}");
+            let taken = if keeps_last { "the last good one counts" } else { "it counts as one that asks for the mesh" };
+            tracing::warn!(keeps_last, "label refused, {taken}: {text}");
             self.complaints.insert(text);
         }
     }
@@ -287,8 +313,8 @@ pub(super) fn mode(meta: &ObjectMeta) -> Result<Mode, String> {
     Mode::read(labels.and_then(|labels| labels.get(DATAPLANE_MODE)).map(String::as_str)).map_err(|e| e.to_string())
 }
 
-/// A pod, and where it is if it runs in a network of its own.
-fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
+/// A pod whose label says `mode`, and where it is if it runs in a network of its own.
+fn read(pod: &Pod, mode: Mode) -> (KnownPod, Option<Running>) {
     let meta = &pod.metadata;
     let annotation = |name| meta.annotations.as_ref().and_then(|all| all.get(name)).map(String::as_str);
     let uid = meta.uid.clone().unwrap_or_default();
@@ -298,7 +324,7 @@ fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
     let uids = [Some(uid.as_str()), static_uid].into_iter().flatten().filter(|uid| !uid.is_empty());
     let known = KnownPod {
         uids: uids.map(str::to_owned).collect(),
-        mode: mode(meta)?,
+        mode,
         host_network: pod.spec.host_network,
         service_account: account.unwrap_or("default").to_owned(),
     };
@@ -317,7 +343,7 @@ fn read(pod: &Pod) -> Result<(KnownPod, Option<Running>), String> {
         is_confirmed: annotation(REDIRECTION) == Some(ENABLED),
         owner: meta.owner_references.iter().flatten().find(|owner| owner.controller == Some(true)).cloned(),
     });
-    Ok((known, running))
+    (known, running)
 }
 
 impl std::fmt::Debug for Kubernetes {
@@ -423,14 +449,27 @@ mod tests {
     }
 
     #[test]
-    fn label_that_means_nothing_keeps_the_last_good_one() {
+    fn label_that_means_nothing_is_the_last_good_one_or_asks_for_the_mesh() {
         let wrong = || json!({ "metadata": { "labels": { DATAPLANE_MODE: "sidecar" } } });
         let mut cluster = listed(vec![pod("a", "u1", &json!({})), pod("b", "u2", &wrong())]);
-        assert!(!cluster.known().unwrap().knowledge.pods["shop"].contains_key("b"), "never had a good one");
+        let mode = |cluster: &Cluster, name: &str| cluster.known().unwrap().knowledge.pods["shop"][name].mode;
+        assert_eq!(
+            mode(&cluster, "b"),
+            Mode::Ambient,
+            "never had a good one: it is to be enrolled, also while it runs"
+        );
+        assert_eq!(cluster.known().unwrap().running.len(), 2);
         cluster.pod(Event::Apply(pod("a", "u1", &wrong())));
-        assert_eq!(cluster.known().unwrap().knowledge.pods["shop"]["a"].mode, Mode::Unset);
+        assert_eq!(mode(&cluster, "a"), Mode::Unset);
+        // What is not its label is known as it is now.
+        let mut ends = pod("a", "u1", &wrong());
+        ends.status.as_mut().unwrap().pod_ips.truncate(1);
+        cluster.pod(Event::Apply(ends));
+        assert_eq!((mode(&cluster, "a"), cluster.known().unwrap().running[0].addresses.len()), (Mode::Unset, 1));
         cluster.pod(Event::Apply(pod("a", "u9", &wrong())));
-        assert!(cluster.known().unwrap().knowledge.pods.is_empty(), "another pod of the same name");
+        assert_eq!(mode(&cluster, "a"), Mode::Ambient, "another pod of the same name");
+        cluster.namespace(Event::Apply(namespace("new", Some("Ambient"))));
+        assert_eq!(cluster.known().unwrap().knowledge.namespaces["new"], Mode::Ambient, "never had a good one");
         cluster.namespace(Event::Apply(namespace("shop", Some("Ambient"))));
         assert_eq!(cluster.known().unwrap().knowledge.namespaces["shop"], Mode::Ambient);
         cluster.namespace(Event::Apply(namespace("shop", None)));

@@ -7,6 +7,7 @@ mod found;
 mod fresh;
 pub mod kubernetes;
 mod objects;
+mod removal;
 mod source;
 mod task;
 
@@ -27,6 +28,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 pub use directory::{Directory, DirectoryError};
 pub use fresh::Ask;
 pub use kubernetes::Kubernetes;
+pub use removal::Removal;
 pub use source::{AnySource, SourceError};
 
 use super::manager::{Listed, Manager, ManagerError};

@@ -42,6 +42,8 @@ pub enum Document {
         id: Option<Id>,
         /// What is wrong with it, with its line in the file.
         reason: String,
+        /// What counts where no earlier version does: an object that may ask for the mesh does.
+        stand_in: Option<Object>,
     },
     /// Of a kind that has nothing to do with enrolment.
     Ignored,
@@ -55,7 +57,8 @@ pub fn parse(text: &str) -> Vec<Document> {
             Ok(Value::Null) => {}
             Ok(value) => items(&value).iter().for_each(|item| documents.push(read(item, line))),
             Err(error) => {
-                documents.push(Document::Refused { id: None, reason: format!("line {line}: not YAML: {error}") });
+                let reason = format!("line {line}: not YAML: {error}");
+                documents.push(Document::Refused { id: None, reason, stand_in: None });
             }
         }
     }
@@ -108,7 +111,7 @@ fn items(value: &Value) -> &[Value] {
 
 fn read(value: &Value, line: usize) -> Document {
     let (version, kind) = (string(value, "apiVersion"), string(value, "kind"));
-    let refused = |id, what: &str| Document::Refused { id, reason: format!("line {line}: {what}") };
+    let refused = |id, what: &str| Document::Refused { id, reason: format!("line {line}: {what}"), stand_in: None };
     if version.is_empty() || kind.is_empty() {
         return refused(None, "apiVersion or kind is missing");
     }
@@ -125,15 +128,42 @@ fn read(value: &Value, line: usize) -> Document {
         return refused(None, &format!("{kind}: metadata.name is missing, or it or the namespace is too long"));
     }
     let label = format!("{kind} {namespace}/{name}");
+    let spec = value.get("spec").unwrap_or(&Value::Null);
     let (id, object) = if kind == "Namespace" {
         (Id::Namespace(name), mode(meta).map(Object::Namespace))
     } else {
-        (Id::Pod(namespace.to_owned(), name), pod(meta, value.get("spec").unwrap_or(&Value::Null)))
+        (Id::Pod(namespace.to_owned(), name), pod(meta, spec))
     };
     match object {
         Ok(object) => Document::Object(id, object),
-        Err(reason) => refused(Some(id), &format!("{label}: {reason}")),
+        Err(reason) => {
+            let stand_in = stand_in(&id, meta, spec);
+            Document::Refused { id: Some(id), reason: format!("line {line}: {label}: {reason}"), stand_in }
+        }
     }
+}
+
+/// The safest reading of an object that is not valid. None where its label can be read and does not ask for the mesh: it is
+/// then as one that is not known.
+fn stand_in(id: &Id, meta: &Value, spec: &Value) -> Option<Object> {
+    if matches!(mode(meta), Ok(Mode::Unset | Mode::None)) {
+        return None;
+    }
+    let readable = |value: &Value, field: &str| text(value, field).unwrap_or_default().to_owned();
+    let pod = || KnownPod {
+        uids: Some(readable(meta, "uid")).into_iter().filter(|uid| !uid.is_empty()).collect(),
+        mode: Mode::Ambient,
+        host_network: spec.get("hostNetwork").and_then(Value::as_bool).unwrap_or(false),
+        service_account: match (readable(spec, "serviceAccountName"), readable(spec, "serviceAccount")) {
+            (first, second) if first.is_empty() && second.is_empty() => String::from("default"),
+            (first, second) if first.is_empty() => second,
+            (first, _) => first,
+        },
+    };
+    Some(match id {
+        Id::Namespace(_) => Object::Namespace(Mode::Ambient),
+        Id::Pod(..) => Object::Pod(pod(), readable(spec, "nodeName")),
+    })
 }
 
 fn pod(meta: &Value, spec: &Value) -> Result<Object, String> {
@@ -238,12 +268,44 @@ status: whatever
                     - {apiVersion: v1, kind: Pod}\n---\n]\n--- # last\n{apiVersion: v1, kind: Namespace, metadata: {name: b}}";
         let all = parse(text);
         assert!(matches!(&all[0], Document::Object(Id::Namespace(name), _) if name == "a"));
-        assert!(matches!(&all[1], Document::Refused { id: None, reason } if reason.starts_with("line 2:")));
-        assert!(matches!(&all[2], Document::Refused { id: None, reason } if reason.starts_with("line 8:")), "{all:?}");
+        assert!(matches!(&all[1], Document::Refused { id: None, reason, .. } if reason.starts_with("line 2:")));
+        assert!(
+            matches!(&all[2], Document::Refused { id: None, reason, .. } if reason.starts_with("line 8:")),
+            "{all:?}"
+        );
         assert!(matches!(&all[3], Document::Object(Id::Namespace(name), _) if name == "b"));
         assert_eq!(all.len(), 4);
         assert_eq!(parse(""), []);
         assert_eq!(parse("---\n---\n"), []);
+    }
+
+    #[test]
+    fn what_is_not_valid_asks_for_the_mesh_where_its_label_may() {
+        let stand_in = |text: &str| match one(text) {
+            Document::Refused { stand_in, .. } => stand_in,
+            other => panic!("{other:?}"),
+        };
+        let namespace = |labels: &str| {
+            stand_in(&format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: a, labels: {labels}}}}}"))
+        };
+        assert_eq!(namespace("{istio.io/dataplane-mode: sideways}"), Some(Object::Namespace(Mode::Ambient)));
+        assert_eq!(namespace("[ambient]"), Some(Object::Namespace(Mode::Ambient)));
+        let pod = |labels: &str, spec: &str| {
+            let text =
+                format!("{{apiVersion: v1, kind: Pod, metadata: {{name: a, uid: u, labels: {labels}}}, spec: {spec}}}");
+            stand_in(&text)
+        };
+        let known = |host_network, account: &str| {
+            let pod =
+                KnownPod { uids: vec!["u".into()], mode: Mode::Ambient, host_network, service_account: account.into() };
+            Some(Object::Pod(pod, "n".into()))
+        };
+        let odd = "{istio.io/dataplane-mode: sideways}";
+        assert_eq!(pod(odd, "{nodeName: n, serviceAccountName: web}"), known(false, "web"));
+        assert_eq!(pod(odd, "{nodeName: n, hostNetwork: true}"), known(true, "default"));
+        assert_eq!(pod("{istio.io/dataplane-mode: ambient}", "{nodeName: n, hostNetwork: 3}"), known(false, "default"));
+        assert_eq!(pod("{istio.io/dataplane-mode: none}", "{nodeName: [n]}"), None);
+        assert_eq!(pod("{}", "{nodeName: [n]}"), None);
     }
 
     #[test]

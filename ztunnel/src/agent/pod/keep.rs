@@ -120,6 +120,7 @@ impl Pod {
     /// What is not.
     pub fn verify(&self, host: &Host) -> Result<(), EnrolError> {
         host.refuse_foreign_programs()?;
+        host.refuse_missing_hooks()?;
         let interface = interface(host, &self.info, &self.netns)?;
         let entry = entry(host, &self.info, interface)?;
         self.capture.verify(&self.netns, entry, guard(interface))?;
@@ -172,8 +173,9 @@ impl Pod {
             host.drift.add(*what);
         }
         let foreign = host.refuse_foreign_programs().map_err(EnrolError::from);
+        let hooks = host.refuse_missing_hooks().map_err(EnrolError::from);
         let listeners = self.has_listeners(host);
-        let wrong = [network, capture, foreign, listeners].into_iter().find_map(Result::err);
+        let wrong = [network, capture, foreign, hooks, listeners].into_iter().find_map(Result::err);
         (found, wrong)
     }
 

@@ -264,3 +264,18 @@ fn guard_in_the_pod_itself_is_reported_as_weaker() {
     assert_eq!(state.not_enrolled_reason, "", "enrolled all the same");
     assert!(state.weaker_reason.contains("PACKET_QDISC_BYPASS"), "{}", state.weaker_reason);
 }
+
+#[test]
+fn no_pod_is_said_to_be_enrolled_while_the_nodes_programs_cannot_be_put_back() {
+    let scratch = Scratch::new();
+    let (agent, _a, _b) = enrolled(&scratch);
+    let pin = scratch.bpffs().join(format!("v{}/node/connect4", ztunnel_ebpf::LAYOUT_VERSION));
+    // A folder in the place of the pin: nothing can be pinned there.
+    std::fs::remove_file(&pin).unwrap();
+    std::fs::create_dir(&pin).unwrap();
+    let announcer = agent.announcer();
+    let said = |wanted: &str| announcer.list().into_iter().find(|(_, reason)| reason.contains(wanted));
+    eventually(|| said("cannot be put back")).expect("the pod is reported, with the reason");
+    std::fs::remove_dir(&pin).unwrap();
+    mended(&agent, &[Drift::Hooks]);
+}

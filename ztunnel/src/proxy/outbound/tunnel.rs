@@ -25,19 +25,21 @@ pub async fn dial_tunnel(
 ) -> Result<(Tunnel, SpiffeId), ConnectionError> {
     let token = pod.live.token();
     let shared = &worker.shared;
+    let options = shared.hbone_of(&pod);
     let handshakes = async {
         // First what may take seconds, so that no socket waits for it.
         let credential = shared.certificates.certificate(&key.source).await?;
         let tcp = dial::upstream(&pod, key.next_hop).await?;
-        let io = shared.tunnels.list(Direction::Outbound, &pod, key.next_hop, tcp);
+        let io = shared.tunnels.list(Direction::Outbound, &pod, key.next_hop, tcp, &options.backlog);
         let (tls, peer) = handshake::connect(io, &credential, key.next_hop.ip(), &key.expected).await?;
         let (io, connection) = tls.get_ref();
         // Set once, here.
         let _ = io.facts().negotiated.set(Negotiated::of(peer.clone(), connection));
-        let made = mesh_hbone::client::handshake(tls, &shared.hbone).await.map_err(ConnectionError::Http2)?;
-        Ok::<_, ConnectionError>((made, peer))
+        let facts = Arc::clone(io.facts());
+        let made = mesh_hbone::client::handshake(tls, &options).await.map_err(ConnectionError::Http2)?;
+        Ok::<_, ConnectionError>((made, peer, facts))
     };
-    let ((tunnel, driver), peer) = tokio::select! {
+    let ((tunnel, driver), peer, facts) = tokio::select! {
         made = handshakes => made?,
         () = pod.live.closed() => return Err(ConnectionError::PodGone),
     };
@@ -47,6 +49,7 @@ pub async fn dial_tunnel(
         let ended = tokio::select! {
             ended = driver => ended,
             () = pod.live.closed() => Ok(()),
+            () = facts.told_to_close() => Ok(()),
         };
         let Err(error) = ended else { return };
         tracing::debug!(%error, peer = %key.next_hop, "tunnel ended");

@@ -53,7 +53,8 @@ impl Agent {
         let listener = Listener::bind(&path, 0o600).unwrap();
         let (sender, notices) = mpsc::unbounded_channel();
         let started = Started::default();
-        let pods = Pods::new(Box::new(started.clone()), "cluster.local".into(), bounds(10, 100), sender);
+        let memory = mesh_hbone::Memory::new(mesh_hbone::memory::Limits::of(512 << 20));
+        let pods = Pods::new(Box::new(started.clone()), "cluster.local".into(), bounds(10, 100), sender, memory);
         let readiness = Readiness::new();
         let pending = Some(readiness.register("agent"));
         let failure = Handover { agent_socket: path, pods: Arc::clone(&pods), notices, pending }.start().unwrap();

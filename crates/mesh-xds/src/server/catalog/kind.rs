@@ -22,18 +22,58 @@ pub(in crate::server) struct Stored {
     pub(in crate::server) version: u64,
 }
 
+/// What a change is of, in the order in which clients are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// Something that refers to nothing.
+    Plain,
+    /// Something that refers to something else.
+    Referring,
+    /// Something that is gone.
+    Gone,
+}
+
+/// How many there are.
+const CLASSES: usize = 3;
+
+impl Class {
+    fn of(entry: &Entry) -> Self {
+        if entry.refers { Self::Referring } else { Self::Plain }
+    }
+}
+
+/// Up to which change a client was told, of each class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::server) struct Progress([u64; CLASSES]);
+
+impl Progress {
+    /// All changes up to this one, and none after it.
+    pub(in crate::server) fn at(version: u64) -> Self {
+        Self([version; CLASSES])
+    }
+
+    /// The change up to which it was told all.
+    pub(in crate::server) fn told(&self) -> u64 {
+        self.0.into_iter().min().unwrap_or_default()
+    }
+
+    /// Whether it was told none after that one.
+    pub(in crate::server) fn is_even(&self) -> bool {
+        *self == Self::at(self.told())
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub(in crate::server) struct Kind {
     entries: OrdMap<Arc<str>, Arc<Stored>>,
     aliases: Index,
     members: Index,
     version: u64,
-    /// The last change of each name, by its number: a client that is far behind has no more to be told than names.
-    log: OrdMap<u64, Arc<str>>,
+    /// The last change of each name, by its number, in the order of [`Class`]: a client that is far behind has no more to
+    /// be told than names.
+    logs: [OrdMap<u64, Arc<str>>; CLASSES],
     /// Names that are gone, and the change that removed them.
     gone: HashMap<Arc<str>, u64>,
-    /// Those changes.
-    removals: OrdSet<u64>,
     /// Removals up to this change may be forgotten.
     forgotten: u64,
     encoded: Arc<Encoded>,
@@ -47,8 +87,8 @@ struct Encoded {
     parts: Mutex<VecDeque<(PartKey, Arc<Part>)>>,
 }
 
-/// What makes a part the same: the change after which it begins, the version that it is of, and the limit of its size.
-type PartKey = (u64, u64, usize);
+/// What makes a part the same: the changes after which it begins, the version that it is of, and the limit of its size.
+type PartKey = (Progress, u64, usize);
 
 /// Removals that are asked for are forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +133,7 @@ impl Kind {
         self.entries.iter()
     }
 
-    /// Names changed since a version, each with its last change, in their order.
+    /// Names changed since a version, each with its last change, in the order in which clients are told.
     pub(in crate::server) fn changed_since(
         &self,
         version: u64,
@@ -101,26 +141,32 @@ impl Kind {
         if version < self.forgotten {
             return Err(Overrun);
         }
-        Ok(self.log.range::<_, u64>((Bound::Excluded(version), Bound::Unbounded)))
+        Ok(self.logs.iter().flat_map(move |log| log.range::<_, u64>((Bound::Excluded(version), Bound::Unbounded))))
     }
 
-    /// The changes since a version that have room in `max` bytes, one at least, encoded.
-    pub(in crate::server) fn changes(&self, type_url: &str, since: u64, max: usize) -> Result<Arc<Part>, Overrun> {
+    /// The changes since those that have room in `max` bytes, one at least, encoded.
+    pub(in crate::server) fn changes(&self, type_url: &str, since: Progress, max: usize) -> Result<Arc<Part>, Overrun> {
         let key = (since, self.version, max);
         if let Some((_, part)) = lock(&self.encoded.parts).iter().find(|(known, _)| *known == key) {
             return Ok(part.clone());
         }
+        if since.told() < self.forgotten {
+            return Err(Overrun);
+        }
         let mut draft = Draft::new(type_url);
-        let mut upto = self.version;
-        for (version, name) in self.changed_since(since)? {
-            if draft.size() >= max {
-                break;
+        let mut upto = since;
+        'all: for (log, upto) in self.logs.iter().zip(&mut upto.0) {
+            for (version, name) in log.range::<_, u64>((Bound::Excluded(*upto), Bound::Unbounded)) {
+                if draft.size() >= max {
+                    break 'all;
+                }
+                match self.entries.get(name) {
+                    Some(stored) => draft.set(stored),
+                    None => draft.remove(name.clone()),
+                }
+                *upto = *version;
             }
-            match self.entries.get(name) {
-                Some(stored) => draft.set(stored),
-                None => draft.remove(name.clone()),
-            }
-            upto = *version;
+            *upto = self.version;
         }
         let part = Arc::new(draft.finish(upto));
         let mut parts = lock(&self.encoded.parts);
@@ -150,7 +196,7 @@ impl Kind {
             return;
         }
         if let Some(before) = before {
-            self.log.remove(&before.version);
+            self.log(Class::of(&before.entry)).remove(&before.version);
             self.unindex(&before.entry);
         }
         for alias in &entry.resource.aliases {
@@ -160,33 +206,42 @@ impl Kind {
             self.members.entry(group.clone()).or_default().insert(name.clone());
         }
         if let Some(removal) = self.gone.remove(&name) {
-            self.removals.remove(&removal);
-            self.log.remove(&removal);
+            self.log(Class::Gone).remove(&removal);
         }
         self.version += 1;
-        self.log.insert(self.version, name.clone());
-        self.entries.insert(name, Arc::new(Stored { entry, version: self.version }));
+        let version = self.version;
+        self.log(Class::of(&entry)).insert(version, name.clone());
+        self.entries.insert(name, Arc::new(Stored { entry, version }));
     }
 
     pub(super) fn remove(&mut self, name: &str) {
         if let Some((name, stored)) = self.entries.remove_with_key(name) {
-            self.log.remove(&stored.version);
+            self.log(Class::of(&stored.entry)).remove(&stored.version);
             self.unindex(&stored.entry);
             self.version += 1;
-            self.log.insert(self.version, name.clone());
-            self.removals.insert(self.version);
-            self.gone.insert(name, self.version);
+            let version = self.version;
+            self.log(Class::Gone).insert(version, name.clone());
+            self.gone.insert(name, version);
         }
     }
 
     /// Forgets the oldest removals, until no more are left than resources, or `min`.
     pub(super) fn trim(&mut self, min: usize) {
-        while self.removals.len() > min.max(self.entries.len()) {
-            let Some(oldest) = self.removals.remove_min() else { return };
-            if let Some(name) = self.log.remove(&oldest) {
-                self.gone.remove(&name);
-            }
+        let most = min.max(self.entries.len());
+        while self.log(Class::Gone).len() > most {
+            let Some((oldest, name)) = self.log(Class::Gone).get_min().cloned() else { return };
+            self.log(Class::Gone).remove(&oldest);
+            self.gone.remove(&name);
             self.forgotten = oldest;
+        }
+    }
+
+    fn log(&mut self, class: Class) -> &mut OrdMap<u64, Arc<str>> {
+        let [plain, referring, gone] = &mut self.logs;
+        match class {
+            Class::Plain => plain,
+            Class::Referring => referring,
+            Class::Gone => gone,
         }
     }
 

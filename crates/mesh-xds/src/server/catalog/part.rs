@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
-use super::kind::Stored;
+use super::kind::{Progress, Stored};
 use crate::server::encode;
 
 /// Some changes, encoded.
@@ -13,7 +13,7 @@ pub(in crate::server) struct Part {
     bytes: Bytes,
     names: Vec<Arc<str>>,
     resources: usize,
-    upto: u64,
+    upto: Progress,
 }
 
 impl Part {
@@ -32,8 +32,8 @@ impl Part {
         self.resources
     }
 
-    /// The last change in it, if it tells of changes in their order.
-    pub(in crate::server) fn upto(&self) -> u64 {
+    /// How far whoever was told it is, if it tells of changes.
+    pub(in crate::server) fn upto(&self) -> Progress {
         self.upto
     }
 
@@ -72,8 +72,8 @@ impl<'k> Draft<'k> {
         self.removed.push(name);
     }
 
-    /// Encodes it; `upto` is the last change in it.
-    pub(in crate::server) fn finish(self, upto: u64) -> Part {
+    /// Encodes it; `upto` is how far whoever was told it is.
+    pub(in crate::server) fn finish(self, upto: Progress) -> Part {
         let mut bytes = BytesMut::with_capacity(self.size);
         for stored in &self.set {
             encode::resource(self.type_url, &stored.entry.resource, &mut bytes);

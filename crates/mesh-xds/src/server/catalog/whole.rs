@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::kind::{Kind, Stored};
+use super::kind::{Kind, Progress, Stored};
 use super::part::Draft;
 
 /// Resources that follow each other by name.
@@ -103,7 +103,7 @@ fn encode<'k>(
     let mut first: Option<Arc<str>> = None;
     let mut end = |draft: Draft<'_>, first: Option<Arc<str>>| {
         if let Some(first) = first {
-            let part = draft.finish(0);
+            let part = draft.finish(Progress::default());
             segments.push(Segment { first, bytes: part.bytes().clone(), resources: part.resources() });
         }
     };

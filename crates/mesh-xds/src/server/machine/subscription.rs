@@ -11,7 +11,7 @@ use mesh_proto::discovery::DeltaDiscoveryRequest;
 use self::first::First;
 use self::queue::Queue;
 use super::Limits;
-use crate::server::catalog::{Draft, Kind, Overrun, Part, Stored};
+use crate::server::catalog::{Draft, Kind, Overrun, Part, Progress, Stored};
 use crate::server::response::Content;
 use crate::server::status::TypeStatus;
 
@@ -27,12 +27,16 @@ pub(super) struct Subscription {
     known: HashSet<Arc<str>>,
     /// Primary names of what was asked for by name, as far as it exists: what belongs to it is sent as well.
     groups: HashSet<Arc<str>>,
-    /// Changes up to this version were considered. A client with a wildcard is told later ones from the catalog's log.
-    cursor: u64,
+    /// These changes were considered. A client with a wildcard is told later ones from the catalog's log.
+    cursor: Progress,
+    /// Responses in a row after each of which it was told some changes before earlier ones.
+    uneven: usize,
     /// What is still to be sent of a wildcard's first state.
     first: First,
     /// Primary names to be sent, or removed if they are gone by then.
     queue: Queue,
+    /// Of those, what is gone: told when all that is there was.
+    leaving: Queue,
     /// Names asked for that are to be answered as absent, if they are so when all of the queue is sent.
     asked: Queue,
     /// A response is due even if there is nothing to say: to the first request, and after one that announced more.
@@ -99,9 +103,11 @@ impl Subscription {
             named: HashSet::new(),
             known: HashSet::new(),
             groups: HashSet::new(),
-            cursor: version,
+            cursor: Progress::at(version),
+            uneven: 0,
             first: First::default(),
             queue: Queue::default(),
+            leaving: Queue::default(),
             asked: Queue::default(),
             owed: false,
             in_flight: None,
@@ -148,12 +154,14 @@ impl Subscription {
             (false, true) => {
                 // All that there is comes with the first state.
                 self.queue.clear();
+                self.leaving.clear();
                 self.first = First::new(kind, std::mem::take(&mut self.known), initial);
-                self.cursor = kind.version();
+                self.cursor = Progress::at(kind.version());
             }
             (true, false) => {
                 self.first = First::default();
                 self.queue.clear();
+                self.leaving.clear();
                 let named: Vec<Arc<str>> = self.named.iter().cloned().collect();
                 for name in named {
                     self.queue_name(kind, &name, &HashMap::new());
@@ -205,14 +213,14 @@ impl Subscription {
     /// Finds what changed since the last call, for a client without a wildcard: with one there is nothing to find, the
     /// log is what it gets.
     pub(super) fn collect(&mut self, kind: &Kind) -> Result<(), Overrun> {
-        if self.wildcard || self.cursor >= kind.version() {
+        if self.wildcard || self.cursor.told() >= kind.version() {
             return Ok(());
         }
-        let changed: Vec<Arc<str>> = kind.changed_since(self.cursor)?.map(|(_, name)| name.clone()).collect();
+        let changed: Vec<Arc<str>> = kind.changed_since(self.cursor.told())?.map(|(_, name)| name.clone()).collect();
         for name in changed {
             self.collect_named(kind, name);
         }
-        self.cursor = kind.version();
+        self.cursor = Progress::at(kind.version());
         Ok(())
     }
 
@@ -239,12 +247,12 @@ impl Subscription {
 
     /// Whether there is something to send; valid after [`Self::collect`].
     pub(super) fn has_more(&self, kind: &Kind) -> bool {
-        self.owed || self.remains() || self.cursor < kind.version()
+        self.owed || self.remains() || self.cursor.told() < kind.version()
     }
 
     /// Whether something is left that is not in the log.
     fn remains(&self) -> bool {
-        !self.first.is_done() || !self.queue.is_empty() || !self.asked.is_empty()
+        !self.first.is_done() || !self.queue.is_empty() || !self.leaving.is_empty() || !self.asked.is_empty()
     }
 
     /// Whether the first state is not sent and acknowledged yet.
@@ -267,9 +275,14 @@ impl Subscription {
             self.first_part(kind, limits)
         } else if self.remains() {
             self.queued(kind, limits.max_response)
-        } else if self.cursor < kind.version() {
+        } else if self.cursor.told() < kind.version() {
             let part = kind.changes(&self.type_url, self.cursor, limits.max_response)?;
             self.cursor = part.upto();
+            // Changes come faster than they are taken, and some would never be told.
+            self.uneven = if self.cursor.is_even() { 0 } else { self.uneven + 1 };
+            if self.uneven > limits.max_uneven {
+                return Err(Overrun);
+            }
             Chunk::of(part)
         } else {
             Chunk::of(Arc::default())
@@ -278,9 +291,9 @@ impl Subscription {
             return Ok(None);
         }
         // What changed while the first state was sent belongs to it as well.
-        chunk.more = self.remains() || self.cursor < kind.version();
+        chunk.more = self.remains() || self.cursor.told() < kind.version();
         self.owed = chunk.more;
-        self.sent = self.cursor;
+        self.sent = self.cursor.told();
         self.in_flight =
             Some(InFlight { nonce: nonce.to_owned(), names: chunk.names.clone(), version: self.sent, is_first });
         Ok(Some(chunk))
@@ -289,9 +302,12 @@ impl Subscription {
     /// The next part of a wildcard's first state.
     fn first_part(&mut self, kind: &Kind, limits: &Limits) -> Chunk {
         let mut draft = Draft::new(&self.type_url);
-        let whole = self.first.take(kind, &self.type_url, limits, &mut self.cursor, &mut draft);
+        // The log is not looked at before all of it is sent.
+        let mut cursor = self.cursor.told();
+        let whole = self.first.take(kind, &self.type_url, limits, &mut cursor, &mut draft);
+        self.cursor = Progress::at(cursor);
         // Names that were asked for as well: what exists of them is in the state.
-        let is_last = self.first.is_done() && self.cursor >= kind.version();
+        let is_last = self.first.is_done() && cursor >= kind.version();
         while is_last
             && draft.size() < limits.max_response
             && let Some(name) = self.asked.pop()
@@ -300,7 +316,7 @@ impl Subscription {
                 draft.remove(name);
             }
         }
-        let part = Arc::new(draft.finish(0));
+        let part = Arc::new(draft.finish(self.cursor));
         let Some((whole, range)) = whole else { return Chunk::of(part) };
         let resources = whole.segments(range.clone()).iter().map(|segment| segment.resources()).sum();
         Chunk { content: Content::Whole(whole, range, part), resources, more: false, names: Names::All }
@@ -312,15 +328,24 @@ impl Subscription {
         while draft.size() < max
             && let Some(name) = self.queue.pop()
         {
-            if let Some(stored) = kind.get(&name) {
-                draft.set(stored);
-            } else {
+            match kind.get(&name) {
+                Some(stored) => draft.set(stored),
+                None => self.leaving.push(name),
+            }
+        }
+        while self.queue.is_empty()
+            && draft.size() < max
+            && let Some(name) = self.leaving.pop()
+        {
+            // What has come back since was told.
+            if kind.get(&name).is_none() {
                 self.known.remove(&name);
                 self.groups.remove(&name);
                 draft.remove(name);
             }
         }
         while self.queue.is_empty()
+            && self.leaving.is_empty()
             && draft.size() < max
             && let Some(name) = self.asked.pop()
         {
@@ -328,7 +353,7 @@ impl Subscription {
                 draft.remove(name);
             }
         }
-        Chunk::of(Arc::new(draft.finish(0)))
+        Chunk::of(Arc::new(draft.finish(self.cursor)))
     }
 
     pub(super) fn status(&self) -> TypeStatus {
@@ -338,7 +363,7 @@ impl Subscription {
             names: self.named.len(),
             sent: self.sent,
             acked: self.acked,
-            considered: self.cursor,
+            considered: self.cursor.told(),
             in_flight: self.in_flight.is_some(),
             nacks: Vec::new(),
         }

@@ -335,6 +335,74 @@ fn policies_go_before_the_workloads_that_they_apply_to() {
     assert_eq!(peer.take(), ["workload=1"], "all policies are on their way");
 }
 
+fn referring(name: &str, body: &str) -> Entry {
+    Entry { refers: true, ..thing(name, &[], body).into() }
+}
+
+#[test]
+fn nothing_goes_before_what_it_refers_to_and_what_is_gone_goes_last() {
+    let mut peer = Peer::with(Limits { max_response: 1, ..Limits::default() });
+    peer.set(&[thing("old", &["vip"], "1"), thing("other", &[], "1")]);
+    peer.send(subscribe(&[])).unwrap();
+    assert_eq!(peer.take(), ["old=1", "other=1"]);
+    let both = [referring("a", "1"), thing("new", &["vip"], "1").into()];
+    peer.catalog.update(WORKLOAD_TYPE, both, ["old"]);
+    assert_eq!(peer.take(), ["new=1"]);
+    // It changes again, and so does what is referred to, before the others are told.
+    peer.set(&[thing("new", &["vip"], "2"), thing("b", &[], "1")]);
+    peer.remove(&["other"]);
+    assert_eq!(peer.take(), ["new=2"]);
+    assert_eq!(peer.take(), ["b=1"]);
+    assert_eq!(peer.take(), ["a=1"]);
+    assert_eq!(peer.take(), ["-old"]);
+    assert_eq!(peer.take(), ["-other"]);
+    assert_eq!(peer.next(), None);
+    assert_eq!(peer.machine.status()[0].acked, peer.catalog.snapshot().version(WORKLOAD_TYPE));
+    // It refers to nothing any more, and is told of like the others.
+    peer.catalog.update(WORKLOAD_TYPE, [Entry::from(thing("a", &[], "2")), referring("b", "2")], ["new"]);
+    assert_eq!([peer.take(), peer.take(), peer.take()], [["a=2"], ["b=2"], ["-new"]]);
+}
+
+#[test]
+fn on_demand_too_what_is_gone_goes_last() {
+    let mut peer = Peer::with(Limits { max_response: 1, ..Limits::default() });
+    peer.set(&[thing("old", &["vip"], "1")]);
+    peer.send(on_demand(&["vip"])).unwrap();
+    assert_eq!(peer.take(), ["old=1"]);
+    peer.remove(&["old"]);
+    peer.set(&[thing("new", &["vip"], "1")]);
+    assert_eq!([peer.take(), peer.take()], [["new=1"], ["-old"]]);
+    // It is gone when it is the turn of its name, and back when it is that of the removals.
+    peer.set(&[thing("new", &["vip"], "2")]);
+    let (nonce, _) = peer.next().unwrap();
+    peer.remove(&["new"]);
+    assert_eq!(peer.next(), None);
+    peer.set(&[thing("newer", &["vip"], "1")]);
+    peer.send(ack(&nonce)).unwrap();
+    assert_eq!(peer.take(), ["newer=1"]);
+    peer.set(&[thing("new", &["vip"], "3")]);
+    assert_eq!(peer.take(), ["new=3"]);
+    let (nonce, said) = peer.next().unwrap();
+    assert_eq!(said, [""; 0], "it was announced that more follows");
+    peer.send(ack(&nonce)).unwrap();
+    assert_eq!(peer.next(), None);
+}
+
+#[test]
+fn a_client_that_never_comes_to_an_end_must_come_back() {
+    let mut peer = Peer::with(Limits { max_response: 1, max_uneven: 8, ..Limits::default() });
+    peer.set(&[thing("a", &[], "1"), thing("b", &[], "1")]);
+    peer.send(subscribe(&[])).unwrap();
+    peer.take();
+    peer.remove(&["b"]);
+    for n in 0..8 {
+        peer.set(&[thing("a", &[], &format!("{n}")), thing("c", &[], &format!("{n}"))]);
+        peer.take();
+    }
+    peer.set(&[thing("a", &[], "x"), thing("c", &[], "x")]);
+    assert_eq!(peer.machine.respond(&peer.catalog.snapshot()).unwrap_err(), Violation::TooFarBehind);
+}
+
 #[test]
 fn a_client_that_is_far_behind_is_told_each_name_once() {
     let mut peer = Peer::new();
