@@ -1,4 +1,4 @@
-//! Limits of the process.
+//! Limits of the process, and how far it is from them.
 
 use std::path::{Component, Path, PathBuf};
 use std::{fs, io};
@@ -16,6 +16,30 @@ pub fn raise_open_files() -> io::Result<u64> {
     }
     Ok(hard)
 }
+
+/// How many files the process may have open.
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn open_files_limit() -> io::Result<u64> {
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
+}
+
+/// How many files the process has open. Before Linux 6.2 each of them is looked at.
+///
+/// # Errors
+/// When `/proc` is not there or not readable.
+pub fn open_files() -> io::Result<usize> {
+    let known = fs::metadata(OPEN_FILES)?.len();
+    if known > 0 {
+        return Ok(usize::try_from(known).unwrap_or(usize::MAX));
+    }
+    // One of them is what this is read by.
+    Ok(fs::read_dir(OPEN_FILES)?.count().saturating_sub(1))
+}
+
+/// Has an entry for each open file; since Linux 6.2 its size says how many.
+const OPEN_FILES: &str = "/proc/self/fd";
 
 /// Where control groups are.
 const GROUPS: &str = "/sys/fs/cgroup";
@@ -57,6 +81,17 @@ fn limit(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn open_files_are_those_that_are_listed() {
+        // Tests beside this one open files too: until no one does in between.
+        let (mut counted, mut listed) = (0, 1);
+        while counted != listed {
+            listed = fs::read_dir(OPEN_FILES).unwrap().count() - 1;
+            counted = open_files().unwrap();
+        }
+        assert!(counted >= 3);
+    }
 
     #[test]
     fn limits_of_memory_are_those_of_all_groups_above() {

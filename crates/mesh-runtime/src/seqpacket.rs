@@ -5,7 +5,8 @@
 
 #![expect(
     unsafe_code,
-    reason = "descriptors that the kernel hands over become owned here, and are registered with tokio"
+    reason = "descriptors that the kernel hands over become owned here, and are registered with tokio; an ioctl without a \
+              safe wrapper"
 )]
 
 use std::io;
@@ -149,6 +150,20 @@ impl Socket {
         buffer.finish(received)
     }
 
+    /// Resolves when the peer has read everything that was sent, or is gone. Until then the descriptors that were sent are
+    /// held by the kernel, counted by no process's limit of open files. Cancel-safe; but what is sent after it was cancelled may
+    /// wait until the peer has read something.
+    pub async fn drained(&self) -> Result<(), Error> {
+        loop {
+            // Told by the kernel whenever the peer has read a message.
+            let mut ready = self.0.writable().await?;
+            if unread(ready.get_inner().as_fd())? == 0 {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> Result<PeerCredentials, Error> {
         peer(self.0.get_ref().as_fd())
@@ -195,6 +210,12 @@ impl BlockingSocket {
     }
 }
 
+impl AsFd for BlockingSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 fn new_socket(flags: SockFlag) -> Result<OwnedFd, Error> {
     Ok(socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)?)
 }
@@ -233,6 +254,16 @@ fn check(message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
 fn peer(fd: BorrowedFd<'_>) -> Result<PeerCredentials, Error> {
     let credentials = socket::getsockopt(&fd, SoPeerCred)?;
     Ok(PeerCredentials { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid() })
+}
+
+/// Bytes, with the kernel's own for each message, that were sent and that the peer has not read: `SIOCOUTQ`, as unix(7) has
+/// it.
+fn unread(fd: BorrowedFd<'_>) -> Result<libc::c_int, Error> {
+    let mut bytes = 0;
+    // SAFETY: this request writes one int to where its argument points, which is one that lives through the call.
+    let answer = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    Errno::result(answer)?;
+    Ok(bytes)
 }
 
 fn send(fd: BorrowedFd<'_>, message: &[u8], fds: &[RawFd]) -> io::Result<()> {

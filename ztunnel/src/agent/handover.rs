@@ -11,6 +11,7 @@ use mesh_proto::node::{self, agent_message, proxy_message};
 use mesh_runtime::seqpacket::{self, Listener, Socket};
 use prost::Message as _;
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::announce::accept;
 use super::maker::{Kind, Maker};
@@ -34,6 +35,15 @@ const MAX_PROXIES: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Pods that a proxy can have kept: more than a node has.
 const MAX_KEPT: u32 = 4096;
+/// Requests of a proxy that wait for their answers: more than one has for all pods of a node. What is over is forgotten, and
+/// asked for again by a proxy that still needs it: not to read it would make both wait for each other.
+const MAX_REQUESTS: usize = 2048;
+/// Messages that are on the way to a proxy at a time: fewer than the kernel keeps for one that does not read
+/// (`net.unix.max_dgram_qlen`, 10), so that no message has to wait when it is sent.
+const MAX_ON_THE_WAY: usize = 8;
+/// Descriptors that are on the way with which no more messages are sent. They are open without being in anybody's table, so that
+/// no limit of open files counts them.
+const MANY_DESCRIPTORS: usize = 1024;
 /// Messages that a proxy may leave unacknowledged.
 const MAX_UNACKED: usize = 2 * ztunnel_ebpf::PODS_CAPACITY;
 
@@ -146,6 +156,25 @@ struct Unacked {
     refused: HashSet<String>,
 }
 
+/// What was sent to a proxy since it had read everything. It is seen only when that is so again.
+#[derive(Debug, Default)]
+struct OnTheWay {
+    messages: usize,
+    descriptors: usize,
+}
+
+impl OnTheWay {
+    fn add(&mut self, descriptors: usize) {
+        self.messages += 1;
+        self.descriptors += descriptors;
+    }
+
+    /// Whether nothing more is sent before the proxy has read everything.
+    const fn is_full(&self) -> bool {
+        self.messages >= MAX_ON_THE_WAY || self.descriptors >= MANY_DESCRIPTORS
+    }
+}
+
 /// Returns when the manager cut the proxy off.
 async fn exchange(
     socket: &Socket,
@@ -154,24 +183,48 @@ async fn exchange(
     notices: &mut mpsc::Receiver<Notice>,
     unacked: &mut Unacked,
 ) -> Result<(), HandoverError> {
+    let mut requests: VecDeque<node::SocketRequest> = VecDeque::new();
+    let mut on_the_way = OnTheWay::default();
+    // Until when everything that is on the way is to be read.
+    let mut deadline = Instant::now();
     loop {
+        let full = on_the_way.is_full();
         tokio::select! {
-            notice = notices.recv() => match notice {
-                Some(notice) => tell(socket, notice, unacked).await?,
+            read = socket.drained(), if full => {
+                read?;
+                on_the_way = OnTheWay::default();
+                continue;
+            }
+            () = tokio::time::sleep_until(deadline), if full => return Err(HandoverError::Slow("read")),
+            () = std::future::ready(()), if !full && !requests.is_empty() => {
+                let Some(request) = requests.pop_front() else { continue };
+                on_the_way.add(answer(socket, manager, maker, request).await?);
+            }
+            notice = notices.recv(), if !full => match notice {
+                Some(notice) => on_the_way.add(tell(socket, notice, unacked).await?),
                 None => return Ok(()),
             },
-            message = receive(socket) => match message?.0 {
-                proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked)?,
-                proxy_message::Kind::SocketRequest(request) => answer(socket, manager, maker, request).await?,
-                proxy_message::Kind::Hello(_) | proxy_message::Kind::PodKept(_) => {
-                    return Err(HandoverError::Protocol("Hello or PodKept after the beginning"));
+            message = receive(socket) => {
+                match message?.0 {
+                    proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked)?,
+                    proxy_message::Kind::SocketRequest(request) if requests.len() >= MAX_REQUESTS => {
+                        tracing::debug!(pod = request.pod_uid, "the proxy asks for more than it reads");
+                    }
+                    proxy_message::Kind::SocketRequest(request) => requests.push_back(request),
+                    proxy_message::Kind::Hello(_) | proxy_message::Kind::PodKept(_) => {
+                        return Err(HandoverError::Protocol("Hello or PodKept after the beginning"));
+                    }
                 }
-            },
+                continue;
+            }
         }
+        // Something was sent.
+        deadline = Instant::now() + PATIENCE;
     }
 }
 
-async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<(), HandoverError> {
+/// Tells the proxy; how many descriptors went with it.
+async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<usize, HandoverError> {
     if unacked.messages.len() >= MAX_UNACKED {
         return Err(HandoverError::Slow("acknowledge"));
     }
@@ -223,12 +276,13 @@ fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Resu
     }
 }
 
+/// Answers the proxy; how many descriptors went with it.
 async fn answer(
     socket: &Socket,
     manager: &Manager,
     maker: &Maker,
     request: node::SocketRequest,
-) -> Result<(), HandoverError> {
+) -> Result<usize, HandoverError> {
     let (sockets, error) = match make(manager, maker, &request).await {
         Ok(sockets) => (sockets, String::new()),
         Err(error) => {
@@ -257,10 +311,11 @@ async fn make(manager: &Manager, maker: &Maker, request: &node::SocketRequest) -
     maker.make(pod, kind, count).await.map_err(|error| error.to_string())
 }
 
-async fn send(socket: &Socket, kind: agent_message::Kind, fds: &[BorrowedFd<'_>]) -> Result<(), HandoverError> {
+/// Sends a message; how many descriptors went with it.
+async fn send(socket: &Socket, kind: agent_message::Kind, fds: &[BorrowedFd<'_>]) -> Result<usize, HandoverError> {
     let bytes = node::AgentMessage { kind: Some(kind) }.encode_to_vec();
     tokio::time::timeout(PATIENCE, socket.send(&bytes, fds)).await.map_err(|_| HandoverError::Slow("read"))??;
-    Ok(())
+    Ok(fds.len())
 }
 
 async fn receive(socket: &Socket) -> Result<(proxy_message::Kind, Vec<OwnedFd>), HandoverError> {

@@ -23,7 +23,7 @@ use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
 
-/// How long a proxy may take to close the sockets of a pod that is gone: longer than it gives itself, and less than the plugin
+/// How long a proxy may take to end the sockets of a pod that is gone: longer than it gives itself, and less than the plugin
 /// waits for an answer.
 const ACK_PATIENCE: Duration = Duration::from_secs(8);
 /// Commands that wait.

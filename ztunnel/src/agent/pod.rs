@@ -3,6 +3,7 @@
 mod info;
 mod keep;
 
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -286,6 +287,28 @@ pub fn release(host: &Host, saved: &Saved, netns: Option<&Netns>) -> Result<(), 
         end_captured(netns)?;
     }
     Ok(host.capture.unpin_pod(&saved.pod.uid)?)
+}
+
+/// Second part of leaving, when every proxy has closed its sockets of the pod or has had its time: what is left of their
+/// connections ends, whatever those proxies do. Blocks shortly.
+///
+/// # Errors
+/// When the kernel does not end some.
+pub fn end_proxied(host: &Host, netns: &Netns) -> Result<(), EnrolError> {
+    let exempt = host.capture.exempt_sockets()?;
+    match sock_diag::destroy_stored(netns, exempt.as_fd()) {
+        Ok(0) => Ok(()),
+        Ok(ended) => {
+            tracing::warn!(connections = ended, "connections of a withdrawn pod were left by the proxy, and ended");
+            Ok(())
+        }
+        Err(error @ SockDiagError::Remaining(_)) => Err(error.into()),
+        // All that the proxies were asked for is done.
+        Err(error) => {
+            tracing::warn!(%error, "cannot look whether the proxy has left connections of a withdrawn pod");
+            Ok(())
+        }
+    }
 }
 
 /// Last part of leaving, when the proxy has closed its sockets: removes what is left of a pod in its namespace.

@@ -1,6 +1,7 @@
 //! The TCP connections of a pod's namespace, as the kernel lists them, and how they are ended: sock_diag(7).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -15,10 +16,22 @@ const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
 /// Attribute of an answer: the mark, a `u32`. Given to `CAP_NET_ADMIN` only.
 const INET_DIAG_MARK: u16 = 15;
+/// Attribute of a request: the maps of socket storage (in it `SK_DIAG_BPF_STORAGE_REQ_MAP_FD`, descriptors as `u32`) whose values
+/// are asked for. Given to `CAP_BPF` only.
+const REQUEST_STORAGES: u16 = 2;
+/// In it: one map.
+const REQUEST_MAP: u16 = 1;
+/// Attribute of an answer: what those maps have for the socket. It is missing where they have nothing.
+const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
+/// Bits of an attribute's type that are flags: nested, byte order.
+const TYPE: u16 = 0x3fff;
 /// The states that are asked for: `TCP_ESTABLISHED`, `TCP_SYN_SENT`, `TCP_SYN_RECV`, `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`,
 /// `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`, `TCP_NEW_SYN_RECV`. Sockets in `TCP_TIME_WAIT`, of which a pod can
 /// have very many, in `TCP_CLOSE` or only bound have nothing to send.
 const STATES: [u8; 9] = [1, 2, 3, 4, 5, 8, 9, 11, 12];
+/// Those of them in which a connection is that its process has closed: `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`, `TCP_LAST_ACK`,
+/// `TCP_CLOSING`.
+const CLOSING: [u8; 4] = [4, 5, 9, 11];
 /// Most connections that are kept of a list: as many as the programs can be told of.
 const MAX_KEPT: usize = ztunnel_ebpf::OLDER_CAPACITY;
 /// Bytes of `struct inet_diag_sockid`.
@@ -27,6 +40,8 @@ const ID: usize = 48;
 const ID_AT: usize = 4;
 /// Bytes of `struct inet_diag_msg`.
 const ANSWER: usize = 72;
+/// Where the inode stands in it, a `u32`: 0 where no process has the socket.
+const INODE_AT: usize = 68;
 /// How long sockets may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -62,6 +77,10 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// Its mark, 0 if it has none.
     pub mark: u32,
+    /// Whether the map of socket storage that was asked for has something for it.
+    is_stored: bool,
+    /// Whether its process has closed it, and only the kernel still sends its last bytes.
+    is_closed: bool,
     family: u8,
     id: [u8; ID],
 }
@@ -82,7 +101,7 @@ impl Connection {
 /// # Errors
 /// When the kernel refuses.
 pub fn connections(netns: &Netns) -> Result<Vec<Connection>, SockDiagError> {
-    list(&mut open(netns)?, |_| true)
+    list(&mut open(netns)?, None, |_| true)
 }
 
 /// Ends every TCP connection with one of these marks, and waits until they are gone: their peers are reset. Returns how
@@ -91,11 +110,28 @@ pub fn connections(netns: &Netns) -> Result<Vec<Connection>, SockDiagError> {
 /// # Errors
 /// When the kernel refuses, or some remain.
 pub fn destroy(netns: &Netns, marks: &[u32]) -> Result<usize, SockDiagError> {
+    destroy_all(netns, None, |connection| marks.contains(&connection.mark))
+}
+
+/// The same of every TCP connection for which this map of socket storage has something and that a process has open, or will get
+/// from a listener.
+///
+/// # Errors
+/// When the kernel refuses, or some remain.
+pub fn destroy_stored(netns: &Netns, map: BorrowedFd<'_>) -> Result<usize, SockDiagError> {
+    destroy_all(netns, Some(map), |connection| connection.is_stored && !connection.is_closed)
+}
+
+fn destroy_all(
+    netns: &Netns,
+    map: Option<BorrowedFd<'_>>,
+    wanted: impl Fn(&Connection) -> bool,
+) -> Result<usize, SockDiagError> {
     let mut netlink = open(netns)?;
     let deadline = Instant::now() + PATIENCE;
     let mut ended = 0;
     loop {
-        let found = list(&mut netlink, |connection| marks.contains(&connection.mark))?;
+        let found = list(&mut netlink, map, &wanted)?;
         if found.is_empty() {
             return Ok(ended);
         }
@@ -103,7 +139,7 @@ pub fn destroy(netns: &Netns, marks: &[u32]) -> Result<usize, SockDiagError> {
             return Err(SockDiagError::Remaining(found.len()));
         }
         for connection in &found {
-            match netlink.change(request(DESTROY, connection.family, Some(&connection.id))) {
+            match netlink.change(request(DESTROY, connection.family, Some(&connection.id), None)) {
                 Ok(()) => ended += 1,
                 // Gone by itself.
                 Err(error) if error.is(libc::ENOENT) => {}
@@ -119,7 +155,11 @@ fn open(netns: &Netns) -> Result<Netlink, SockDiagError> {
 }
 
 /// Those connections that are wanted, [`MAX_KEPT`] at most, of a list that may be much longer.
-fn list(netlink: &mut Netlink, wanted: impl Fn(&Connection) -> bool) -> Result<Vec<Connection>, SockDiagError> {
+fn list(
+    netlink: &mut Netlink,
+    map: Option<BorrowedFd<'_>>,
+    wanted: impl Fn(&Connection) -> bool,
+) -> Result<Vec<Connection>, SockDiagError> {
     let mut all = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
         let family = u8::try_from(family).unwrap_or_default();
@@ -128,7 +168,7 @@ fn list(netlink: &mut Netlink, wanted: impl Fn(&Connection) -> bool) -> Result<V
                 all.extend(connection(&answer.bytes).filter(&wanted));
             }
         };
-        match netlink.each(&request(BY_FAMILY, family, None), see) {
+        match netlink.each(&request(BY_FAMILY, family, None, map), see) {
             Ok(()) => {}
             // The kernel has no IPv6.
             Err(error) if error.is(libc::ENOENT) || error.is(libc::EAFNOSUPPORT) => {}
@@ -138,13 +178,18 @@ fn list(netlink: &mut Netlink, wanted: impl Fn(&Connection) -> bool) -> Result<V
     Ok(all)
 }
 
-/// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, id.
-fn request(kind: u16, family: u8, id: Option<&[u8; ID]>) -> Raw {
+/// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, id; and attributes.
+fn request(kind: u16, family: u8, id: Option<&[u8; ID]>, map: Option<BorrowedFd<'_>>) -> Raw {
     let protocol = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
     let states = STATES.iter().fold(0_u32, |states, state| states | 1 << state);
     let mut bytes = vec![family, protocol, 0, 0];
     bytes.extend(states.to_ne_bytes());
     bytes.extend(id.unwrap_or(&[0; ID]));
+    if let Some(map) = map {
+        // Each begins with its length, itself included, and its type.
+        bytes.extend([12, REQUEST_STORAGES, 8, REQUEST_MAP].iter().flat_map(|field| field.to_ne_bytes()));
+        bytes.extend(map.as_raw_fd().to_ne_bytes());
+    }
     Raw { kind, bytes }
 }
 
@@ -164,21 +209,23 @@ fn connection(bytes: &[u8]) -> Option<Connection> {
         Some(if v4 { IpAddr::V4(Ipv4Addr::new(a, b, c, d)) } else { Ipv6Addr::from(octets).to_canonical() })
     };
     let (local, remote) = ((address(4)?, port(0)?).into(), (address(20)?, port(2)?).into());
-    Some(Connection { local, remote, mark: mark(bytes.get(ANSWER..).unwrap_or_default()), family, id })
+    let is_closed = CLOSING.contains(&state) && *bytes.get(INODE_AT..)?.first_chunk::<4>()? == 0_u32.to_ne_bytes();
+    let attributes = bytes.get(ANSWER..).unwrap_or_default();
+    let mark = attribute(attributes, INET_DIAG_MARK).and_then(|value| value.first_chunk().copied());
+    let is_stored = attribute(attributes, INET_DIAG_SK_BPF_STORAGES).is_some_and(|values| !values.is_empty());
+    Some(Connection { local, remote, mark: mark.map_or(0, u32::from_ne_bytes), is_stored, is_closed, family, id })
 }
 
-/// The mark among the attributes: length, type, value, each padded to four bytes.
-fn mark(mut attributes: &[u8]) -> u32 {
+/// The value of one of the attributes: length, type, value, each padded to four bytes.
+fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     while let [a, b, c, d, rest @ ..] = attributes {
         let length = usize::from(u16::from_ne_bytes([*a, *b])).saturating_sub(4);
-        if u16::from_ne_bytes([*c, *d]) == INET_DIAG_MARK
-            && let Some(value) = rest.get(..4).and_then(|value| <[u8; 4]>::try_from(value).ok())
-        {
-            return u32::from_ne_bytes(value);
+        if u16::from_ne_bytes([*c, *d]) & TYPE == wanted {
+            return rest.get(..length);
         }
         attributes = rest.get((length + 3) & !3..).unwrap_or_default();
     }
-    0
+    None
 }
 
 /// A message whose content is made and read here.

@@ -7,6 +7,7 @@ mod ending;
 mod families;
 mod leftovers;
 mod networks;
+mod reading;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};

@@ -22,6 +22,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Error;
 use super::config::Config;
 use super::contact;
+use super::descriptors::Descriptors;
 use super::discovery::{self, ControlPlane, DiscoveryMetrics};
 use super::dns::{Dns, DnsMetrics};
 use super::dump::{Dump, Included};
@@ -30,7 +31,7 @@ use super::handover::Handover;
 use super::held;
 use super::live::CloseReason;
 use super::metrics::Metrics;
-use super::pods::{Pods, StillAlive};
+use super::pods::{Bounds, Pods, StillAlive};
 use super::profiling;
 use super::sockets::NodeCap;
 use super::state::State;
@@ -43,11 +44,14 @@ const FORCED: Duration = Duration::from_secs(1);
 /// Time between two updates of the byte counters of connections that live long.
 const PUBLISH: Duration = Duration::from_secs(1);
 
-/// Runs the proxy until it is told to end, on the main thread's runtime.
+/// Updates between two looks at how many descriptors are open: before Linux 6.2 that takes a system call for each few of them.
+const DESCRIPTORS_EVERY: u32 = 5;
+
+/// Runs the proxy until it is told to end, on the main thread's runtime. It may have `file_limit` descriptors open.
 ///
 /// # Errors
 /// Why it could not start.
-pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
+pub async fn run(config: Config, file_limit: usize, log: LogHandle) -> Result<(), Error> {
     let mut shutdown = Shutdown::new().map_err(Error::Signals)?;
     let (admin, ready, stats) = tokio::try_join!(
         bind("--admin-addr", config.admin_addr),
@@ -83,11 +87,16 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     drop(watcher);
 
     let (notices, orders) = mpsc::unbounded_channel();
-    let cap = NodeCap::new(config.stock_cap);
-    let host = Box::new(Arc::clone(&workers));
-    let max = config.max_connections_per_pod;
+    // What lies in stock must leave room for what is in use.
+    let cap = NodeCap::new(config.stock_cap.min(file_limit / 8));
+    let descriptors = Descriptors::new(file_limit);
+    let bounds = Bounds {
+        connections: config.max_connections_per_pod,
+        stock: Arc::clone(&cap),
+        descriptors: Arc::clone(&descriptors),
+    };
     let memory = Memory::new(config.held_memory());
-    let pods = Pods::new(host, config.trust_domain.clone(), max, Arc::clone(&cap), notices, memory.clone());
+    let pods = Pods::new(Box::new(Arc::clone(&workers)), config.trust_domain.clone(), bounds, notices, memory.clone());
     let handover = Handover {
         agent_socket: config.agent_socket.clone(),
         pods: Arc::clone(&pods),
@@ -114,7 +123,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<(), Error> {
     let mut failure = handover.start().map_err(Error::Workers)?;
     tokio::spawn(guard::run(Arc::clone(&shared), Arc::clone(&pods)));
     tokio::spawn(held::run(memory, Arc::clone(&pods), shared.tunnels.clone(), metrics.clone()));
-    tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap)));
+    tokio::spawn(publish(metrics, Arc::clone(&pods), Arc::clone(&cap), descriptors));
 
     let pages = Pages { log: log.clone(), readiness, registry };
     let dump = Dump { shared, pods: Arc::clone(&pods), cap, discovery };
@@ -184,11 +193,21 @@ fn open_connections(pods: &Pods) -> usize {
     pods.pods().iter().map(|pod| pod.live.count()).sum()
 }
 
-async fn publish(metrics: Metrics, pods: Arc<Pods>, cap: Arc<NodeCap>) {
+async fn publish(metrics: Metrics, pods: Arc<Pods>, cap: Arc<NodeCap>, descriptors: Arc<Descriptors>) {
     let mut ticks = interval(PUBLISH);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
+    metrics.descriptors_limit.set(i64::try_from(descriptors.limit()).unwrap_or(i64::MAX));
+    for tick in (0..DESCRIPTORS_EVERY).cycle() {
         ticks.tick().await;
+        if tick == 0 {
+            match mesh_runtime::limits::open_files() {
+                Ok(open) => {
+                    descriptors.saw(open);
+                    metrics.descriptors_open.set(i64::try_from(open).unwrap_or(i64::MAX));
+                }
+                Err(error) => tracing::debug!(%error, "cannot tell how many descriptors are open"),
+            }
+        }
         metrics.stock_idle.set(i64::try_from(cap.idle()).unwrap_or(i64::MAX));
         metrics.pods_pending.set(i64::try_from(pods.unserved_count()).unwrap_or(i64::MAX));
         for pod in pods.pods() {

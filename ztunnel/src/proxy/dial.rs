@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::net::{TcpSocket, TcpStream};
+use socket2::SockRef;
 use tokio::time::{Instant, timeout};
 
 use super::error::ConnectionError;
+use super::live::Full;
+use super::open::{Open, PodStream};
 use super::pods::Pod;
 use super::sockets::{Family, SocketKind};
 
@@ -113,13 +115,13 @@ impl Drop for Taken<'_> {
 ///
 /// # Errors
 /// When there is no socket, or the destination cannot be reached in [`CONNECT_TIMEOUT`].
-pub async fn upstream(pod: &Pod, to: SocketAddr) -> Result<TcpStream, ConnectionError> {
+pub async fn upstream(pod: &Pod, to: SocketAddr) -> Result<PodStream, ConnectionError> {
     let Some(from) = pod.addresses.iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).copied() else {
         return Err(ConnectionError::Family(to));
     };
     let socket = take(pod, SocketKind::Upstream(Family::of(to.ip()))).await?;
     let failed = |source| ConnectionError::Connect { to, source };
-    socket.bind(SocketAddr::new(from, 0)).map_err(failed)?;
+    bind(&socket, SocketAddr::new(from, 0)).map_err(failed)?;
     finish(timeout(CONNECT_TIMEOUT, socket.connect(to)).await, to)
 }
 
@@ -127,7 +129,7 @@ pub async fn upstream(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Connection
 ///
 /// # Errors
 /// When there is no socket, or the application does not accept in [`CONNECT_TIMEOUT`].
-pub async fn deliver(pod: &Pod, client: IpAddr, to: SocketAddr) -> Result<TcpStream, ConnectionError> {
+pub async fn deliver(pod: &Pod, client: IpAddr, to: SocketAddr) -> Result<PodStream, ConnectionError> {
     if client.is_ipv4() != to.is_ipv4() {
         return Err(ConnectionError::Family(SocketAddr::new(client, 0)));
     }
@@ -155,11 +157,11 @@ pub async fn deliver(pod: &Pod, client: IpAddr, to: SocketAddr) -> Result<TcpStr
     Err(ConnectionError::Connect { to, source: last })
 }
 
-fn bind_to_client(socket: &TcpSocket, pod: &Pod, range: &Range<u16>, client: IpAddr) -> io::Result<()> {
+fn bind_to_client(socket: &OwnedFd, pod: &Pod, range: &Range<u16>, client: IpAddr) -> io::Result<()> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..BINDS {
         let port = pod.delivery_ports.next(range, client);
-        match socket.bind(SocketAddr::new(client, port)) {
+        match bind(socket, SocketAddr::new(client, port)) {
             Ok(()) => return Ok(()),
             // A server of the pod has it on all addresses.
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
@@ -169,15 +171,22 @@ fn bind_to_client(socket: &TcpSocket, pod: &Pod, range: &Range<u16>, client: IpA
     Err(last)
 }
 
-async fn take(pod: &Pod, kind: SocketKind) -> Result<TcpSocket, ConnectionError> {
-    let socket: OwnedFd = pod.sockets.take(kind).await?;
-    Ok(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
+fn bind(socket: &OwnedFd, address: SocketAddr) -> io::Result<()> {
+    SockRef::from(socket).bind(&address.into())
+}
+
+async fn take(pod: &Pod, kind: SocketKind) -> Result<Open<OwnedFd>, ConnectionError> {
+    let socket = pod.sockets.take(kind).await?;
+    pod.open.enter(socket).map_err(|(full, _)| match full {
+        Full::TooMany => ConnectionError::TooManySockets,
+        Full::PodGone => ConnectionError::PodGone,
+    })
 }
 
 fn finish(
-    outcome: Result<io::Result<TcpStream>, tokio::time::error::Elapsed>,
+    outcome: Result<io::Result<PodStream>, tokio::time::error::Elapsed>,
     to: SocketAddr,
-) -> Result<TcpStream, ConnectionError> {
+) -> Result<PodStream, ConnectionError> {
     match outcome {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(source)) => Err(ConnectionError::Connect { to, source }),
@@ -186,17 +195,17 @@ fn finish(
 }
 
 /// Makes the connection end with a reset: what an application must see when its connection was never carried.
-pub fn reset(stream: TcpStream) {
+pub fn reset(stream: PodStream) {
     drop(Unanswered::new(stream));
 }
 
 /// A connection whose other half is not there yet. Dropped like that, it is reset.
 #[derive(Debug)]
-pub struct Unanswered(Option<TcpStream>);
+pub struct Unanswered(Option<PodStream>);
 
 impl Unanswered {
     /// A connection just accepted or made.
-    pub fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: PodStream) -> Self {
         Self(Some(stream))
     }
 
@@ -204,7 +213,7 @@ impl Unanswered {
     ///
     /// # Errors
     /// Never: the connection is there until this is called, which is once.
-    pub fn answered(mut self) -> Result<TcpStream, ConnectionError> {
+    pub fn answered(mut self) -> Result<PodStream, ConnectionError> {
         self.0.take().ok_or(ConnectionError::Dropped)
     }
 }

@@ -91,6 +91,12 @@ pub enum ConnectionError {
     /// The pod has too many connections.
     #[error("the pod has as many connections as it may; see --max-connections-per-pod")]
     TooManyConnections,
+    /// The pod has too many sockets, for how many descriptors the process has left.
+    #[error(
+        "the pod has as many sockets as the proxy has descriptors left; see process_open_fds and process_max_fds, and raise \
+         the limit of open files"
+    )]
+    TooManySockets,
     /// The pod has too many tunnels.
     #[error("peers have as many tunnels to the pod as they may")]
     TooManyTunnels,
@@ -151,6 +157,7 @@ impl ConnectionError {
             | Self::Open { .. }
             | Self::TooEarly
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes => ResponseFlags::Connect,
@@ -187,6 +194,7 @@ impl ConnectionError {
             Self::TooEarly => "too_early",
             Self::Copy(_) => "broken",
             Self::TooManyConnections => "too_many_connections",
+            Self::TooManySockets => "too_many_sockets",
             Self::TooManyTunnels => "too_many_tunnels",
             Self::TooManyFromPeer => "too_many_from_peer",
             Self::TooManyHandshakes => "too_many_handshakes",
@@ -219,6 +227,7 @@ impl ConnectionError {
             | Self::GaveUp(_)
             | Self::Copy(_)
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes
@@ -248,6 +257,7 @@ impl ConnectionError {
             | Self::Open { .. }
             | Self::TooEarly
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes
@@ -307,6 +317,7 @@ impl ConnectionError {
             | Self::TooEarly
             | Self::Copy(_)
             | Self::TooManyConnections
+            | Self::TooManySockets
             | Self::TooManyTunnels
             | Self::TooManyFromPeer
             | Self::TooManyHandshakes

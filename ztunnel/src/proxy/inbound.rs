@@ -20,6 +20,7 @@ use super::admit::{Admission, Connect, Connection, Denial, admit};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
 use super::guard;
+use super::open::PodStream;
 use super::pods::Pod;
 use super::record::{Direction, Facts, Record};
 use super::sources::Source;
@@ -95,7 +96,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted, permi
 async fn authenticate(
     worker: &Worker,
     pod: &Pod,
-    stream: tokio::net::TcpStream,
+    stream: PodStream,
     peer: SocketAddr,
     (waiting, source, handshakes): (Option<OwnedSemaphorePermit>, &Source, Arc<Semaphore>),
 ) -> Result<(tokio_rustls::server::TlsStream<super::tunnels::Metered>, SpiffeId), ConnectionError> {

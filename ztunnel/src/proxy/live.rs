@@ -98,7 +98,7 @@ impl<T> Live<T> {
         })
     }
 
-    /// Holds up [`Live::close`] until it is dropped.
+    /// Holds up [`Live::ended`] until it is dropped.
     pub fn token(&self) -> Token {
         self.tokens.count.fetch_add(1, Ordering::AcqRel);
         Token(Arc::clone(&self.tokens))
@@ -146,10 +146,14 @@ impl<T> Live<T> {
         }
     }
 
-    /// The pod is gone: everything of it must end, and nothing may begin. Resolves when all tokens are dropped.
-    pub async fn close(&self) {
+    /// The pod is gone: everything of it must end, and nothing may begin.
+    pub fn end(&self) {
         self.closed.send_replace(true);
         self.close_all(&CloseReason::PodGone);
+    }
+
+    /// Resolves when all tokens are dropped.
+    pub async fn ended(&self) {
         loop {
             let emptied = self.tokens.emptied.notified();
             if self.tokens.count.load(Ordering::Acquire) == 0 {
@@ -157,6 +161,13 @@ impl<T> Live<T> {
             }
             emptied.await;
         }
+    }
+
+    /// [`Live::end`], and what that leads to.
+    #[cfg(test)]
+    pub async fn close(&self) {
+        self.end();
+        self.ended().await;
     }
 
     /// Whether the pod is gone.
@@ -177,7 +188,7 @@ impl<T> Live<T> {
     }
 }
 
-/// Holds up [`Live::close`].
+/// Holds up [`Live::ended`].
 #[derive(Debug)]
 pub struct Token(Arc<Tokens>);
 

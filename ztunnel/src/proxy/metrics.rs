@@ -196,6 +196,10 @@ pub struct Metrics {
     pub pods_stopped: Counter,
     /// Sockets in stock, all pods together.
     pub stock_idle: Gauge,
+    /// Descriptors that the process has open.
+    pub descriptors_open: Gauge,
+    /// Descriptors that the process may have open.
+    pub descriptors_limit: Gauge,
     /// Bytes that are held for receivers that do not take them.
     pub held: Gauge,
     /// Connections and tunnels that were given up for it.
@@ -256,6 +260,8 @@ impl Metrics {
         );
         registry.register("culvert_connection_failures", "Failed connections by cause", self.failures.clone());
         registry.register("culvert_stocked_sockets", "Sockets in stock for all pods", self.stock_idle.clone());
+        registry.register("process_open_fds", "Descriptors that are open", self.descriptors_open.clone());
+        registry.register("process_max_fds", "Descriptors that may be open", self.descriptors_limit.clone());
         registry.register("culvert_held_bytes", "Memory held for receivers that do not take it", self.held.clone());
         registry.register(
             "culvert_held_resets",

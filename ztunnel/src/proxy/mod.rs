@@ -8,6 +8,7 @@ mod app;
 pub mod config;
 pub mod connect;
 mod contact;
+pub mod descriptors;
 pub mod dial;
 pub mod discovery;
 pub mod dns;
@@ -22,6 +23,7 @@ pub mod live;
 pub mod local;
 pub mod lookup;
 pub mod metrics;
+pub mod open;
 pub mod outbound;
 pub mod plaintext;
 pub mod plan;
@@ -83,6 +85,9 @@ pub enum Error {
     ControlPlane(mesh_identity::connector::ConnectorError),
 }
 
+/// Open files that a process may have where nobody has said anything, and the kernel does not say either.
+const FEW_FILES: u64 = 1024;
+
 /// Runs the proxy until it is told to end. Must be called before the process has a second thread.
 ///
 /// # Errors
@@ -92,12 +97,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let format = config.log_format.parse()?;
     mesh_runtime::memory::keep_freed();
     // Every connection has two files. A lower limit carries fewer of them, and is no reason not to start.
-    let file_limit = mesh_runtime::limits::raise_open_files();
-    if let Ok(files) = &file_limit {
-        // One pod gets half of them at most, or its peers could take the sockets of all others.
-        let share = usize::try_from(*files / 4).unwrap_or(usize::MAX).max(1);
-        config.max_connections_per_pod = config.max_connections_per_pod.min(share);
-    }
+    let raised = mesh_runtime::limits::raise_open_files();
     // The control group is out of sight in the jail.
     let memory = mesh_runtime::limits::memory();
     config.max_held_memory.get_or_insert_with(|| config::default_held_memory(memory));
@@ -107,11 +107,16 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         return Err(Error::Files(unreadable));
     }
     let log = mesh_runtime::log::init(&config.log_level, format)?;
-    if let Err(error) = file_limit {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-    }
+    let file_limit = match raised {
+        Ok(files) => files,
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+            mesh_runtime::limits::open_files_limit().unwrap_or(FEW_FILES)
+        }
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
-    runtime.block_on(app::run(config, log))
+    let file_limit = usize::try_from(file_limit).unwrap_or(usize::MAX);
+    runtime.block_on(app::run(config, file_limit, log))
 }
 
 #[cfg(test)]

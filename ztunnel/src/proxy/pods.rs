@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,19 +13,27 @@ use mesh_hbone::memory::{Hold, Share};
 use mesh_model::address::ip_from_bytes;
 use mesh_model::{InvalidAddress, InvalidSpiffeId, SpiffeId};
 use mesh_proto::node;
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 
+use super::descriptors::Descriptors;
 use super::dial::DeliveryPorts;
 use super::dns::PodBounds;
 use super::live::Live;
 use super::lookup::Bound;
+use super::open::OpenSockets;
 use super::record::Facts;
 use super::sockets::{NodeCap, Notice, SocketSource, Stock};
 
-/// Time for everything of a pod to end once it is gone. A pod may have thousands of connections that end only when it is their
-/// turn, on a node whose cores are all taken; the end of the proxy, which closes them at once, breaks those of all pods.
-const REMOVAL: Duration = Duration::from_secs(6);
+/// Time for everything of a pod to end by itself once it is gone. A pod may have thousands of connections that end only when it
+/// is their turn, on a node whose cores are all taken; what is left then is ended by force, without its tasks.
+const BY_ITSELF: Duration = Duration::from_secs(1);
+
+/// Time for what cannot be ended by force to end by itself after all. Only the end of the proxy closes it then, which breaks the
+/// connections of all pods.
+const LAST: Duration = Duration::from_secs(5);
 
 /// A pod of this node that the kernel captures.
 pub struct Pod {
@@ -43,6 +51,8 @@ pub struct Pod {
     pub sockets: Arc<dyn SocketSource>,
     /// What lives in it.
     pub live: Arc<Live<Facts>>,
+    /// The sockets that are open in it.
+    pub open: Arc<OpenSockets>,
     /// Which source ports deliveries use.
     pub delivery_ports: DeliveryPorts,
     /// How much of it may ask for names.
@@ -164,10 +174,19 @@ pub struct Pods {
     unserved: Mutex<HashSet<String>>,
     host: Box<dyn Host>,
     trust_domain: String,
-    max_connections: usize,
-    cap: Arc<NodeCap>,
+    bounds: Bounds,
     notices: mpsc::UnboundedSender<Notice>,
     memory: Memory,
+}
+
+/// What bounds the pods.
+pub struct Bounds {
+    /// Connections of one pod.
+    pub connections: usize,
+    /// Sockets in stock, of all pods together.
+    pub stock: Arc<NodeCap>,
+    /// Descriptors of the process.
+    pub descriptors: Arc<Descriptors>,
 }
 
 /// A pod's listening sockets.
@@ -214,13 +233,12 @@ impl Pods {
     pub fn new(
         host: Box<dyn Host>,
         trust_domain: String,
-        max_connections: usize,
-        cap: Arc<NodeCap>,
+        bounds: Bounds,
         notices: mpsc::UnboundedSender<Notice>,
         memory: Memory,
     ) -> Arc<Self> {
         let (entries, unserved) = Default::default();
-        Arc::new(Self { entries, unserved, host, trust_domain, max_connections, cap, notices, memory })
+        Arc::new(Self { entries, unserved, host, trust_domain, bounds, notices, memory })
     }
 
     /// Serves a pod that the agent announced. One that is served already from the same sockets stays as it is, and the
@@ -271,6 +289,9 @@ impl Pods {
             return Ok(());
         }
         *replaced = self.remove(&pod.uid);
+        if let Some(replaced) = replaced {
+            replaced.leave_open(&listeners)?;
+        }
         let hold = self.host.start(&pod, duplicates(&listeners)?)?;
         stock.prime();
         tracing::info!(pod = ?pod, identity = %pod.identity, addresses = ?pod.addresses, "pod added");
@@ -285,7 +306,7 @@ impl Pods {
             return Err(AddError::NoAddress);
         }
         let uid: Arc<str> = wire.uid.as_str().into();
-        let stock = Stock::new(Arc::clone(&uid), &addresses, Arc::clone(&self.cap), self.notices.clone());
+        let stock = Stock::new(Arc::clone(&uid), &addresses, Arc::clone(&self.bounds.stock), self.notices.clone());
         let pod = Pod {
             uid,
             name: wire.name.as_str().into(),
@@ -293,7 +314,8 @@ impl Pods {
             identity: SpiffeId::new(&self.trust_domain, &wire.namespace, &wire.service_account)?,
             addresses,
             sockets: Arc::clone(&stock) as Arc<dyn SocketSource>,
-            live: Live::new(self.max_connections),
+            live: Live::new(self.bounds.connections),
+            open: OpenSockets::new(Arc::clone(&self.bounds.descriptors)),
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
             lookups: Bound::default(),
@@ -302,14 +324,16 @@ impl Pods {
         Ok((Arc::new(pod), stock))
     }
 
-    /// Closes the listening and the stocked sockets of a pod; its connections end with the returned removal. One that is
-    /// not served is gone already.
+    /// Tells everything of a pod to end, and closes its stocked sockets; the rest ends with the returned removal. One that is not
+    /// served is gone already.
     pub fn remove(&self, uid: &str) -> Option<Removal> {
         self.unserved().remove(uid);
         let Entry { pod, stock, listeners, _hold } = self.entries().remove(uid)?;
+        // Those that accept are told before the gates close: they wait for nothing else then.
+        pod.live.end();
+        pod.open.close();
         stock.close();
-        drop(listeners);
-        Some(Removal(pod))
+        Some(Removal { pod, listeners })
     }
 
     /// Removes every pod that is not among these.
@@ -352,7 +376,8 @@ impl Pods {
     /// Registers a pod that a test has made.
     #[cfg(test)]
     pub fn insert_for_test(&self, pod: &Arc<Pod>) {
-        let stock = Stock::new(Arc::clone(&pod.uid), &pod.addresses, Arc::clone(&self.cap), self.notices.clone());
+        let stock =
+            Stock::new(Arc::clone(&pod.uid), &pod.addresses, Arc::clone(&self.bounds.stock), self.notices.clone());
         let entry = Entry { pod: Arc::clone(pod), stock, listeners: Listeners::default(), _hold: Box::new(()) };
         self.entries().insert(Arc::clone(&pod.uid), entry);
     }
@@ -369,24 +394,56 @@ impl Pods {
 
 /// The end of what lives in a removed pod.
 #[must_use]
-pub struct Removal(Arc<Pod>);
+pub struct Removal {
+    pod: Arc<Pod>,
+    listeners: Listeners,
+}
 
 impl Removal {
-    /// Ends everything of the pod, and waits for it.
+    /// Waits until everything of the pod has ended, or ends it: when this returns, no socket of it carries anything.
     ///
     /// # Errors
-    /// When something of it did not end in time.
+    /// When the kernel does not end a socket, nor whoever has it.
     pub async fn ended(self) -> Result<(), StillAlive> {
-        let Self(pod) = self;
-        let ended = tokio::time::timeout(REMOVAL, pod.live.close()).await;
-        tracing::info!(?pod, ended = ended.is_ok(), "pod removed");
-        ended.map_err(|_| StillAlive { uid: Arc::clone(&pod.uid) })
+        let Self { pod, listeners } = self;
+        if tokio::time::timeout(BY_ITSELF, pod.live.ended()).await.is_ok() {
+            tracing::info!(?pod, "pod removed");
+            return Ok(());
+        }
+        // The tasks that accept have duplicates of these, which this ends as well.
+        let listening = listeners.iter().filter(|(_, listener)| shut(listener).is_err()).count();
+        let aborted = pod.open.abort().await;
+        let left = listening + aborted.left;
+        tracing::warn!(?pod, ended = aborted.ended, left, "pod removed; what had not ended of it was ended by force");
+        if left == 0 || tokio::time::timeout(LAST, pod.live.ended()).await.is_ok() {
+            return Ok(());
+        }
+        Err(StillAlive { uid: Arc::clone(&pod.uid) })
+    }
+
+    /// Those of the pod's listening sockets that are among these are another's by now.
+    fn leave_open(&mut self, others: &[(Port, OwnedFd)]) -> io::Result<()> {
+        let mut known = HashSet::new();
+        for (_, fd) in others {
+            known.insert(fstat(fd)?.st_ino);
+        }
+        self.listeners.retain(|(_, fd)| fstat(fd).is_ok_and(|stat| !known.contains(&stat.st_ino)));
+        Ok(())
     }
 }
 
-/// Something of a removed pod did not end in time, and may hold a socket. Only the end of the process closes that.
+/// Ends a listening socket: what waits in it is reset, and nothing more comes.
+fn shut(listener: &OwnedFd) -> nix::Result<()> {
+    match shutdown(listener.as_raw_fd(), Shutdown::Both) {
+        // Said of the one for datagrams, and done all the same.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Something of a removed pod did not end in time, nor could be ended. Only the end of the process closes it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("connections of pod {uid}, which is gone, did not end within 6 s; the proxy ends to close their sockets")]
+#[error("sockets of pod {uid}, which is gone, cannot be ended; the proxy ends to close them")]
 pub struct StillAlive {
     /// Which pod.
     pub uid: Arc<str>,

@@ -1,8 +1,11 @@
 //! System calls that `nix` has no safe form of, each wrapped once.
 
-#![expect(unsafe_code, reason = "capset and the capability prctls have no safe wrapper")]
+#![expect(unsafe_code, reason = "capset, the capability prctls and connect(2) to no address have no safe wrapper")]
+
+use std::os::fd::RawFd;
 
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 
 /// `struct __user_cap_header_struct` of capset(2).
 #[repr(C)]
@@ -52,4 +55,21 @@ pub fn clear_capabilities() -> Result<(), Errno> {
     // SAFETY: both pointers are to live values of the layout that capset(2) states for version 3.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     Errno::result(done).map(drop)
+}
+
+/// Ends what a socket does, for whoever has it open: a TCP connection is reset, and what it still had to send or to be read is gone;
+/// a UDP socket has no peer any more. After this nothing can be sent or received. The descriptor stays open.
+///
+/// # Errors
+/// What connect(2) says of a descriptor that is no such socket.
+pub fn abort(fd: RawFd) -> Result<(), Errno> {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: the kernel reads as many bytes as are stated of an address that lives through the call.
+    let done = unsafe { libc::connect(fd, &raw const nowhere, size_of_val(&nowhere) as libc::socklen_t) };
+    Errno::result(done)?;
+    match shutdown(fd, Shutdown::Both) {
+        // Said of what is not connected, and done all the same.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(errno) => Err(errno),
+    }
 }

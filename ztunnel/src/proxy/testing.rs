@@ -20,14 +20,16 @@ use mesh_xds::{Resource, Update, WORKLOAD_TYPE};
 use prost::Message;
 use tokio::net::TcpListener;
 
+use super::descriptors::Descriptors;
 use super::dial::DeliveryPorts;
 use super::dns::{Dns, DnsMetrics, PodBounds};
 use super::live::Live;
 use super::local::fixture;
 use super::lookup::{Bound, Lookup};
 use super::metrics::Metrics;
-use super::pods::{Pod, Port};
-use super::sockets::{Family, SocketKind, SocketSource, TakeError, prepare};
+use super::open::OpenSockets;
+use super::pods::{Bounds, Pod, Port};
+use super::sockets::{Family, NodeCap, SocketKind, SocketSource, TakeError, prepare};
 use super::state::{Discovery, State};
 use super::tunnels::Tunnels;
 use super::worker::{Shared, Worker, accept};
@@ -206,6 +208,16 @@ impl Mesh {
     }
 }
 
+/// No sockets, in a process that may have any number of them.
+pub fn open_sockets() -> Arc<OpenSockets> {
+    OpenSockets::new(Descriptors::new(1_000_000))
+}
+
+/// Bounds of pods that may have so many connections, and as many sockets in stock.
+pub fn bounds(connections: usize, stock: usize) -> Bounds {
+    Bounds { connections, stock: NodeCap::new(stock), descriptors: Descriptors::new(1_000_000) }
+}
+
 /// A resource as discovery sends it.
 pub fn resource(name: &str, body: &impl Message) -> Resource {
     Resource { name: name.into(), aliases: Vec::new(), version: "1".into(), body: body.encode_to_vec().into() }
@@ -244,6 +256,7 @@ impl Proxy {
             addresses: vec![ip],
             sockets: Arc::new(sockets),
             live: Live::new(max),
+            open: open_sockets(),
             delivery_ports: DeliveryPorts::default(),
             dns: PodBounds::default(),
             lookups: Bound::default(),

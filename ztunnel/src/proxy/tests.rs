@@ -17,15 +17,15 @@ use tokio::net::{TcpListener, TcpStream};
 use super::live::CloseReason;
 use super::local::fixture;
 use super::pods::{Host, Pod, Pods, Port};
-use super::sockets::NodeCap;
 use super::sources::BEGUN;
-use super::testing::{LocalSockets, Mesh, Proxy, resource, soon, until};
+use super::testing::{LocalSockets, Mesh, Proxy, bounds, resource, soon, until};
 use super::worker::{Accepted, Workers};
 use super::{guard, plaintext};
 
 mod discovery;
 mod handover;
 mod held;
+mod removal;
 mod restart;
 mod retry;
 
@@ -274,7 +274,7 @@ async fn peers_that_say_nothing_keep_nobody_out() {
 fn register(pod: &Arc<Pod>) -> Arc<Pods> {
     let (notices, _orders) = tokio::sync::mpsc::unbounded_channel();
     let memory = Memory::new(Limits::of(512 << 20));
-    let pods = Pods::new(Box::new(Fixed), "cluster.local".into(), 9, NodeCap::new(9), notices, memory);
+    let pods = Pods::new(Box::new(Fixed), "cluster.local".into(), bounds(9, 9), notices, memory);
     pods.insert_for_test(pod);
     pods
 }
@@ -356,6 +356,7 @@ async fn what_the_mesh_does_not_know_passes_through_in_plain() {
     super::testing::soon(async {
         let (worker, client) = (Arc::clone(&pair.near.worker), Arc::clone(&pair.client));
         let carrying = tokio::spawn(async move {
+            let stream = client.open.enter(stream).unwrap();
             super::outbound::serve(&worker, &client, Accepted::new(stream, peer).unwrap()).await;
         });
         let (mut upstream, from) = stranger.accept().await.unwrap();
@@ -407,8 +408,8 @@ async fn plaintext_from_outside_is_delivered_with_the_clients_address_or_refused
             pair.far.update(AUTHORIZATION_TYPE, vec![resource("shop/strict", &policy)]);
         }
         let (worker, server) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server));
-        let carrying =
-            tokio::spawn(async move { plaintext::serve(&worker, &server, Accepted::new(stream, peer).unwrap()).await });
+        let accepted = Accepted::new(server.open.enter(stream).unwrap(), peer).unwrap();
+        let carrying = tokio::spawn(async move { plaintext::serve(&worker, &server, accepted).await });
         if denied {
             assert_reset(outside).await;
         } else {
@@ -451,7 +452,7 @@ async fn a_connection_costs_little_memory() {
     for serve in ["outbound", "plaintext"] {
         let (_client, accepted) = tokio::join!(TcpStream::connect(at), listener.accept());
         let (stream, peer) = accepted.unwrap();
-        let accepted = Accepted::new(stream, peer).unwrap();
+        let accepted = Accepted::new(pair.client.open.enter(stream).unwrap(), peer).unwrap();
         let size = match serve {
             "outbound" => size_of_val(&super::outbound::serve(&pair.near.worker, &pair.client, accepted)),
             _ => size_of_val(&plaintext::serve(&pair.near.worker, &pair.client, accepted)),

@@ -15,9 +15,9 @@ use mesh_model::SpiffeId;
 use rustls::CommonState;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
+use super::open::PodStream;
 use super::pods::Pod;
 use super::record::Direction;
 
@@ -123,11 +123,11 @@ impl Tunnels {
         direction: Direction,
         pod: &Pod,
         peer: SocketAddr,
-        io: TcpStream,
+        io: PodStream,
         backlog: &Arc<Backlog>,
     ) -> Metered {
         // Fails only on what is no TCP socket.
-        let _ = SockRef::from(&io).set_tcp_user_timeout(Some(USER_TIMEOUT));
+        let _ = SockRef::from(&*io).set_tcp_user_timeout(Some(USER_TIMEOUT));
         let facts = Arc::new(TunnelFacts {
             direction,
             pod: format!("{}/{}", pod.namespace, pod.name),
@@ -165,7 +165,7 @@ impl Register {
 /// A tunnel's TCP connection, with its bytes counted.
 #[derive(Debug)]
 pub struct Metered {
-    io: TcpStream,
+    io: PodStream,
     facts: Arc<TunnelFacts>,
     id: u64,
     register: Arc<Register>,

@@ -15,15 +15,17 @@ use mesh_identity::Store;
 use mesh_model::SpiffeId;
 use mesh_runtime::drain::Watcher;
 use socket2::SockRef;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::dns::{self, Dns};
+use super::error::ConnectionError;
 use super::local::{Listed, LocalAddresses, LocalPod};
 use super::lookup::Lookup;
 use super::metrics::Metrics;
+use super::open::{Came, PodStream};
 use super::pods::{Host, Pod, Port};
-use super::record::Direction;
+use super::record::{Direction, Facts, Record};
 use super::sockets::tune;
 use super::sources::{Source, Sources};
 use super::state::State;
@@ -291,6 +293,7 @@ async fn run(
 /// Accepts what comes to one listening socket until the pod is gone or the proxy drains.
 pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: TcpListener, drain: Watcher) {
     let _token = pod.live.token();
+    let gate = pod.open.gate();
     let sources = Sources::default();
     let [waiting, handshakes, tunnels] = [WAITING, HANDSHAKES, TUNNELS].map(|limit| Arc::new(Semaphore::new(limit)));
     let ended = async {
@@ -319,7 +322,7 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
                 Port::Hbone => Arc::clone(&waiting).acquire_owned().await.ok(),
                 Port::Outbound | Port::Plaintext | Port::DnsUdp | Port::DnsTcp => None,
             };
-            (permit, listener.accept().await)
+            (permit, gate.accept(&listener).await)
         };
         let (permit, accepted) = tokio::select! {
             biased;
@@ -327,7 +330,11 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
             next = next => next,
         };
         let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
+            Ok(Came::In(stream, peer)) => (stream, peer),
+            Ok(Came::TooMany { peer, local }) => {
+                refuse(&worker.shared, &pod, port, canonical(peer), canonical(local));
+                continue;
+            }
             Err(error) => {
                 tracing::warn!(%error, ?pod, ?port, "accept failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -353,10 +360,28 @@ pub async fn accept(worker: Arc<Worker>, pod: Arc<Pod>, port: Port, listener: Tc
     }
 }
 
+/// Reports a connection that was reset for want of descriptors.
+fn refuse(shared: &Shared, pod: &Pod, port: Port, peer: SocketAddr, local: SocketAddr) {
+    let workload = shared.local(pod).workload(&shared.state.snapshot()).cloned();
+    let facts = match port {
+        Port::Outbound | Port::DnsTcp | Port::DnsUdp => {
+            let mut facts = Facts::new(Direction::Outbound, peer, local);
+            (facts.src.workload, facts.src.identity) = (workload, Some(pod.identity.clone()));
+            facts
+        }
+        Port::Plaintext | Port::Hbone => {
+            let mut facts = Facts::new(Direction::Inbound, peer, local);
+            facts.dst.workload = workload;
+            facts
+        }
+    };
+    Record::refused(&shared.metrics, &facts, &ConnectionError::TooManySockets);
+}
+
 /// A connection that was accepted.
 pub struct Accepted {
     /// The connection.
-    pub stream: TcpStream,
+    pub stream: PodStream,
     /// Its far end.
     pub peer: SocketAddr,
     /// Its near end: what the far end connected to.
@@ -368,7 +393,7 @@ impl Accepted {
     ///
     /// # Errors
     /// When the socket does not tell its address any more.
-    pub fn new(stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
+    pub fn new(stream: PodStream, peer: SocketAddr) -> io::Result<Self> {
         let local = canonical(stream.local_addr()?);
         Ok(Self { stream, peer: canonical(peer), local })
     }

@@ -212,3 +212,22 @@ fn control_messages_are_read_within_bounds() {
     assert_eq!(rights(&other), [5]);
     assert_eq!(rights(&[]), [0; 0]);
 }
+
+#[tokio::test]
+async fn what_was_sent_counts_as_read_when_the_peer_has_read_all_of_it() {
+    let (here, there) = Socket::pair().unwrap();
+    here.drained().await.unwrap();
+    here.send(b"one", &[]).await.unwrap();
+    here.send(b"two", &[]).await.unwrap();
+    let mut drained = std::pin::pin!(here.drained());
+    assert!(!is_over(drained.as_mut()).await);
+    there.recv(MAX_MESSAGE).await.unwrap();
+    assert!(!is_over(drained.as_mut()).await, "one is left");
+    there.recv(MAX_MESSAGE).await.unwrap();
+    drained.await.unwrap();
+}
+
+/// Whether a future is over when it is asked once.
+async fn is_over(mut future: std::pin::Pin<&mut impl Future<Output = Result<(), Error>>>) -> bool {
+    std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_ready())).await
+}

@@ -23,7 +23,7 @@ mod tests;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -112,6 +112,15 @@ impl NodeCapture {
             former.exempt(socket)?;
         }
         lock(&self.exempt).insert(&Raw(socket), 1, 0).map_err(map_error(abi::MAP_EXEMPT))
+    }
+
+    /// The map that has a value for each socket that is exempt, to ask the kernel for those of a namespace.
+    ///
+    /// # Errors
+    /// When its pin is gone.
+    pub fn exempt_sockets(&self) -> Result<OwnedFd, CaptureError> {
+        let path = self.root.join("node").join(abi::MAP_EXEMPT);
+        sys::open_pin(&path).map_err(at(&path))
     }
 
     /// From now on, new connections from the network namespace with this cookie are captured, where its routes say so.

@@ -19,8 +19,7 @@ use super::{ACK_PATIENCE, Command, Connected, Listed, ManagerError, Notice, Task
 
 /// Pods whose system calls are under way at a time: each has a thread that it blocks.
 const AT_A_TIME: usize = 2;
-/// Pods that the proxies are told of at a time. A proxy that has not ended what lives in a pod within some seconds ends itself,
-/// so it is not to end that of all pods at once.
+/// Pods that the proxies are told of at a time: ending what lives in them is work for a proxy, which serves other pods meanwhile.
 const TOLD_AT_A_TIME: usize = 4;
 /// What a list says of a pod that leaves.
 const REASON: &str = "it is being withdrawn";
@@ -224,9 +223,10 @@ impl Steps {
         let netns = netns.await?;
         stranded.listeners = None;
         *slow = self.tell(&stranded.saved.pod.uid).await;
-        let (state, saved) = (self.state.clone(), stranded.saved.clone());
+        let (host, state, saved) = (Arc::clone(&self.host), self.state.clone(), stranded.saved.clone());
         let restored = self.alone(move || {
             if let Some(netns) = netns {
+                pod::end_proxied(&host, &netns)?;
                 pod::restore(&netns, saved.before)?;
             } else {
                 tracing::warn!(pod = saved.pod.uid, "withdrawn without its network namespace, which was not found");

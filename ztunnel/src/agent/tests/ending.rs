@@ -189,3 +189,54 @@ fn what_is_asked_of_a_pod_that_leaves_waits_until_it_has_left() {
         });
     }
 }
+
+#[test]
+fn what_a_proxy_has_not_closed_of_a_pod_is_ended_without_it_and_nothing_else() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, b) = pair();
+    let application = listen(&b, PORT);
+    // Older than the enrolment, and none of the proxy's.
+    let mut own = connect(&a, at(B, PORT)).unwrap();
+    let (mut own_peer, _) = application.accept().unwrap();
+    let announcer = agent.announcer();
+    announcer.enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+
+    let mut sockets = proxy.sockets(UID, SocketKind::UpstreamV4, 3).unwrap().into_iter();
+    let mut out_of = || {
+        let socket = Socket::from(sockets.next().unwrap());
+        socket.set_nonblocking(false).unwrap();
+        socket.connect_timeout(&at(B, PORT).into(), PATIENCE).unwrap();
+        (socket, application.accept().unwrap().0)
+    };
+    let (held, upstream) = out_of();
+    // Closed in order: its last bytes are the kernel's.
+    let (finished, mut finishing) = out_of();
+    (&finished).write_all(b"the last").unwrap();
+    drop(finished);
+    let hbone = connect(&b, at(A, 15008)).unwrap();
+    let taken = TcpListener::from(listeners[2].try_clone().unwrap());
+    let taken = eventually(|| taken.accept().ok()).unwrap();
+    let plaintext = connect(&b, at(A, PORT)).unwrap();
+    let waiting = connect(&b, at(A, 15008)).unwrap();
+
+    let withdrawing = std::thread::spawn(move || announcer.withdraw(UID));
+    assert!(matches!(proxy.hear().0, agent_message::Kind::PodRemoved(_)));
+    // What it says is not so.
+    proxy.ack(UID);
+    withdrawing.join().unwrap().unwrap();
+    for mut peer in [upstream, hbone, plaintext, waiting] {
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(peer.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+    (&held).write_all(b"more").unwrap_err();
+    let mut last = String::new();
+    finishing.read_to_string(&mut last).unwrap();
+    assert_eq!(last, "the last");
+    own.write_all(b"x").unwrap();
+    own_peer.read_exact(&mut [0]).unwrap();
+    drop((taken, listeners));
+}

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +11,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::message;
 use super::metrics::DnsMetrics;
+use crate::proxy::live::Full;
+use crate::proxy::open::{Open, OpenSockets};
 use crate::proxy::sockets::{Family, SocketKind, SocketSource, TakeError};
 
 /// Longest that a resolver may take: as long as those who ask wait.
@@ -38,6 +39,9 @@ pub enum ForwardError {
     /// There is no socket to ask from.
     #[error(transparent)]
     NoSocket(#[from] TakeError),
+    /// The pod has too many sockets.
+    #[error("the pod has as many sockets as the proxy has descriptors left")]
+    TooManySockets,
     /// The kernel does not take the query, or the resolver's host refuses it.
     #[error("asking {resolver}: {source}")]
     Refused {
@@ -55,21 +59,22 @@ pub enum ForwardError {
 /// nobody can guess.
 pub struct Upstreams {
     sockets: Arc<dyn SocketSource>,
+    open: Arc<OpenSockets>,
     idle: Mutex<Vec<Idle>>,
 }
 
 /// A socket that is connected to a resolver.
 struct Idle {
     resolver: SocketAddr,
-    socket: UdpSocket,
+    socket: Open<UdpSocket>,
     made: Instant,
     uses: u32,
 }
 
 impl Upstreams {
-    /// None yet; more come from `sockets`.
-    pub fn new(sockets: Arc<dyn SocketSource>) -> Self {
-        Self { sockets, idle: Mutex::default() }
+    /// None yet; more come from `sockets`, and are listed in `open`.
+    pub fn new(sockets: Arc<dyn SocketSource>, open: Arc<OpenSockets>) -> Self {
+        Self { sockets, open, idle: Mutex::default() }
     }
 
     /// Asks `resolver`; what comes back has the id of `query`.
@@ -107,11 +112,14 @@ impl Upstreams {
                 return Ok(idle.swap_remove(at));
             }
         }
-        let socket: OwnedFd = self.sockets.take(SocketKind::DnsUpstream(Family::of(resolver.ip()))).await?;
-        let refused = |source| ForwardError::Refused { resolver, source };
-        let socket = UdpSocket::from_std(std::net::UdpSocket::from(socket)).map_err(refused)?;
+        let socket = self.sockets.take(SocketKind::DnsUpstream(Family::of(resolver.ip()))).await?;
+        let socket = self.open.enter(socket).map_err(|(full, _)| match full {
+            Full::TooMany => ForwardError::TooManySockets,
+            Full::PodGone => TakeError::PodGone.into(),
+        })?;
         // Connected: only the resolver is heard, and it is told of when it does not listen.
-        socket.connect(resolver).await.map_err(refused)?;
+        let connected = socket.connect_datagrams(resolver);
+        let socket = connected.map_err(|source| ForwardError::Refused { resolver, source })?;
         Ok(Idle { resolver, socket, made: Instant::now(), uses: 0 })
     }
 

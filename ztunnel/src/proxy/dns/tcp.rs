@@ -18,6 +18,7 @@ use super::answer::{Decision, Transport, decide};
 use super::message::{self, HEADER};
 use super::metrics::Outcome;
 use crate::proxy::dial;
+use crate::proxy::open::PodStream;
 use crate::proxy::outbound;
 use crate::proxy::pods::Pod;
 use crate::proxy::worker::{Accepted, Worker};
@@ -78,12 +79,12 @@ pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, mut accepted: Accepted)
 
 /// The stream as the runtime knows a new one. Who peeks has told the runtime that nothing is there to be read, and bytes
 /// that have been seen and left would not wake up anybody again.
-fn registered_anew(stream: TcpStream) -> io::Result<TcpStream> {
-    TcpStream::from_std(stream.into_std()?)
+fn registered_anew(stream: PodStream) -> io::Result<PodStream> {
+    stream.map(|stream| TcpStream::from_std(stream.into_std()?))
 }
 
 /// Answers queries as long as they can be answered.
-async fn answer(worker: &Worker, pod: &Pod, stream: &mut TcpStream) -> io::Result<Next> {
+async fn answer(worker: &Worker, pod: &Pod, stream: &mut PodStream) -> io::Result<Next> {
     let shared = &worker.shared;
     let Ok(_permit) = pod.dns.connections.try_acquire() else { return Ok(Next::HandOver(Outcome::RateLimited)) };
     let mut random = fastrand::Rng::new();

@@ -239,7 +239,7 @@ async fn connected(bench: &Bench, at: SocketAddr) -> (TcpStream, Accepted) {
     socket.bind(bench.mesh.addr(CLIENT, 0)).unwrap();
     let (client, accepted) = tokio::join!(socket.connect(at), listener.accept());
     let (stream, peer) = accepted.unwrap();
-    (client.unwrap(), Accepted::new(stream, peer).unwrap())
+    (client.unwrap(), Accepted::new(bench.pod.open.enter(stream).unwrap(), peer).unwrap())
 }
 
 fn framed(message: &[u8]) -> Vec<u8> {

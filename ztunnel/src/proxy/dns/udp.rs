@@ -21,7 +21,8 @@ use super::cache::{Cache, Key};
 use super::forward::{ForwardError, Upstreams};
 use super::message;
 use super::metrics::Outcome;
-use crate::proxy::live::Token;
+use crate::proxy::live::{Full, Token};
+use crate::proxy::open::Open;
 use crate::proxy::pods::Pod;
 use crate::proxy::sockets::TakeError;
 use crate::proxy::worker::Worker;
@@ -50,7 +51,7 @@ struct Server {
     pod: Arc<Pod>,
     upstreams: Upstreams,
     cache: Mutex<Cache>,
-    replies: Mutex<Vec<(IpAddr, Arc<UdpSocket>)>>,
+    replies: Mutex<Vec<(IpAddr, Arc<Open<UdpSocket>>)>>,
     in_flight: Arc<Semaphore>,
 }
 
@@ -86,7 +87,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, socket: OwnedFd, drain: W
         Err(error) => return tracing::error!(%error, ?pod, "cannot serve DNS"),
     };
     let server = Arc::new(Server {
-        upstreams: Upstreams::new(Arc::clone(&pod.sockets)),
+        upstreams: Upstreams::new(Arc::clone(&pod.sockets), Arc::clone(&pod.open)),
         cache: Mutex::default(),
         replies: Mutex::default(),
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
@@ -206,7 +207,9 @@ impl Server {
                                 return metrics.count(Outcome::Forwarded);
                             }
                             // Who asks goes on with the next resolver at once, as without the mesh.
-                            ForwardError::Refused { .. } | ForwardError::NoSocket(TakeError::Empty) => {
+                            ForwardError::Refused { .. }
+                            | ForwardError::TooManySockets
+                            | ForwardError::NoSocket(TakeError::Empty) => {
                                 let Some(failure) = message::failure(&query) else {
                                     return metrics.count(Outcome::Forwarded);
                                 };
@@ -238,7 +241,7 @@ impl Server {
     }
 
     /// The socket for this resolver if there is one; it becomes the last to be given up.
-    fn known_reply(&self, resolver: IpAddr) -> Option<Arc<UdpSocket>> {
+    fn known_reply(&self, resolver: IpAddr) -> Option<Arc<Open<UdpSocket>>> {
         let mut replies = self.replies();
         let at = replies.iter().position(|(known, _)| *known == resolver)?;
         let found = replies.remove(at);
@@ -247,7 +250,7 @@ impl Server {
         Some(socket)
     }
 
-    async fn reply(&self, resolver: IpAddr) -> Result<Arc<UdpSocket>, TakeError> {
+    async fn reply(&self, resolver: IpAddr) -> Result<Arc<Open<UdpSocket>>, TakeError> {
         if let Some(socket) = self.known_reply(resolver) {
             return Ok(socket);
         }
@@ -256,12 +259,15 @@ impl Server {
         if let Some(socket) = self.known_reply(resolver) {
             return Ok(socket);
         }
-        let own = socket.try_clone().and_then(|socket| UdpSocket::from_std(std::net::UdpSocket::from(socket)));
-        let socket = own.map_err(|error| {
+        let unusable = |error: io::Error| {
             tracing::error!(%error, "cannot use a socket to answer from");
             TakeError::Empty
+        };
+        let own = self.pod.open.enter(socket.try_clone().map_err(unusable)?).map_err(|(full, _)| match full {
+            Full::TooMany => TakeError::Empty,
+            Full::PodGone => TakeError::PodGone,
         })?;
-        let socket = Arc::new(socket);
+        let socket = Arc::new(own.map(|socket| UdpSocket::from_std(socket.into())).map_err(unusable)?);
         let mut replies = self.replies();
         replies.retain(|(known, _)| *known != resolver);
         if replies.len() >= REPLIES {
@@ -271,7 +277,7 @@ impl Server {
         Ok(socket)
     }
 
-    fn replies(&self) -> MutexGuard<'_, Vec<(IpAddr, Arc<UdpSocket>)>> {
+    fn replies(&self) -> MutexGuard<'_, Vec<(IpAddr, Arc<Open<UdpSocket>>)>> {
         // A list of sockets is never half done.
         self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,13 +8,13 @@ use std::time::Duration;
 use mesh_hbone::pool::{Place, Pool, PoolError};
 use mesh_hbone::{Connect, Stream};
 use mesh_model::SpiffeId;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::tunnel::dial_tunnel;
 use super::{Asked, Hop, Way, alternative};
 use crate::proxy::dial;
 use crate::proxy::error::{ConnectionError, Retry};
+use crate::proxy::open::PodStream;
 use crate::proxy::pods::Pod;
 use crate::proxy::record::{Reached, Record, Side};
 use crate::proxy::worker::{TunnelKey, Worker};
@@ -42,7 +42,7 @@ pub enum Upstream {
     /// Through a tunnel.
     Tunnel(Stream),
     /// In plain.
-    Plain(TcpStream),
+    Plain(PodStream),
 }
 
 /// Reaches where `way` leads, or another endpoint of the same service. The record is told which it was, or which was tried

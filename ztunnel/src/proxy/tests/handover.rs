@@ -1,7 +1,9 @@
 //! The conversation with the agent, played here by the test.
 
+use std::io::Read as _;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use mesh_proto::node::{self, agent_message, proxy_message};
@@ -12,9 +14,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::proxy::handover::Handover;
+use crate::proxy::open::Open;
 use crate::proxy::pods::{Host, Pod, Pods, Port, StillAlive};
-use crate::proxy::sockets::{Family, NodeCap, SocketKind, SocketSource, TakeError};
-use crate::proxy::testing::{soon, until};
+use crate::proxy::sockets::{Family, SocketKind, SocketSource, TakeError};
+use crate::proxy::testing::{bounds, soon, until};
 
 /// What was started, in order.
 #[derive(Clone, Default)]
@@ -51,7 +54,7 @@ impl Agent {
         let (sender, notices) = mpsc::unbounded_channel();
         let started = Started::default();
         let memory = mesh_hbone::Memory::new(mesh_hbone::memory::Limits::of(512 << 20));
-        let pods = Pods::new(Box::new(started.clone()), "cluster.local".into(), 10, NodeCap::new(100), sender, memory);
+        let pods = Pods::new(Box::new(started.clone()), "cluster.local".into(), bounds(10, 100), sender, memory);
         let readiness = Readiness::new();
         let pending = Some(readiness.register("agent"));
         let failure = Handover { agent_socket: path, pods: Arc::clone(&pods), notices, pending }.start().unwrap();
@@ -196,16 +199,44 @@ async fn a_pod_that_cannot_be_served_is_said_so_and_counts_until_it_is() {
 }
 
 #[tokio::test]
+async fn what_does_not_end_of_a_pod_is_ended_by_force_and_the_proxy_goes_on() {
+    let mut agent = Agent::new();
+    let (socket, _) = agent.accept().await;
+    let listeners = sockets(2);
+    socket.add_from("uid-1", &listeners).await;
+    assert_eq!(socket.ack().await.error, "");
+    let (pod, _) = agent.started.0.lock().unwrap()[0].clone();
+    let _stuck = pod.live.token();
+    let outside = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connected = std::net::TcpStream::connect(outside.local_addr().unwrap()).unwrap();
+    let _connected = pod.open.enter(connected).unwrap();
+    socket.remove("uid-1").await;
+    assert_eq!(socket.ack().await, node::Ack { pod_uid: "uid-1".into(), error: String::new() });
+    let (mut peer, _) = outside.accept().unwrap();
+    assert_eq!(peer.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    for listener in listeners.into_iter().map(TcpListener::from) {
+        // The test has it open still, as a task of the pod may.
+        std::net::TcpStream::connect(listener.local_addr().unwrap()).expect_err("nobody listens");
+    }
+    agent.failure.try_recv().expect_err("nothing has failed");
+}
+
+#[tokio::test]
 async fn a_pod_that_cannot_be_ended_is_said_so_and_ends_the_proxy() {
     let agent = Agent::new();
     let (socket, _) = agent.accept().await;
     socket.add("uid-1", 2).await;
     assert_eq!(socket.ack().await.error, "");
     let (pod, _) = agent.started.0.lock().unwrap()[0].clone();
-    let _stuck = pod.live.token();
+    let _stuck = (pod.live.token(), unendable(&pod));
     socket.remove("uid-1").await;
-    assert!(socket.ack().await.error.contains("did not end"));
+    assert!(socket.ack().await.error.contains("cannot be ended"));
     assert_eq!(soon(agent.failure).await, Ok(StillAlive { uid: "uid-1".into() }));
+}
+
+/// A socket of the pod that the kernel does not end by force.
+fn unendable(pod: &Pod) -> Open<UnixStream> {
+    pod.open.enter(UnixStream::pair().unwrap().0).unwrap()
 }
 
 #[tokio::test]
@@ -217,7 +248,7 @@ async fn a_removal_holds_up_no_order_and_is_acknowledged_in_its_turn() {
         assert_eq!(socket.ack().await.error, "");
     }
     let (pod, _) = agent.started.0.lock().unwrap()[0].clone();
-    let slow = pod.live.token();
+    let slow = (pod.live.token(), unendable(&pod));
     socket.remove("goes").await;
     socket.add("comes", 2).await;
     soon(pod.live.closed()).await;

@@ -192,7 +192,7 @@ async fn a_tunnel_that_is_lost_before_the_answer_is_made_anew() {
     let captured = TcpListener::bind(mesh.addr(51, 0)).await.unwrap();
     let (application, accepted) = tokio::join!(TcpStream::connect(captured.local_addr().unwrap()), captured.accept());
     let (mut application, (stream, peer)) = (application.unwrap(), accepted.unwrap());
-    let accepted = Accepted { stream, peer, local: mesh.addr(SERVER, app) };
+    let accepted = Accepted { stream: pod.open.enter(stream).unwrap(), peer, local: mesh.addr(SERVER, app) };
     let worker = Arc::clone(&near.worker);
     let serving = tokio::spawn({
         let pod = Arc::clone(&pod);
@@ -233,7 +233,7 @@ async fn a_pod_with_too_many_tunnels_says_so() {
     let source = crate::proxy::sources::Sources::default().enter(peer.ip());
     let permits = Permits { waiting: None, handshakes, source, tunnel: None };
     let (worker, pod, drain) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server), pair.far.drain.clone());
-    let accepted = Accepted::new(stream, peer).unwrap();
+    let accepted = Accepted::new(pod.open.enter(stream).unwrap(), peer).unwrap();
     soon(Box::pin(crate::proxy::inbound::serve(worker, pod, accepted, permits, drain))).await;
     assert_eq!(pair.far.metric("culvert_connection_failures_total", &["reason=\"too_many_tunnels\""]), 1);
 }
@@ -252,7 +252,7 @@ async fn a_peer_is_not_blamed_for_the_handshakes_of_others() {
     let tunnel = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().ok();
     let permits = Permits { waiting: None, handshakes, source, tunnel };
     let (worker, pod, drain) = (Arc::clone(&pair.far.worker), Arc::clone(&pair.server), pair.far.drain.clone());
-    let accepted = Accepted::new(stream, peer).unwrap();
+    let accepted = Accepted::new(pod.open.enter(stream).unwrap(), peer).unwrap();
     let serving = Box::pin(crate::proxy::inbound::serve(worker, pod, accepted, permits, drain));
     tokio::time::timeout(2 * mesh_identity::handshake::TIMEOUT, serving).await.expect("it is told in time");
     assert_eq!(pair.far.metric("culvert_connection_failures_total", &["reason=\"too_many_handshakes\""]), 1);
