@@ -11,6 +11,8 @@ use std::task::{Context, Poll, ready};
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
+use crate::pace;
+
 /// Pieces of a write that are looked at. HTTP/2 gives the header of a frame and its payload.
 const SLICES: usize = 8;
 
@@ -53,8 +55,9 @@ impl<F: Future> Future for EachPoll<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let left = &this.budget.0;
-        left.read.store(left.per_poll, Ordering::Relaxed);
-        left.write.store(left.per_poll, Ordering::Relaxed);
+        let bytes = pace::limit(left.per_poll);
+        left.read.store(bytes, Ordering::Relaxed);
+        left.write.store(bytes, Ordering::Relaxed);
         this.future.poll(cx)
     }
 }

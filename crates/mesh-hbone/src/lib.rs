@@ -19,6 +19,7 @@ mod flood;
 pub mod headers;
 pub mod memory;
 pub mod options;
+pub mod pace;
 mod piece;
 pub mod pool;
 pub mod server;

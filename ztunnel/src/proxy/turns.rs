@@ -2,7 +2,9 @@
 //! go is bounded, but a pod that floods may have thousands of tasks ready. So each pod's tasks together get [`SHARE`] in a
 //! row; then they wait until every other task that is ready has run.
 //!
-//! A pod that is alone loses nothing by it: its tasks go on as soon as the sockets have been looked at.
+//! A pod that is alone loses nothing by it: its tasks go on as soon as the sockets have been looked at. Where a pod that takes
+//! little shares the thread with others that keep it busy ([`load`]), shares and polls are short: it waits for
+//! them several times on the way of a request.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
@@ -11,11 +13,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use mesh_hbone::pace;
 use pin_project_lite::pin_project;
+
+use load::{Load, Used};
+
+mod load;
 
 /// Time that the tasks of one pod get in a row: a few polls of a connection that carries bulk data. A request of another
 /// pod waits for it several times on its way, so it is not a millisecond; below this, looking at the sockets costs too much.
 const SHARE: Duration = Duration::from_micros(200);
+
+/// The same while a pod that takes little shares the thread.
+const SHORT_SHARE: Duration = Duration::from_micros(50);
 
 /// Tasks of one pod that are woken for a turn. More would only find that the turn is over.
 const WOKEN: usize = 64;
@@ -32,6 +42,8 @@ pub struct Turns {
 pub struct Turn {
     /// Nanoseconds used of this turn.
     used: AtomicU64,
+    /// What it uses of the thread.
+    load: Used,
     waiting: Mutex<Waiting>,
     rounds: Arc<Rounds>,
 }
@@ -49,6 +61,8 @@ struct Waiting {
 struct Rounds {
     /// Whose turn is over, while a task is under way that begins the next.
     over: Mutex<Vec<Arc<Turn>>>,
+    /// How busy the thread is.
+    load: Load,
 }
 
 impl Turns {
@@ -59,8 +73,8 @@ impl Turns {
             return turn;
         }
         pods.retain(|_, turn| turn.strong_count() > 0);
-        let turn =
-            Arc::new(Turn { used: AtomicU64::new(0), waiting: Mutex::default(), rounds: Arc::clone(&self.rounds) });
+        let (used, load, waiting) = Default::default();
+        let turn = Arc::new(Turn { used, load, waiting, rounds: Arc::clone(&self.rounds) });
         pods.insert(Arc::clone(pod), Arc::downgrade(&turn));
         turn
     }
@@ -73,7 +87,8 @@ impl Turn {
     }
 
     fn is_over(&self) -> bool {
-        u128::from(self.used.load(Ordering::Relaxed)) >= SHARE.as_nanos()
+        let share = if self.rounds.load.is_shared() { SHORT_SHARE } else { SHARE };
+        u128::from(self.used.load(Ordering::Relaxed)) >= share.as_nanos()
     }
 
     /// Waits for the next turn.
@@ -160,8 +175,12 @@ impl<F: Future> Future for InTurn<F> {
         }
         let begun = Instant::now();
         let polled = this.task.poll(cx);
-        let used = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let ended = Instant::now();
+        let used = u64::try_from((ended - begun).as_nanos()).unwrap_or(u64::MAX);
         this.turn.used.fetch_add(used, Ordering::Relaxed);
+        if let Some(shared) = this.turn.rounds.load.note(&this.turn.load, ended, used) {
+            pace::set_short(shared);
+        }
         polled
     }
 }

@@ -9,14 +9,15 @@ use bytes::Bytes;
 
 use super::Plain;
 use crate::memory::Pressure;
+use crate::pace;
 use crate::piece::Piece;
 
 /// Bytes that one read may return, and so the largest DATA frame that we send.
 pub(super) const SIZE: usize = 256 << 10;
 /// Bytes that one read may return under pressure.
 pub(super) const SPARING: usize = 8 << 10;
-/// A read that returns less is copied out of the buffer; more is given away with the buffer itself.
-const COPY_BELOW: usize = 32 << 10;
+/// A read that returns no more is copied out of the buffer; more is given away with the buffer itself.
+const COPIED: usize = 32 << 10;
 /// Buffers that a thread keeps for later.
 const KEPT: usize = 16;
 
@@ -53,9 +54,9 @@ impl Drop for Buffer {
 }
 
 /// Bytes that one read may return.
-const fn room(pressure: Pressure) -> usize {
+fn room(pressure: Pressure) -> usize {
     match pressure {
-        Pressure::Low => SIZE,
+        Pressure::Low => pace::limit(SIZE),
         Pressure::High => SPARING,
     }
 }
@@ -64,7 +65,7 @@ const fn room(pressure: Pressure) -> usize {
 pub(super) fn poll_read(cx: &mut Context<'_>, plain: &impl Plain, pressure: Pressure) -> Poll<io::Result<Piece>> {
     let mut buffer = Buffer::take();
     let n = ready!(plain.poll_read(cx, &mut buffer.0[..room(pressure)]))?;
-    if n < COPY_BELOW {
+    if n <= COPIED {
         return Poll::Ready(Ok(Piece::own(Bytes::copy_from_slice(&buffer.0[..n]))));
     }
     Poll::Ready(Ok(Piece::new(Bytes::from_owner(buffer).slice(..n), SIZE)))

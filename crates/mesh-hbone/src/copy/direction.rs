@@ -9,11 +9,14 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use super::{CopyError, Plain, Side, buffer};
 use crate::memory::Pressure;
+use crate::pace;
 use crate::piece::Piece;
 use crate::stream::{ReadHalf, StreamError, WriteHalf};
 
 /// Bytes that one direction moves in one go: one full read. Then it lets others run, however much there is.
-const TURN: usize = buffer::SIZE;
+fn turn() -> usize {
+    pace::limit(buffer::SIZE)
+}
 
 /// Asks to be polled again after the others.
 fn give_way<T>(cx: &Context<'_>) -> Poll<T> {
@@ -104,7 +107,7 @@ impl FromPlain {
                 ready!(sent)?;
                 self.pending = Piece::default();
                 moved += before;
-                if moved >= TURN {
+                if moved >= turn() {
                     return give_way(cx);
                 }
             }
@@ -198,7 +201,7 @@ impl FromStream {
             counter.fetch_add(n as u64, Ordering::Relaxed);
             stream.release(n);
             moved += n;
-            if moved >= TURN {
+            if moved >= turn() {
                 return give_way(cx);
             }
         }
@@ -255,7 +258,7 @@ impl FromStream {
         let mut slices = [IoSlice::new(&[]); SLICES];
         let queued = self.queue.iter().map(|piece| piece.data().as_ref());
         let chunks = queued.chain([self.tail.as_ref()]).filter(|chunk: &&[u8]| !chunk.is_empty());
-        let (mut n, mut room) = (0, TURN);
+        let (mut n, mut room) = (0, turn());
         for (slice, chunk) in slices.iter_mut().zip(chunks) {
             let part = chunk.get(..room).unwrap_or(chunk);
             *slice = IoSlice::new(part);
