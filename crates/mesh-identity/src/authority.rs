@@ -101,7 +101,7 @@ pub struct AuthorityPem<'a> {
     pub key: &'a str,
     /// Certificates between it and the root; itself and roots among them are ignored. May be empty.
     pub chain: &'a str,
-    /// The roots to trust, one or more.
+    /// The roots to trust, one or more, in any order.
     pub roots: &'a str,
 }
 
@@ -159,8 +159,15 @@ impl Authority {
                 chain.push(link);
             }
         }
-        let authority = Self::assemble(certificate, key, chain, roots)?;
-        authority.prove(now)?;
+        let mut authority = Self::assemble(certificate, key, chain, roots)?;
+        let trial = authority.trial(now)?;
+        authority.prove(&trial, &authority.roots, now)?;
+        // Several may have the same name, so that only a proof tells which one it is.
+        let own =
+            authority.roots.iter().position(|root| authority.prove(&trial, std::slice::from_ref(root), now).is_ok());
+        if let Some(own) = own {
+            authority.roots[..=own].rotate_right(1);
+        }
         Ok(authority)
     }
 
@@ -227,7 +234,8 @@ impl Authority {
         certificate_pem(&self.certificate)
     }
 
-    /// All roots to trust, PEM.
+    /// All roots to trust, PEM. The first is the one that what this authority signs leads to, so that the text changes whenever
+    /// another key signs.
     pub fn roots_pem(&self) -> String {
         self.roots.iter().map(certificate_pem).collect()
     }
@@ -284,14 +292,23 @@ impl Authority {
         Ok(params.signed_by(key, &self.issuer)?.into())
     }
 
-    /// Signs a throw-away certificate and verifies it as a peer would.
-    fn prove(&self, now: SystemTime) -> Result<(), AuthorityError> {
+    /// Signs a throw-away certificate.
+    fn trial(&self, now: SystemTime) -> Result<CertificateDer<'static>, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let uri = SanType::URI("spiffe://trial/ns/trial/sa/trial".try_into()?);
-        let leaf = self.leaf(&key, DistinguishedName::new(), vec![uri], DEFAULT_LIFETIME, now)?;
-        let anchors = self.roots.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>();
+        self.leaf(&key, DistinguishedName::new(), vec![uri], DEFAULT_LIFETIME, now)
+    }
+
+    /// Verifies a throw-away certificate as a peer would that trusts these roots.
+    fn prove(
+        &self,
+        trial: &CertificateDer<'_>,
+        roots: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<(), AuthorityError> {
+        let anchors = roots.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>();
         let anchors = anchors.map_err(|_| AuthorityError::NotAnAuthority("or one of its roots is malformed"))?;
-        peer::verify(&leaf, &self.intermediates, &anchors, unix_time(now), Use::Server)
+        peer::verify(trial, &self.intermediates, &anchors, unix_time(now), Use::Server)
             .map(|_| ())
             .map_err(AuthorityError::Chain)
     }

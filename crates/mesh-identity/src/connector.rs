@@ -80,7 +80,7 @@ impl Connector {
     /// # Errors
     /// When the roots cannot be read or hold nothing usable.
     pub async fn channel(&self) -> Result<Channel, ConnectorError> {
-        let roots = self.read_roots().await?;
+        let roots = self.roots().await?;
         if let Some(channel) = self.cached(&roots) {
             return Ok(channel);
         }
@@ -94,7 +94,11 @@ impl Connector {
         cached.as_ref().filter(|cached| cached.roots == roots).map(|cached| cached.channel.clone())
     }
 
-    async fn read_roots(&self) -> Result<Vec<u8>, ConnectorError> {
+    /// What is in the file of roots now.
+    ///
+    /// # Errors
+    /// When it cannot be read or is too long.
+    pub async fn roots(&self) -> Result<Vec<u8>, ConnectorError> {
         use tokio::io::AsyncReadExt;
         let failed = |error| ConnectorError::Roots { path: self.roots.clone(), error };
         let file = tokio::fs::File::open(&self.roots).await.map_err(failed)?;

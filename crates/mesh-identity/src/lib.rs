@@ -17,6 +17,7 @@ pub mod handshake;
 pub mod issuer;
 pub mod key;
 pub mod peer;
+pub mod roots;
 pub mod store;
 #[cfg(test)]
 mod testing;

@@ -260,6 +260,21 @@ impl Store {
         Retained { id: id.clone(), published: self.0.shared.hold(id), handle: self.0.clone() }
     }
 
+    /// Renews the certificates that are `outdated`, each at a moment of its own in this time. What is at hand stays in use until
+    /// then. How many there are.
+    pub fn renew(&self, within: Duration, outdated: impl Fn(&Credential) -> bool) -> usize {
+        let now = self.0.shared.options.clock.now();
+        let mut count = 0;
+        for slot in self.0.shared.table().slots.values_mut() {
+            if slot.published.borrow().credential.as_deref().is_some_and(&outdated) {
+                slot.due = slot.due.min(now + within.mul_f64(fastrand::f64()));
+                count += 1;
+            }
+        }
+        self.0.shared.changed.notify_one();
+        count
+    }
+
     /// Every identity at hand, for a config dump, in the order of their names. No keys.
     pub fn status(&self) -> Vec<IdentityStatus> {
         let now = self.0.shared.options.clock.now();

@@ -111,7 +111,7 @@ fn kubelet(cgroup_root: &str) -> Value {
             "imagefs.inodesFree": "0%", "pid.available": "0%",
         },
         "makeIPTablesUtilChains": false, "oomScoreAdj": 0,
-        // Statuses are what tests wait for.
+        // Statuses are what tests wait for, and files that follow their ConfigMap.
         "nodeStatusUpdateFrequency": "2s", "syncFrequency": "10s", "registryPullQPS": 0, "eventRecordQPS": 0,
         "kubeAPIQPS": 200, "kubeAPIBurst": 400, "containerLogMaxSize": "10Mi",
     })

@@ -170,10 +170,13 @@ pub(super) async fn end(trigger: drain::Trigger, pods: &Pods, deadline: Duration
 }
 
 fn certificates(config: &Config) -> Result<Store, Error> {
-    let connector = Connector::new(config.ca(), &config.ca_roots).map_err(Error::ControlPlane)?;
+    let connector = Arc::new(Connector::new(config.ca(), &config.ca_roots).map_err(Error::ControlPlane)?);
     let options = CaOptions { cluster_id: config.cluster_id.clone(), ..CaOptions::default() };
-    let client = CaClient::with_connector(Arc::new(connector), Arc::new(FileToken::new(&config.token)), options);
-    Ok(Store::new(Arc::new(client), mesh_identity::Options::default()))
+    let token = Arc::new(FileToken::new(&config.token));
+    let client = CaClient::with_connector(Arc::clone(&connector), token, options);
+    let store = Store::new(Arc::new(client), mesh_identity::Options::default());
+    tokio::spawn(mesh_identity::roots::follow(connector, store.clone()));
+    Ok(store)
 }
 
 async fn bind(flag: &'static str, address: SocketAddr) -> Result<Server, Error> {

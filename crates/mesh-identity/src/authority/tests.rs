@@ -137,6 +137,21 @@ fn an_authority_survives_its_files() {
 }
 
 #[test]
+fn root_that_signs_is_told_of_first() {
+    let now = SystemTime::now();
+    // All three have the same name.
+    let (old, new, other) = (authority(), authority(), authority());
+    let below = new.intermediate("cluster.local", now).unwrap();
+    let roots = [&old, &other, &new].map(Authority::roots_pem).concat();
+    let told = [&new, &old, &other].map(Authority::roots_pem).concat();
+    for signs in [&new, &below] {
+        let (certificate, key) = (signs.certificate_pem(), signs.key_pem());
+        let texts = AuthorityPem { certificate: &certificate, key: key.expose(), chain: "", roots: &roots };
+        assert_eq!(Authority::from_pem(texts, now).unwrap().roots_pem(), told);
+    }
+}
+
+#[test]
 fn unusable_authorities_are_named() {
     let now = SystemTime::now();
     let (root, other) = (authority(), authority());

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use super::{CertificateError, Options, State, Store};
+use crate::issuer::certificates_from_pem;
 use crate::testing::{HOUR, authority, id};
 use crate::{Authority, Clock, CsrPublicKey, IssueError, IssuedCertificate, Issuer};
 
@@ -376,6 +377,51 @@ async fn new_roots_come_with_the_renewal() {
     let after = held.certificate().await.unwrap();
     assert_eq!((before.roots().len(), after.roots().len()), (1, 2));
     assert!(after.roots().contains(&before.roots()[0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn roots_that_change_in_their_file_renew_everything_until_it_fits() {
+    let (store, issuer) = store();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("root.pem");
+    std::fs::write(&file, issuer.authority.lock().unwrap().roots_pem()).unwrap();
+    let connector = Arc::new(crate::connector::Connector::new("https://localhost:1", &file).unwrap());
+    let follows = tokio::spawn(crate::roots::follow(connector, store.clone()));
+    let held: Vec<_> = (0..3).map(|n| store.retain(&id(&format!("sa{n}")))).collect();
+    for one in &held {
+        one.certificate().await.unwrap();
+    }
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(issuer.calls(), 3);
+    // Gone for a while, and back as it was.
+    let text = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    sleep(Duration::from_secs(60)).await;
+    std::fs::write(&file, text).unwrap();
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(issuer.calls(), 3);
+
+    // The replica that is asked knows it a little later.
+    let next = Arc::new(authority());
+    std::fs::write(&file, next.roots_pem()).unwrap();
+    sleep(Duration::from_secs(13)).await;
+    assert_eq!(issuer.calls(), 6);
+    *issuer.authority.lock().unwrap() = next.clone();
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(issuer.calls(), 9, "once more, and then they fit");
+    let roots = certificates_from_pem(&next.roots_pem()).unwrap();
+    for one in &held {
+        assert_eq!(one.certificate().await.unwrap().roots(), roots);
+    }
+
+    // An authority that tells of others than the file has is not asked for ever.
+    std::fs::write(&file, authority().roots_pem()).unwrap();
+    sleep(HOUR).await;
+    let asked = issuer.calls();
+    assert!((12..=3 * 8).contains(&asked), "{asked}");
+    sleep(HOUR).await;
+    assert_eq!(issuer.calls(), asked);
+    follows.abort();
 }
 
 #[tokio::test(start_paused = true)]
