@@ -13,6 +13,13 @@ pub enum Profile {
     Release,
 }
 
+/// For `cargo install` of a tool that runs for seconds: quick to build, whatever its authors chose for theirs.
+pub const QUICK: [(&str, &str); 3] = [
+    ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"),
+    ("CARGO_PROFILE_RELEASE_LTO", "off"),
+    ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
+];
+
 /// Builds every program of the workspace and returns the folder that they are in.
 ///
 /// # Errors

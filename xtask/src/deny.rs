@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::build::QUICK;
 use crate::{Failure, cache, call, cargo};
 
 const VERSION: &str = "0.20.2";
@@ -17,7 +18,7 @@ pub fn run(root: &Path) -> Result<(), Failure> {
     if !tool.exists() {
         println!("setting up cargo-deny {VERSION} in {} (once, a few minutes)", folder.display());
         let mut install = cargo();
-        install.args(["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]).arg(&folder);
+        install.args(["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]).arg(&folder).envs(QUICK);
         call(&mut install)?;
     }
     // `advisories` is left out: its database is fetched from outside the package registry.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::output;
+use crate::build::QUICK;
 use crate::{Failure, cache, cargo};
 
 /// Links eBPF with the compiler's own LLVM.
@@ -74,6 +75,7 @@ fn linker(sysroot: &Path) -> Result<PathBuf, String> {
             .args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION, "--no-default-features"])
             .args(["--features", "rust-llvm-22", "--root"])
             .arg(&folder)
+            .envs(QUICK)
             .env("LD_LIBRARY_PATH", sysroot.join("lib"));
         crate::call(&mut install).map_err(|Failure(why)| format!("bpf-linker cannot be installed ({why})"))?;
     }

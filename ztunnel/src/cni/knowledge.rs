@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::decide::{Decision, Exclusions, Facts, Mode, PodFacts, decide};
+use super::decide::{DATAPLANE_MODE, Decision, Exclusions, Facts, Mode, PodFacts, decide};
 use super::files::{self, FileError};
 
 /// Version of the file's layout.
@@ -25,7 +25,21 @@ pub struct KnownPod {
     pub host_network: bool,
     /// The service account it runs as.
     pub service_account: String,
+    /// Its `spec.runtimeClassName`; empty: the node's own runtime.
+    #[serde(default)]
+    pub runtime_class: String,
 }
+
+/// What the names of runtime classes have in them that run pods on a kernel of their own: gVisor's and Kata Containers'.
+const FOREIGN_KERNELS: [&str; 3] = ["gvisor", "runsc", "kata"];
+
+/// A pod's connections never reach the kernel of its node, so that nobody can capture them there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "its runtime class {0:?} runs it on a kernel of its own, where connections cannot be captured; take another one \
+     (spec.runtimeClassName), or label the pod {DATAPLANE_MODE}=none"
+)]
+pub struct ForeignKernel(String);
 
 /// Labels of namespaces and pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +68,14 @@ impl Knowledge {
         let found = self.pods.get(pod.namespace)?.get(pod.name)?;
         let same = found.uids.is_empty() || pod.uid.is_some_and(|uid| found.uids.iter().any(|known| known == uid));
         same.then_some(found)
+    }
+
+    /// Whether this pod is known to run on a kernel of its own, by the name of its runtime class.
+    #[must_use]
+    pub fn foreign_kernel(&self, pod: PodName<'_>) -> Option<ForeignKernel> {
+        let class = &self.pod(pod)?.runtime_class;
+        let lower = class.to_ascii_lowercase();
+        FOREIGN_KERNELS.iter().any(|kernel| lower.contains(kernel)).then(|| ForeignKernel(class.clone()))
     }
 
     /// Decides by what is known.
@@ -130,8 +152,8 @@ mod tests {
         let pod = |uids: &[&str], mode| KnownPod {
             uids: uids.iter().map(|uid| (*uid).to_owned()).collect(),
             mode,
-            host_network: false,
             service_account: "web".into(),
+            ..KnownPod::default()
         };
         let pods = [
             (String::from("web-1"), pod(&["u1", "hash"], Mode::Unset)),
@@ -153,6 +175,23 @@ mod tests {
         assert_eq!(of("web-1", None), Decision::Enrol(Why::UnknownPod));
         assert_eq!(of("web-2", Some("any")), Decision::Enrol(Why::PodLabel));
         assert_eq!(of("web-3", Some("u1")), Decision::Enrol(Why::UnknownPod));
+    }
+
+    #[test]
+    fn pods_on_kernels_of_their_own_are_known_by_their_runtime_class() {
+        let of = |class: &str| {
+            let pod = KnownPod { runtime_class: class.into(), ..KnownPod::default() };
+            let known =
+                Knowledge { pods: [("shop".into(), [("web".into(), pod)].into())].into(), ..Knowledge::default() };
+            known.foreign_kernel(PodName { namespace: "shop", name: "web", uid: None })
+        };
+        for class in ["gvisor", "runsc", "kata", "kata-qemu", "kata-mshv-vm-isolation", "my-Kata"] {
+            let refused = of(class).unwrap().to_string();
+            assert!(refused.contains(class) && refused.contains("istio.io/dataplane-mode=none"), "{refused}");
+        }
+        for class in ["", "runc", "crun", "nvidia", "wasmtime"] {
+            assert_eq!(of(class), None, "{class}");
+        }
     }
 
     #[test]

@@ -45,10 +45,16 @@ struct List {
     gates: Vec<Weak<Mutex<()>>>,
 }
 
-/// A socket in the list. `None` once its owner is about to close it. Locked while something is done to the socket that must not
-/// be done to one that was ended, or to another file of its number.
+/// A socket in the list.
 #[derive(Debug)]
-struct Slot(Mutex<Option<RawFd>>);
+struct Slot {
+    /// `None` once its owner is about to close it. Locked while something is done to the socket that must not be done to one that was
+    /// ended, or to another file of its number.
+    fd: Mutex<Option<RawFd>>,
+    /// Its place in the list of the pod.
+    id: u64,
+    of: Arc<OpenSockets>,
+}
 
 /// What became of sockets that were to be ended by force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +76,6 @@ impl OpenSockets {
     /// # Errors
     /// When there are too many, or the pod is gone; the socket comes back.
     pub fn enter<S: AsFd>(self: &Arc<Self>, socket: S) -> Result<Open<S>, (Full, S)> {
-        let slot = Arc::new(Slot(Mutex::new(Some(socket.as_fd().as_raw_fd()))));
         let mut list = self.list();
         let full = if self.is_closed() {
             Some(Full::PodGone)
@@ -85,9 +90,11 @@ impl OpenSockets {
         }
         let id = list.next;
         list.next += 1;
+        let fd = Mutex::new(Some(socket.as_fd().as_raw_fd()));
+        let slot = Arc::new(Slot { fd, id, of: Arc::clone(self) });
         list.sockets.insert(id, Arc::clone(&slot));
         drop(list);
-        Ok(Open { entry: Entry { id, slot, of: Arc::clone(self) }, socket })
+        Ok(Open { entry: Entry(slot), socket })
     }
 
     /// A way in for what one listening socket accepts.
@@ -151,7 +158,7 @@ impl OpenSockets {
 impl Slot {
     /// False: its owner was about to close it.
     fn abort(&self) -> Result<bool, Errno> {
-        let fd = lock(&self.0);
+        let fd = lock(&self.fd);
         match *fd {
             Some(fd) => sys::abort(fd).map(|()| true),
             None => Ok(false),
@@ -213,19 +220,16 @@ impl Gate {
     }
 }
 
-/// A place in the list.
+/// A place in the list, for its owner. One word, since there are several in the state of each connection.
 #[derive(Debug)]
-struct Entry {
-    id: u64,
-    slot: Arc<Slot>,
-    of: Arc<OpenSockets>,
-}
+struct Entry(Arc<Slot>);
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        *lock(&self.slot.0) = None;
-        self.of.list().sockets.remove(&self.id);
-        self.of.descriptors.give_back();
+        let Slot { fd, id, of } = &*self.0;
+        *lock(fd) = None;
+        of.list().sockets.remove(id);
+        of.descriptors.give_back();
     }
 }
 
@@ -255,7 +259,7 @@ impl<S> Open<S> {
     /// What `change` says.
     pub fn map<T>(self, change: impl FnOnce(S) -> io::Result<T>) -> io::Result<Open<T>> {
         let Self { socket, entry } = self;
-        let mut fd = lock(&entry.slot.0);
+        let mut fd = lock(&entry.0.fd);
         let changed = change(socket);
         if changed.is_err() {
             *fd = None;
@@ -291,8 +295,8 @@ impl Open<OwnedFd> {
     }
 
     fn begin(&self, to: SocketAddr) -> io::Result<()> {
-        let _held = lock(&self.entry.slot.0);
-        if self.entry.of.is_closed() {
+        let _held = lock(&self.entry.0.fd);
+        if self.entry.0.of.is_closed() {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the pod is gone"));
         }
         match SockRef::from(&self.socket).connect(&to.into()) {

@@ -28,12 +28,16 @@ pub use refusals::Refusals;
 const DISCOVERY_WAIT: Duration = Duration::from_secs(1);
 
 /// Carries one connection, from its acceptance to its record.
-pub async fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) {
+pub fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) -> impl Future<Output = ()> {
     // The accepted socket's own address is what the application connected to.
     let Accepted { stream, peer: client, local: original } = accepted;
-    let asked = Asked { client, original };
-    // Until it is carried, whatever happens the application must see a reset, never an orderly end.
-    let app = Unanswered::new(stream);
+    // Until it is carried, whatever happens the application must see a reset, never an orderly end. Taken apart here, since the
+    // future would keep the whole beside its parts.
+    attend(worker, pod, Asked { client, original }, Unanswered::new(stream))
+}
+
+async fn attend(worker: &Arc<Worker>, pod: &Arc<Pod>, asked: Asked, app: Unanswered) {
+    let Asked { client, original } = asked;
     let metrics = &worker.shared.metrics;
     let mut facts = Facts::new(Direction::Outbound, client, original);
     facts.src.workload = worker.shared.local(pod).workload(&worker.shared.state.snapshot()).cloned();

@@ -161,7 +161,8 @@ pub fn prepare(kind: SocketKind, socket: &OwnedFd) -> io::Result<()> {
             Ok(setsockopt(socket, IpBindAddressNoPort, &true)?)
         }
         SocketKind::Delivery(_) => {
-            tune(&known)?;
+            // No keepalive: the other end is in the same kernel, and never goes without a word.
+            known.set_tcp_nodelay(true)?;
             // Ports in TIME_WAIT may be used again: only the whole of both addresses must be new, which connect checks.
             known.set_reuse_address(true)
         }
@@ -174,7 +175,7 @@ fn is_datagram(socket: &SockRef<'_>) -> io::Result<()> {
     is.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a UDP socket"))
 }
 
-/// Sets what every connection of the data path has. A listening socket hands it on to what it accepts.
+/// Sets what every connection has that may lose its other end. A listening socket hands it on to what it accepts.
 ///
 /// # Errors
 /// When the socket is no TCP socket.

@@ -58,6 +58,28 @@ fn labels_decide_and_are_followed_while_the_pod_runs() {
 }
 
 #[test]
+fn pod_on_a_kernel_of_its_own_does_not_start_unless_it_opts_out() {
+    let rig = Rig::new();
+    rig.namespace("shop", "ambient");
+    rig.namespace("plain", "");
+    let kata = "kata-qemu".into();
+    rig.pod_of_class("shop", "web-1", "u1", "", &kata);
+    rig.pod_of_class("plain", "db-1", "u2", "", &kata);
+    rig.pod_of_class("shop", "db-2", "u3", "none", &kata);
+    let _agent = rig.agent();
+    let (web, db, out) = (PodNet::new(&rig), PodNet::new(&rig), PodNet::new(&rig));
+
+    let refused = rig.add("shop", "web-1", "u1", "box-1", &web).text();
+    assert!(refused.contains("kata-qemu") && refused.contains("dataplane-mode=none"), "{refused}");
+    rig.add("shop", "db-2", "u3", "box-3", &out).ok();
+    rig.add("plain", "db-1", "u2", "box-2", &db).ok();
+    rig.namespace("plain", "ambient");
+    rig.wait_for_log("u2", "kernel of its own");
+    assert_eq!(rig.enrolled(), []);
+    assert!(!db.is_captured() && !web.is_captured());
+}
+
+#[test]
 fn without_an_agent_only_pods_that_are_known_to_need_none_start() {
     let rig = Rig::new();
     rig.namespace("shop", "ambient");

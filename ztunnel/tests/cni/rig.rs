@@ -95,10 +95,15 @@ impl Rig {
 
     /// Writes a Pod.
     pub fn pod(&self, namespace: &str, name: &str, uid: &str, mode: &str) {
+        self.pod_of_class(namespace, name, uid, mode, &Value::Null);
+    }
+
+    /// Writes a Pod with this runtime class.
+    pub fn pod_of_class(&self, namespace: &str, name: &str, uid: &str, mode: &str, class: &Value) {
         let object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": name, "namespace": namespace, "uid": uid, "labels": labels(mode) },
-            "spec": { "serviceAccountName": format!("{name}-account") },
+            "spec": { "serviceAccountName": format!("{name}-account"), "runtimeClassName": class },
         });
         self.write(&format!("{namespace}.{name}"), &object);
     }

@@ -59,6 +59,7 @@ pub struct Kubernetes {
 struct Spec {
     host_network: bool,
     service_account_name: String,
+    runtime_class_name: Option<String>,
 }
 
 /// What of its `status` says where it is.
@@ -327,6 +328,7 @@ fn read(pod: &Pod, mode: Mode) -> (KnownPod, Option<Running>) {
         mode,
         host_network: pod.spec.host_network,
         service_account: account.unwrap_or("default").to_owned(),
+        runtime_class: pod.spec.runtime_class_name.clone().unwrap_or_default(),
     };
     let status = pod.status.clone().unwrap_or_default();
     let addresses: Vec<IpAddr> = status.pod_ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();

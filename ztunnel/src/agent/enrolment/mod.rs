@@ -35,7 +35,7 @@ use super::manager::{Listed, Manager, ManagerError};
 use super::netns::NetnsError;
 use super::pod::EnrolError;
 use crate::cni::decide::{Decision, Exclusions, Pass};
-use crate::cni::knowledge::{self, Knowledge, PodName};
+use crate::cni::knowledge::{self, ForeignKernel, Knowledge, PodName};
 use crate::cni::passed::{Folder, is_sandbox_id};
 use task::{Command, Task, Tell};
 
@@ -151,6 +151,9 @@ pub enum AdmissionError {
         }
     )]
     NoIdentity(bool),
+    /// It runs where nothing can be captured.
+    #[error(transparent)]
+    ForeignKernel(#[from] ForeignKernel),
     /// The label of its namespace has changed, and the watch of namespaces does not say so yet.
     #[error("the label of its namespace was set just now and is not known here yet; the runtime asks again")]
     Behind,
@@ -167,7 +170,7 @@ impl AdmissionError {
     #[must_use]
     pub const fn may_pass(&self) -> bool {
         match self {
-            Self::Sandbox | Self::Ended => false,
+            Self::Sandbox | Self::Ended | Self::ForeignKernel(_) => false,
             Self::NoIdentity(has_source) => *has_source,
             Self::Manager(error) => {
                 !matches!(error, ManagerError::Pod(EnrolError::Invalid(_) | EnrolError::Netns(NetnsError::Host)))

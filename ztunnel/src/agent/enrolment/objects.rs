@@ -159,6 +159,7 @@ fn stand_in(id: &Id, meta: &Value, spec: &Value) -> Option<Object> {
             (first, second) if first.is_empty() => second,
             (first, _) => first,
         },
+        runtime_class: readable(spec, "runtimeClassName"),
     };
     Some(match id {
         Id::Namespace(_) => Object::Namespace(Mode::Ambient),
@@ -184,6 +185,7 @@ fn pod(meta: &Value, spec: &Value) -> Result<Object, String> {
         mode: mode(meta)?,
         host_network,
         service_account: service_account.to_owned(),
+        runtime_class: text(spec, "runtimeClassName")?.to_owned(),
     };
     Ok(Object::Pod(known, text(spec, "nodeName")?.to_owned()))
 }
@@ -245,13 +247,14 @@ metadata:
   uid: u1
   labels: {app: web, istio.io/dataplane-mode: none}
   annotations: {kubernetes.io/config.hash: h1}
-spec: {hostNetwork: true, nodeName: n1, serviceAccountName: web, containers: 17}
+spec: {hostNetwork: true, nodeName: n1, serviceAccountName: web, runtimeClassName: kata, containers: 17}
 status: whatever
 ");
         let known = KnownPod {
             uids: vec!["u1".into(), "h1".into()],
             mode: Mode::None,
             host_network: true,
+            runtime_class: "kata".into(),
             service_account: "web".into(),
         };
         assert_eq!(pod, Document::Object(Id::Pod("shop".into(), "web-1".into()), Object::Pod(known, "n1".into())));
@@ -296,8 +299,13 @@ status: whatever
             stand_in(&text)
         };
         let known = |host_network, account: &str| {
-            let pod =
-                KnownPod { uids: vec!["u".into()], mode: Mode::Ambient, host_network, service_account: account.into() };
+            let pod = KnownPod {
+                uids: vec!["u".into()],
+                mode: Mode::Ambient,
+                host_network,
+                service_account: account.into(),
+                ..KnownPod::default()
+            };
             Some(Object::Pod(pod, "n".into()))
         };
         let odd = "{istio.io/dataplane-mode: sideways}";

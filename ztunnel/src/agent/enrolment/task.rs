@@ -22,7 +22,7 @@ use crate::agent::manager::{Manager, ManagerError};
 use crate::agent::netns::{inode_at, is_gone};
 use crate::agent::pod::{EnrolError, Pod, PodInfo, Sandbox};
 use crate::cni::decide::{Decision, Pass};
-use crate::cni::knowledge::{self, PodName};
+use crate::cni::knowledge::{self, ForeignKernel, PodName};
 use crate::cni::passed::{Folder, Passed, PassedPod};
 
 /// How often what failed is tried again, and namespaces that are gone are forgotten.
@@ -192,6 +192,9 @@ impl Task {
         match known.knowledge.decide(name(&admission), &NOBODY) {
             Decision::Pass(pass) => self.pass(admission, netns, pass, answer),
             Decision::Enrol(why) => {
+                if let Some(foreign) = known.knowledge.foreign_kernel(name(&admission)) {
+                    return answer(Err(foreign.into()));
+                }
                 let account = known.knowledge.pod(name(&admission)).map(|known| known.service_account.clone());
                 let account = account.unwrap_or(admission.pod.service_account);
                 if account.is_empty() {
@@ -432,7 +435,8 @@ impl Task {
                 let account = known.knowledge.pod(named(&passed)).map(|pod| pod.service_account.clone());
                 let (uid, name, namespace) = (&passed.uid, &passed.name, &passed.namespace);
                 tracing::info!(pod = uid, name, namespace, %why, "to be enrolled while it runs");
-                self.enrol_late(passed, account.unwrap_or_default());
+                let foreign = known.knowledge.foreign_kernel(named(&passed));
+                self.enrol_late(passed, account.unwrap_or_default(), foreign);
             }
         }
         self.follow_unannounced(&known);
@@ -457,18 +461,19 @@ impl Task {
             {
                 let (uid, namespace, name) = (&running.uid, &running.namespace, &running.name);
                 tracing::info!(pod = uid, name, namespace, "runs and was never announced; to be enrolled");
-                self.enrol_found(running.clone());
+                self.enrol_found(running.clone(), known.knowledge.foreign_kernel(named));
             }
         }
     }
 
-    fn enrol_found(&mut self, pod: Running) {
+    fn enrol_found(&mut self, pod: Running, foreign: Option<ForeignKernel>) {
         let (known_as, manager, uids) = (pod.uid.clone(), self.manager.clone(), pod.uids.clone());
         let opened = self.moving.search(move || open_found(&uids));
         // As the runtime will name it.
         let uid = pod.uids.last().cloned().unwrap_or(pod.uid);
         let named = uid.clone();
         let enrolled = async move {
+            foreign.map_or(Ok(()), |foreign| Err(foreign.to_string()))?;
             let (netns, path) = opened.await?;
             let info = PodInfo {
                 uid,
@@ -505,11 +510,12 @@ impl Task {
     }
 
     /// A pod that runs has got the label.
-    fn enrol_late(&mut self, passed: Passed, service_account: String) {
+    fn enrol_late(&mut self, passed: Passed, service_account: String, foreign: Option<ForeignKernel>) {
         let Passed { netns_path, netns_inode, uid, sandbox, .. } = passed.clone();
         let (known_as, manager, forgotten) = (uid.clone(), self.manager.clone(), sandbox.clone());
         let opened = self.moving.search(move || namespace_of(netns_path, netns_inode, uid));
         let enrolled = async move {
+            foreign.map_or(Ok(()), |foreign| Err(foreign.to_string()))?;
             let (netns, path) = opened.await?;
             let info = PodInfo {
                 uid: passed.uid,

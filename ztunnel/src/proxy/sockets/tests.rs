@@ -144,7 +144,11 @@ fn dead_peers_are_looked_for() {
         let socket = OwnedFd::from(socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap());
         prepare(kind, &socket).unwrap();
         let socket = SockRef::from(&socket);
-        assert!(socket.keepalive().unwrap());
+        // What it delivers to is in the same kernel.
+        assert_eq!(socket.keepalive().unwrap(), !matches!(kind, SocketKind::Delivery(_)), "{kind:?}");
+        if !socket.keepalive().unwrap() {
+            continue;
+        }
         let bound = socket.tcp_keepalive_time().unwrap()
             + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
         assert_eq!(bound, Duration::from_secs(120), "{kind:?}");
