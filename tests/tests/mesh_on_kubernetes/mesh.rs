@@ -156,15 +156,15 @@ impl Mesh {
         text(pod, "/metadata/name")
     }
 
-    /// Kills what runs in a pod of the mesh, at once and without a word (SIGKILL), but for what holds its namespaces.
-    fn kill_processes(&self, pod: &Value) {
+    /// Sends a signal to what runs in a pod of the mesh, but for what holds its namespaces.
+    pub fn signal(&self, pod: &Value, signal: Signal) {
         let is_container = |pid: &i32| {
             let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             program.file_name().is_some_and(|name| name == "ztunnel" || name == "culvertd")
         };
         let of_pod = processes_of(&text(pod, "/metadata/uid")).into_iter().filter(is_container);
-        let killed = of_pod.filter(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok());
-        assert!(killed.count() > 0, "no process of {pod}");
+        let told = of_pod.filter(|pid| kill(Pid::from_raw(*pid), signal).is_ok());
+        assert!(told.count() > 0, "no process of {pod}");
     }
 
     /// Kills what runs in a pod of the mesh, and waits until the kubelet has started it again and it is ready.
@@ -172,7 +172,8 @@ impl Mesh {
         let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
         let restarts = |pod: &Value| pod.pointer("/status/containerStatuses/0/restartCount").and_then(Value::as_u64);
         let found = self.cluster.api().get(&path).unwrap().expect("the pod");
-        self.kill_processes(&found);
+        // Without a word.
+        self.signal(&found, Signal::SIGKILL);
         let again = |now: &Value| (restarts(now) > restarts(&found) && is_ready(now)).then_some(());
         let back = self.cluster.api().until(&format!("{pod} runs again"), &path, BOUND, again);
         back.unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
@@ -182,7 +183,7 @@ impl Mesh {
     /// longer each time before it starts the same one again.
     pub fn kill(&self, pod: &str) {
         let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{pod}");
-        self.kill_processes(&self.cluster.api().get(&path).unwrap().expect("the pod"));
+        self.signal(&self.cluster.api().get(&path).unwrap().expect("the pod"), Signal::SIGKILL);
         self.kubectl(&["delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force"]).unwrap();
     }
 

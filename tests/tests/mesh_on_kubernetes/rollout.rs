@@ -56,6 +56,7 @@ fn every_part_and_the_root_are_replaced_under_load_and_no_connection_fails() {
         mesh.kill(&replica);
         newcomer(&mesh, &target);
         mesh.rolled_out();
+        hung_control_plane(&mesh, &target);
         without_control_plane(&mesh, &target);
         let begun = Instant::now();
         rotate(&mesh);
@@ -104,6 +105,20 @@ fn newcomer(mesh: &Mesh, target: &str) {
     let seen = mesh.run("shop", "newcomer", &["connect", "--to", target]);
     assert_eq!(seen["ok"], true, "{seen}");
     assert_eq!(mesh.unproven("shop"), before, "it proved who it is");
+}
+
+/// Replicas that take connections and say nothing: neither does the webhook stand in anybody's way, nor do connections fail.
+fn hung_control_plane(mesh: &Mesh, target: &str) {
+    let replicas: Vec<Value> = mesh.pods(SYSTEM).into_iter().filter(is_culvertd).collect();
+    let all = |signal| replicas.iter().for_each(|replica| mesh.signal(replica, signal));
+    all(Signal::SIGSTOP);
+    let labelled = mesh.kubectl(&["label", "namespace", "kube-public", "istio.io/dataplane-mode=none"]);
+    let seen = mesh.run("shop", "client", &["connect", "--to", target]);
+    // Else they would stay as they are after a failure.
+    all(Signal::SIGCONT);
+    labelled.unwrap();
+    assert_eq!(seen["ok"], true, "{seen}");
+    mesh.rolled_out();
 }
 
 /// With no replica of the control plane proxies go on with what they know, and `culvert` says so.
