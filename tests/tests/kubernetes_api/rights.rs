@@ -36,9 +36,13 @@ async fn culvertd_uses_each_of_its_rights_and_no_other() {
         scene.create(&format!("/apis/security.istio.io/v1/namespaces/shop/{plural}"), &object);
     }
     let entries = "/apis/networking.istio.io/v1/namespaces/shop";
-    for (kind, plural) in [("ServiceEntry", "serviceentries"), ("WorkloadEntry", "workloadentries")] {
+    let host = json!({"hosts": ["db.example.com"]});
+    for (kind, plural, spec) in [
+        ("ServiceEntry", "serviceentries", host),
+        ("WorkloadEntry", "workloadentries", json!({"address": "192.0.2.7"})),
+    ] {
         let object = json!({
-            "apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "own", "namespace": "shop"}, "spec": {},
+            "apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "own", "namespace": "shop"}, "spec": spec,
         });
         scene.create(&format!("{entries}/{plural}"), &object);
     }

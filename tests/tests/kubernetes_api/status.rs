@@ -147,7 +147,7 @@ async fn entries_and_gateways_say_what_became_of_them() {
     scene.namespace("shop", &json!({}));
     let place = |plural: &str| format!("/apis/networking.istio.io/v1/namespaces/shop/{plural}");
     let entry = |kind: &str, spec: &Value| json!({"apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "one"}, "spec": spec});
-    let spec = json!({"hosts": ["db.example.com"], "ports": [{"number": 80}], "location": "NOWHERE"});
+    let spec = json!({"hosts": ["db.example.com"], "ports": [{"number": 80}], "addresses": ["192.0.2.1/24"]});
     scene.create(&place("serviceentries"), &entry("ServiceEntry", &spec));
     scene.create(&place("workloadentries"), &entry("WorkloadEntry", &json!({"address": "192.0.2.7"})));
     scene.create(GATEWAY_CLASSES, &gateway_class("waypoint"));
@@ -157,9 +157,9 @@ async fn entries_and_gateways_say_what_became_of_them() {
 
     let one = |plural: &str| format!("{}/one", place(plural));
     let bad = until(&scene, &one("serviceentries"), "ZtunnelAccepted", "Invalid");
-    assert!(message(&bad).contains("spec.location: ") && message(&bad).contains("are refused until"), "{bad}");
-    until_event(&scene, "shop", "one", "spec.location");
-    scene.patch(&one("serviceentries"), &json!({"spec": {"location": "MESH_EXTERNAL"}}));
+    assert!(message(&bad).contains("spec.addresses[0]: ") && message(&bad).contains("are refused until"), "{bad}");
+    until_event(&scene, "shop", "one", "spec.addresses[0]");
+    scene.patch(&one("serviceentries"), &json!({"spec": {"addresses": ["192.0.2.0/24"]}}));
     let mended = until(&scene, &one("serviceentries"), "ZtunnelAccepted", "Accepted");
     assert_eq!((&mended["status"], &mended["observedGeneration"]), (&json!("True"), &json!(2)));
     let class = until(&scene, &format!("{GATEWAY_CLASSES}/waypoint"), "Accepted", "Accepted");
