@@ -7,6 +7,8 @@
 mod agent;
 #[path = "kubernetes_api/entries.rs"]
 mod entries;
+#[path = "kubernetes_api/gateway_api.rs"]
+mod gateway_api;
 #[path = "kubernetes_api/leader.rs"]
 mod leader;
 #[path = "kubernetes_api/not_valid.rs"]

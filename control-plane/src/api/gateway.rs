@@ -159,9 +159,24 @@ impl Gateway {
 
     /// Whether it is a waypoint, if its class is this one.
     pub fn is_waypoint(&self, class: Option<&GatewayClass>) -> bool {
-        let by_name = || WAYPOINT_CLASSES.contains(&self.class.as_str());
-        let by_class = |class: &GatewayClass| WAYPOINT_CONTROLLERS.contains(&class.controller.as_str());
-        self.hbone.is_some() && class.map_or_else(by_name, by_class)
+        self.hbone.is_some() && Self::is_class_of_mesh(&self.class, class)
+    }
+
+    /// Whether gateways of the class of that name are the mesh's, if it is this one. Some need none.
+    pub fn is_class_of_mesh(name: &str, class: Option<&GatewayClass>) -> bool {
+        class.map_or_else(|| WAYPOINT_CLASSES.contains(&name), GatewayClass::is_of_mesh)
+    }
+}
+
+impl GatewayClass {
+    /// Whether its gateways are the mesh's.
+    pub fn is_of_mesh(&self) -> bool {
+        Self::is_controller_of_mesh(&self.controller)
+    }
+
+    /// Whether this controller is the mesh.
+    pub fn is_controller_of_mesh(controller: &str) -> bool {
+        WAYPOINT_CONTROLLERS.contains(&controller)
     }
 }
 

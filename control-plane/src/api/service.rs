@@ -47,6 +47,8 @@ pub struct Service {
 pub struct EntryPart {
     /// The entry's name.
     pub name: Arc<str>,
+    /// It is no host of the entry, but stands for the addresses of one that is not valid.
+    pub is_made_up: bool,
     /// The addresses that the entry gives, each with the length of its prefix. They need not be its own alone.
     pub blocks: Vec<(IpAddr, u8)>,
     /// Connections go to the address that the client asked for.

@@ -1,5 +1,7 @@
 //! ServiceEntry: hosts that are no services of Kubernetes, and what stands behind them.
 
+mod stand_in;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use super::name::{Kind, Name};
 use super::problem::{Problem, Problems};
 use super::service::{AppProtocol, ServicePort, TargetPort};
 use super::workload_entry::{self, EntryAddress, EntryEndpoint};
+
+pub(super) use stand_in::{keep, stand_in};
 
 /// Hosts that are no services of Kubernetes.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +45,10 @@ pub struct ServiceEntry {
     pub waypoint: WaypointBinding,
     /// When it was created: of two for the same host the older one counts. None when the object does not say.
     pub created: Option<SystemTime>,
+    /// Where a newer version, which is not valid, says that the hosts are: they count as being there as well.
+    pub also_at: Vec<(IpAddr, u8)>,
+    /// It stands for one that is not valid: nothing is known of it but hosts and addresses, and nobody reaches them.
+    pub is_stand_in: bool,
 }
 
 /// Where connections to a host go.
@@ -52,6 +60,14 @@ pub enum Resolution {
     Static,
     /// To the addresses of the endpoints' names, or of the host's own.
     Dns,
+}
+
+impl ServiceEntry {
+    /// Whether nothing stands behind its hosts but names, which have to be looked up.
+    pub fn is_only_names(&self) -> bool {
+        let has_address = |endpoint: &EntryEndpoint| matches!(endpoint.address, EntryAddress::Ip(_));
+        self.resolution == Resolution::Dns && self.selector.is_empty() && !self.endpoints.iter().any(has_address)
+    }
 }
 
 /// The spec as it is written.
@@ -114,6 +130,8 @@ pub(super) fn validate(meta: &ObjectMeta, spec: &Spec) -> Result<ServiceEntry, V
         is_private: is_private(&name, spec.export_to.as_deref().unwrap_or_default(), &mut problems),
         waypoint: WaypointBinding::read(&labels),
         created: meta.creation_timestamp.as_ref().and_then(|time| check::system_time(&time.0)),
+        also_at: Vec::new(),
+        is_stand_in: false,
         name,
     };
     problems.finish(entry)
@@ -129,22 +147,28 @@ fn hosts(given: &[String], problems: &mut Problems) -> Vec<Arc<str>> {
     let mut hosts: Vec<Arc<str>> = Vec::new();
     for (index, text) in given.iter().take(MAX_HOSTS).enumerate() {
         let field = format!("spec.hosts[{index}]");
-        let host = text.to_ascii_lowercase();
-        let rest = host.strip_prefix("*.").unwrap_or(&host);
-        let is_wildcard = rest.len() < host.len();
-        if host.parse::<IpAddr>().is_ok() || !check::is_dns_subdomain(rest) || !(is_wildcard || rest.contains('.')) {
-            problems.add(
+        match host(text) {
+            None => problems.add(
                 field,
                 format!("{text:?} is not the full name of a host"),
                 "write it with its domain, like db.example.com, or *.example.com for all below it",
-            );
-        } else if hosts.iter().any(|known| **known == *host) {
-            problems.add(field, format!("{text:?} is there twice"), "keep one of the two");
-        } else {
-            hosts.push(host.into());
+            ),
+            Some(host) if hosts.contains(&host) => {
+                problems.add(field, format!("{text:?} is there twice"), "keep one of the two");
+            }
+            Some(host) => hosts.push(host),
         }
     }
     hosts
+}
+
+/// The full name of a host in lower case, or of all below it.
+fn host(text: &str) -> Option<Arc<str>> {
+    let host = text.to_ascii_lowercase();
+    let rest = host.strip_prefix("*.").unwrap_or(&host);
+    let is_wildcard = rest.len() < host.len();
+    let is_name = host.parse::<IpAddr>().is_err() && check::is_dns_subdomain(rest);
+    (is_name && (is_wildcard || rest.contains('.'))).then(|| host.as_str().into())
 }
 
 fn addresses(given: &[String], problems: &mut Problems) -> Vec<(IpAddr, u8)> {
@@ -176,17 +200,33 @@ fn block(text: &str) -> Option<(IpAddr, u8)> {
         Some(_) => return None,
     };
     let is_mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-    let is_no_host = address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_mapped;
-    // What is given to hosts without addresses is nobody's to take.
-    let is_kept = matches!(address, IpAddr::V4(v4) if v4.octets().starts_with(&[240, 240]) && length >= 16);
-    if is_no_host || is_kept || !(1..=bits).contains(&length) {
+    if is_mapped || is_no_host(address) || is_kept(address, length) || !(1..=bits).contains(&length) {
         return None;
     }
-    let is_clear = match address {
-        IpAddr::V4(v4) => v4.to_bits().checked_shl(length.into()).unwrap_or(0) == 0,
-        IpAddr::V6(v6) => v6.to_bits().checked_shl(length.into()).unwrap_or(0) == 0,
-    };
-    is_clear.then_some((address, length))
+    (masked(address, length) == address).then_some((address, length))
+}
+
+fn is_no_host(address: IpAddr) -> bool {
+    address.is_unspecified() || address.is_loopback() || address.is_multicast()
+}
+
+/// Whether it is of those that are given to hosts without addresses: they are nobody's to take.
+fn is_kept(address: IpAddr, length: u8) -> bool {
+    matches!(address, IpAddr::V4(v4) if v4.octets().starts_with(&[240, 240]) && length >= 16)
+}
+
+/// The address without the bits behind the first `length`.
+fn masked(address: IpAddr, length: u8) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => {
+            let behind = u32::MAX.checked_shr(length.into()).unwrap_or(0);
+            IpAddr::V4((v4.to_bits() & !behind).into())
+        }
+        IpAddr::V6(v6) => {
+            let behind = u128::MAX.checked_shr(length.into()).unwrap_or(0);
+            IpAddr::V6((v6.to_bits() & !behind).into())
+        }
+    }
 }
 
 fn ports(given: &[Port], problems: &mut Problems) -> Vec<ServicePort> {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::name::{Kind, ObjectId};
-use super::{Object, authorization_policy, namespace, peer_authentication, pod, service};
+use super::{
+    Object, authorization_policy, namespace, peer_authentication, pod, service, service_entry, workload_entry,
+};
 
 /// The safest reading of the object `id`, which is not valid. None where it is safest that there is no such object, and for
 /// names under which it would be taken for another one; those are in no cluster.
@@ -23,6 +25,12 @@ pub fn of(id: &ObjectId, value: &Value) -> Option<Object> {
         Kind::Service => (!is_in_name('/') && !id.name.contains('.'))
             .then(|| Object::Service(Arc::new(service::stand_in(id.to_name(), value)))),
         Kind::Pod => (!is_in_name('/')).then(|| Object::Pod(Arc::new(pod::stand_in(id.to_name(), value)))),
+        Kind::ServiceEntry if !is_in_name('/') => {
+            service_entry::stand_in(id.to_name(), value).map(|entry| Object::ServiceEntry(Arc::new(entry)))
+        }
+        Kind::WorkloadEntry if !is_in_name('/') => {
+            workload_entry::stand_in(id.to_name(), value).map(|entry| Object::WorkloadEntry(Arc::new(entry)))
+        }
         Kind::Node
         | Kind::ServiceAccount
         | Kind::Deployment
@@ -41,6 +49,12 @@ pub fn keep(last: &Object, newest: Option<&Object>) -> Option<Object> {
         (Object::Pod(last), Some(Object::Pod(newest))) => pod::keep(last, newest).map(|pod| Object::Pod(Arc::new(pod))),
         (Object::Service(last), Some(Object::Service(newest))) => {
             Some(Object::Service(Arc::new(service::keep(last, newest))))
+        }
+        (Object::ServiceEntry(last), Some(Object::ServiceEntry(newest))) => {
+            Some(Object::ServiceEntry(Arc::new(service_entry::keep(last, newest))))
+        }
+        (Object::WorkloadEntry(last), Some(Object::WorkloadEntry(newest))) => {
+            Some(Object::WorkloadEntry(Arc::new(workload_entry::keep(last, newest))))
         }
         _ => Some(last.clone()),
     }

@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::check;
+use super::check::{self, Addresses};
 use super::labels::{Labels, WaypointBinding};
 use super::name::{Kind, Name};
 use super::node::Locality;
@@ -26,6 +26,10 @@ pub struct WorkloadEntry {
     pub waypoint: WaypointBinding,
     /// What checks it has found it well, or nothing checks it.
     pub healthy: bool,
+    /// Where a newer version, which is not valid, says that it is: it counts as being there as well.
+    pub also_at: Option<IpAddr>,
+    /// It stands for one that is not valid: nothing is known of it but its address, and nobody reaches it.
+    pub is_stand_in: bool,
 }
 
 /// A workload that is no pod, as an entry describes it.
@@ -85,7 +89,8 @@ pub(super) fn validate(meta: &ObjectMeta, spec: &Spec) -> Result<WorkloadEntry, 
     match endpoint {
         Some(endpoint) => {
             let endpoint = EntryEndpoint { captured, ..endpoint };
-            problems.finish(WorkloadEntry { name, endpoint, waypoint, healthy: true })
+            let entry = WorkloadEntry { name, endpoint, waypoint, healthy: true, also_at: None, is_stand_in: false };
+            problems.finish(entry)
         }
         None => Err(problems.into_list()),
     }
@@ -102,6 +107,47 @@ impl WorkloadEntry {
             None => is_checked.is_none_or(|value| value != "true"),
         };
         Self { healthy, ..self }
+    }
+}
+
+/// The safest reading of a WorkloadEntry that is not valid: at its address, and nobody reaches it. None: it has no address that
+/// can be read.
+pub(super) fn stand_in(name: Name, value: &Value) -> Option<WorkloadEntry> {
+    let mut found = Addresses::default();
+    found.add_unread(value.pointer("/spec/address")?.as_str()?);
+    Some(WorkloadEntry {
+        name,
+        endpoint: EntryEndpoint::unread(found.0.first().copied()?),
+        waypoint: WaypointBinding::Off,
+        healthy: false,
+        also_at: None,
+        is_stand_in: true,
+    })
+}
+
+/// What of the last good version stays in force beside the newest one, which is not valid and stood in for by `newest`: all of
+/// it, and at the addresses of both.
+pub(super) fn keep(last: &WorkloadEntry, newest: &WorkloadEntry) -> WorkloadEntry {
+    let also_at = match (&last.endpoint.address, &newest.endpoint.address) {
+        (EntryAddress::Ip(before), EntryAddress::Ip(now)) if before != now => Some(*now),
+        (_, EntryAddress::Ip(_) | EntryAddress::Host(_)) => None,
+    };
+    WorkloadEntry { also_at, ..last.clone() }
+}
+
+impl EntryEndpoint {
+    /// What is known of one whose object is not valid.
+    pub(super) fn unread(address: IpAddr) -> Self {
+        Self {
+            address: EntryAddress::Ip(address),
+            ports: BTreeMap::new(),
+            labels: Labels::new(),
+            locality: Locality::default(),
+            weight: None,
+            service_account: String::new(),
+            native_tunnel: false,
+            captured: false,
+        }
     }
 }
 

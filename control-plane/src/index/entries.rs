@@ -1,8 +1,12 @@
 //! ServiceEntries, found by name and by host; the service that each host becomes, and the workloads of the endpoints that
 //! they list.
 //!
-//! Of several entries of a namespace for one host the oldest has it. A name that the services of the namespace have belongs
-//! to them.
+//! Of several entries of a namespace for one host the oldest has it, of those that are valid if one is. A name that the services
+//! of the namespace have belongs to them.
+//!
+//! An entry that is not valid stands at its hosts and addresses all the same, and nobody gets through. Its hosts are services
+//! that are bound to a waypoint that is never there: so names are answered as ever, and connections refused. All its addresses
+//! are those of one more service, of a made-up name: also where the hosts are another's.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -20,8 +24,11 @@ use crate::api::{
     ServiceEntry, Topology,
 };
 
-/// Which of several entries has a host: the first.
-type Claim = (Option<SystemTime>, Name);
+/// Which of several entries has a host: the first. Those that stand for entries that are not valid come last.
+type Claim = (bool, Option<SystemTime>, Name);
+
+/// Ends the made-up name of what stands at the addresses of an entry that is not valid (RFC 2606, section 2).
+const NOT_VALID: &str = "serviceentry.invalid";
 
 /// The entries, with what finds them.
 #[derive(Debug, Default)]
@@ -43,7 +50,7 @@ impl Entries {
         let name = &entry.name;
         self.by_namespace.insert(name.namespace.clone(), name.clone());
         for host in hosts(&entry) {
-            self.by_host.entry(host).or_default().insert((entry.created, name.clone()));
+            self.by_host.entry(host).or_default().insert(claim(&entry));
         }
         self.all.insert(name.clone(), entry);
         old
@@ -55,7 +62,7 @@ impl Entries {
         self.by_namespace.remove(&name.namespace, name);
         for host in hosts(&entry) {
             if let Some(claims) = self.by_host.get_mut(&host) {
-                claims.remove(&(entry.created, name.clone()));
+                claims.remove(&claim(&entry));
                 if claims.is_empty() {
                     self.by_host.remove(&host);
                 }
@@ -83,7 +90,7 @@ impl Entries {
 
     /// The entry that has a host of a namespace.
     pub(super) fn of_host(&self, host: &Name) -> Option<&Arc<ServiceEntry>> {
-        let (_, name) = self.by_host.get(host)?.first()?;
+        let (_, _, name) = self.by_host.get(host)?.first()?;
         self.all.get(name)
     }
 
@@ -96,9 +103,20 @@ impl Entries {
     }
 }
 
+fn claim(entry: &ServiceEntry) -> Claim {
+    (entry.is_stand_in, entry.created, entry.name.clone())
+}
+
 /// The hosts of an entry, each with the namespace.
 fn hosts(entry: &ServiceEntry) -> impl Iterator<Item = Name> {
-    entry.hosts.iter().map(|host| Name::new(entry.name.namespace.clone(), host.clone()))
+    let given = entry.hosts.iter().map(|host| Name::new(entry.name.namespace.clone(), host.clone()));
+    given.chain(made_up(entry))
+}
+
+/// The made-up host of an entry that is not valid.
+fn made_up(entry: &ServiceEntry) -> Option<Name> {
+    let Name { namespace, name } = &entry.name;
+    entry.is_stand_in.then(|| Name::new(namespace.clone(), format!("{name}.{namespace}.{NOT_VALID}")))
 }
 
 impl Index {
@@ -130,7 +148,7 @@ impl Index {
     fn refresh_hosts(&mut self, hosts: BTreeSet<Name>, dirty: &mut Dirty) {
         for host in hosts {
             let claims = self.entries.by_host.get(&host).into_iter().flatten();
-            dirty.entries.extend(claims.map(|(_, name)| name.clone()));
+            dirty.entries.extend(claims.map(|(_, _, name)| name.clone()));
             let old = match self.service_of_host(&host) {
                 Some(service) => {
                     dirty.services.extend(self.entry_vips.set(&service));
@@ -152,12 +170,11 @@ impl Index {
             return None;
         }
         let is_passthrough = entry.resolution == Resolution::None;
+        let is_made_up = made_up(entry).is_some_and(|made_up| made_up == *host);
+        let takes_one = !is_passthrough && !is_made_up && entry.addresses.is_empty();
         Some(Service {
             name: host.clone(),
-            addresses: match (is_passthrough, entry.addresses.is_empty()) {
-                (false, true) => ServiceAddresses::Allocate,
-                (true, _) | (_, false) => ServiceAddresses::Headless,
-            },
+            addresses: if takes_one { ServiceAddresses::Allocate } else { ServiceAddresses::Headless },
             ports: entry.ports.clone(),
             selector: entry.selector.clone(),
             publish_not_ready: false,
@@ -166,13 +183,14 @@ impl Index {
             waypoint: entry.waypoint.clone(),
             entry: Some(EntryPart {
                 name: entry.name.name.clone(),
-                blocks: entry.addresses.clone(),
+                is_made_up,
+                blocks: entry.addresses.iter().chain(&entry.also_at).copied().collect(),
                 is_passthrough,
                 subject_alt_names: entry.subject_alt_names.clone(),
                 is_private: entry.is_private,
                 created: entry.created,
             }),
-            is_stand_in: false,
+            is_stand_in: entry.is_stand_in,
         })
     }
 
@@ -186,15 +204,10 @@ impl Index {
     /// Whether connections to the entry's hosts can be carried: to an address of an endpoint, as they are addressed, or to a
     /// waypoint. Nobody here looks names up.
     fn is_reachable(&self, entry: &ServiceEntry) -> bool {
-        match entry.resolution {
-            Resolution::None | Resolution::Static => true,
-            Resolution::Dns => {
-                let has_address = |endpoint: &EntryEndpoint| matches!(endpoint.address, EntryAddress::Ip(_));
-                !entry.selector.is_empty()
-                    || entry.endpoints.iter().any(has_address)
-                    || self.waypoint(&entry.name.namespace, &entry.waypoint, Addressed::Service).is_some()
-            }
-        }
+        // What stands for one that is not valid is told, so that nobody is reached.
+        entry.is_stand_in
+            || !entry.is_only_names()
+            || self.waypoint(&entry.name.namespace, &entry.waypoint, Addressed::Service).is_some()
     }
 
     pub(super) fn recompute_entry(&mut self, name: &Name, changes: &mut Changes) {
@@ -236,6 +249,7 @@ impl Index {
             let ports = wire::PortList { ports: workload::entry_ports(endpoint, &entry.ports) };
             let services = hosts.iter().map(|key| (key.clone(), ports.clone())).collect();
             let message = self.inline_workload(entry, endpoint, address);
+            let services = if entry.is_stand_in { BTreeMap::new() } else { services };
             let resource = encode::workload(&message, services, vec![names::alias(address)]);
             resources.insert(resource.name.clone(), resource);
         }
@@ -251,8 +265,9 @@ impl Index {
             policies: self.policies_of(&entry.name.namespace, &endpoint.labels),
             is_waiting: false,
             is_in_doubt: false,
+            is_refused: entry.is_stand_in,
         };
-        workload::of_endpoint(&self.options, &entry.name, endpoint, address, true, around)
+        workload::of_endpoint(&self.options, &entry.name, endpoint, &[address], true, around)
     }
 
     /// Hosts for which no address was left, each with its entry.
@@ -268,6 +283,14 @@ impl Index {
     /// How the entry's effect differs from what its author may expect.
     fn notes_on(&self, entry: &ServiceEntry) -> Vec<String> {
         let mut notes = Vec::new();
+        if entry.is_stand_in {
+            notes.push(
+                "is not valid, and has no earlier version: connections to those of its hosts and addresses that can be read \
+                 are refused"
+                    .to_owned(),
+            );
+            return notes;
+        }
         if !self.is_reachable(entry) {
             notes.push(
                 "is not in force: resolution DNS with nothing but names to look up is not supported without a waypoint; \

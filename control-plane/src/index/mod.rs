@@ -41,6 +41,8 @@ mod policy_tests;
 #[cfg(test)]
 mod property_tests;
 #[cfg(test)]
+mod stand_in_entry_tests;
+#[cfg(test)]
 mod stand_in_tests;
 #[cfg(test)]
 mod tests;

@@ -180,6 +180,7 @@ impl Index {
                 policies: self.policies_of(&pod.name.namespace, &pod.labels),
                 is_waiting,
                 is_in_doubt,
+                is_refused: false,
             },
         );
         // The address of a host-network pod is the node's: whoever asks for it does not mean the pod.

@@ -117,7 +117,7 @@ const LISTENERS: [&str; 3] = [
     "port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: All}}",
     "port: 80, protocol: HTTP",
 ];
-const SERVICE_ENTRIES: [&str; 8] = [
+const SERVICE_ENTRIES: [&str; 12] = [
     "hosts: [a.example.com], resolution: STATIC, endpoints: [{address: 10.0.0.1}, {address: 10.0.0.7, labels: {app: a0}}]",
     "hosts: [a.example.com, b.example.com], resolution: STATIC, workloadSelector: {labels: {app: a0}}",
     "hosts: [b.example.com, '*.example.com'], resolution: STATIC, addresses: [10.1.0.0/16], workloadSelector: {labels: {app: a1}}",
@@ -126,12 +126,20 @@ const SERVICE_ENTRIES: [&str; 8] = [
     "hosts: [a.example.com], exportTo: ['.']",
     "hosts: [x0.ns0.svc.cluster.local], resolution: STATIC, endpoints: [{address: 10.0.0.1}]",
     "hosts: [x0.ns1.svc.cluster.local], addresses: [10.96.0.1], resolution: STATIC, endpoints: [{address: 10.0.0.9}]",
+    // Not valid.
+    "hosts: [a.example.com, b.example.com], resolution: SOMEHOW, endpoints: [{address: 10.0.0.8}, {address: 10.0.0.7}]",
+    "hosts: [a.example.com, B, x0.ns0.svc.cluster.local], addresses: [10.1.0.0/16, 10.96.0.1], location: NOWHERE",
+    "addresses: [10.1.0.0/16], exportTo: ['.'], resolution: STATIC, workloadSelector: {labels: {app: a0}}",
+    "hosts: ['*.example.com'], resolution: DNS, endpoints: [{address: 10.0.0.1}], exportTo: [a, b]",
 ];
-const WORKLOAD_ENTRIES: [&str; 4] = [
+const WORKLOAD_ENTRIES: [&str; 6] = [
     "address: 10.0.0.1",
     "address: 10.0.0.8, ports: {web: 8, p: 9}, serviceAccount: sa",
     "address: 10.0.0.8, labels: {networking.istio.io/tunnel: http}, weight: 2",
     "address: vm.example.com",
+    // Not valid.
+    "address: 10.0.0.8, weight: -1, labels: {app: a0}",
+    "address: 10.0.0.9, network: other",
 ];
 
 /// The third one is the root namespace.

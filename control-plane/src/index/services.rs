@@ -49,7 +49,8 @@ impl Services {
             self.by_label.insert((name.namespace.clone(), key.clone(), value.clone()), name.clone());
         }
         self.hosts += usize::from(service.entry.is_some());
-        if service.is_stand_in {
+        // Of entries it is said of the entry.
+        if service.is_stand_in && service.entry.is_none() {
             self.stand_ins.insert(name.clone());
         }
         self.all.insert(name.clone(), service);
@@ -159,6 +160,8 @@ impl Index {
             Some(entry) if entry.is_private => wire::service::Visibility::Namespace,
             Some(_) | None => wire::service::Visibility::Public,
         };
+        // Who is looked up by name must be found, or the name leads out of the mesh.
+        let is_found = entry.is_some_and(|entry| !entry.is_made_up);
         let message = wire::Service {
             name: service.entry.as_ref().map_or(&name.name, |entry| &entry.name).to_string(),
             namespace: name.namespace.to_string(),
@@ -172,7 +175,10 @@ impl Index {
             },
             load_balancing: load_balancing(&service),
             ip_families: families(service.families).into(),
-            extensions: named_ports(&service.ports).into_iter().chain(service.is_stand_in.then(not_valid)).collect(),
+            extensions: named_ports(&service.ports)
+                .into_iter()
+                .chain((service.is_stand_in && !is_found).then(not_valid))
+                .collect(),
             subject_alt_names: entry.map(|entry| entry.subject_alt_names.clone()).unwrap_or_default(),
             // Kubernetes' own services are the definition of their host names.
             canonical: entry.is_none(),

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use mesh_model::gateway::GatewayDestination;
 use mesh_model::{Change, Destination, Health, Snapshot, TunnelProtocol, Viewpoint};
 use mesh_proto::workload as wire;
 
@@ -14,7 +15,7 @@ use crate::api::{Kind, Object, ObjectId, Pod, stand_in};
 use crate::ca::{Directory, NodeIdentity};
 
 /// What a proxy makes of it all.
-fn snapshot(index: &Index) -> Snapshot {
+pub(super) fn snapshot(index: &Index) -> Snapshot {
     let mut snapshot = Snapshot::new();
     for resource in index.resources() {
         let (change, error) = Change::address(&resource.name, &resource.body);
@@ -25,10 +26,15 @@ fn snapshot(index: &Index) -> Snapshot {
 }
 
 /// What an address is to a proxy.
-fn at(index: &Index, address: &str) -> String {
+pub(super) fn at(index: &Index, address: &str) -> String {
     let snapshot = snapshot(index);
     match snapshot.destination(&Viewpoint::default(), address.parse::<IpAddr>().unwrap()) {
-        Destination::Service(service) => format!("service {}", service.name),
+        Destination::Service(service) => match &service.waypoint {
+            Some(waypoint) if matches!(&waypoint.destination, GatewayDestination::Service(name) if name.ends_with(".invalid")) => {
+                "refused".to_owned()
+            }
+            Some(_) | None => format!("service {}", service.name),
+        },
         Destination::Workload(workload) => match workload.tunnel_protocol {
             TunnelProtocol::Hbone => format!("tunnel to {}", workload.spiffe_id().service_account()),
             TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => "plaintext".to_owned(),

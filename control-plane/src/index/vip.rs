@@ -298,6 +298,7 @@ mod tests {
     fn service(name: &str, addresses: ServiceAddresses, age: u8) -> Arc<Service> {
         let created = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(100 - u64::from(age));
         let entry = EntryPart {
+            is_made_up: false,
             name: "entry".into(),
             blocks: Vec::new(),
             is_passthrough: false,

@@ -8,7 +8,7 @@ use mesh_proto::workload as wire;
 use prost::Message as _;
 
 use super::services::{not_valid, port_on_wire};
-use super::waypoint::Addressed;
+use super::waypoint::{self, Addressed};
 use super::{Index, Options, names};
 use crate::api::{
     EntryEndpoint, GATEWAY_NAME, Labels, Locality, Name, Owner, Pod, ServicePort, TargetPort, WaypointBinding,
@@ -31,6 +31,8 @@ pub(super) struct Surroundings {
     pub(super) is_waiting: bool,
     /// It is not known whether it is enrolled: so it is reached by a tunnel or not at all.
     pub(super) is_in_doubt: bool,
+    /// Its object is not valid, and nobody reaches it.
+    pub(super) is_refused: bool,
 }
 
 impl Index {
@@ -81,7 +83,7 @@ pub(super) fn of_endpoint(
     options: &Options,
     owner: &Name,
     endpoint: &EntryEndpoint,
-    address: IpAddr,
+    addresses: &[IpAddr],
     healthy: bool,
     around: Surroundings,
 ) -> wire::Workload {
@@ -92,17 +94,19 @@ pub(super) fn of_endpoint(
         uid: around.uid,
         name: owner.name.to_string(),
         namespace: owner.namespace.to_string(),
-        addresses: vec![names::address_bytes(address)],
+        addresses: addresses.iter().copied().map(names::address_bytes).collect(),
         tunnel_protocol: if is_hbone { wire::TunnelProtocol::Hbone } else { wire::TunnelProtocol::None }.into(),
         trust_domain: trust_domain(options),
         service_account: endpoint.service_account.clone(),
-        waypoint: around.waypoint,
+        // Whoever does not know the extension does not get through it either.
+        waypoint: if around.is_refused { Some(waypoint::nowhere(owner)) } else { around.waypoint },
         canonical_name: first_label(&endpoint.labels, CANONICAL_NAME, &owner.name),
         canonical_revision: first_label(&endpoint.labels, CANONICAL_REVISION, "latest"),
         workload_type: wire::WorkloadType::Pod.into(),
         workload_name: owner.name.to_string(),
         native_tunnel: endpoint.native_tunnel,
-        status: Health::of(healthy, false).status().into(),
+        status: Health::of(healthy && !around.is_refused, false).status().into(),
+        extensions: around.is_refused.then(not_valid).into_iter().collect(),
         cluster_id: options.cluster_id.clone(),
         locality: (locality != wire::Locality::default()).then_some(locality),
         authorization_policies: around.policies,

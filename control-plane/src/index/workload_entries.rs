@@ -1,6 +1,7 @@
 //! WorkloadEntries, found by name and by label; and the workload that each becomes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_proto::workload as wire;
@@ -68,7 +69,12 @@ impl WorkloadEntries {
                 .to_owned(),
         }
         };
-        let mut notes: Vec<Note> = named.map(note).collect();
+        let not_valid = self.all.values().filter(|entry| entry.is_stand_in);
+        let not_valid = not_valid.map(|entry| Note {
+            object: ObjectId::namespaced(Kind::WorkloadEntry, &entry.name).to_string(),
+            reason: "is not valid, and has no earlier version: connections to its address are refused".to_owned(),
+        });
+        let mut notes: Vec<Note> = named.map(note).chain(not_valid).collect();
         notes.sort_by(|a, b| a.object.cmp(&b.object));
         notes
     }
@@ -98,9 +104,13 @@ impl Index {
             policies: self.policies_of(&name.namespace, &entry.endpoint.labels),
             is_waiting: false,
             is_in_doubt: false,
+            is_refused: entry.is_stand_in,
         };
-        let message = workload::of_endpoint(&self.options, name, &entry.endpoint, address, entry.healthy, around);
-        let resource = encode::workload(&message, self.services_of_entry(entry), vec![names::alias(address)]);
+        let addresses: Vec<IpAddr> = std::iter::once(address).chain(entry.also_at).collect();
+        let message = workload::of_endpoint(&self.options, name, &entry.endpoint, &addresses, entry.healthy, around);
+        let aliases = addresses.into_iter().map(names::alias).collect();
+        let services = if entry.is_stand_in { BTreeMap::new() } else { self.services_of_entry(entry) };
+        let resource = encode::workload(&message, services, aliases);
         self.addresses.publish(resource, changes);
     }
 

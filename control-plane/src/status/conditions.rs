@@ -1,29 +1,29 @@
 //! What the status of an object is to say. Pure: what became of objects and what proxies refused in, conditions out.
 //!
-//! Types and reasons are those that Istio writes, so that what waits for them goes on working.
+//! Types and reasons are those that Istio writes, or Gateway API has, so that what waits for them goes on working.
+
+mod binding;
+mod entries;
+mod gateways;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mesh_xds::AUTHORIZATION_TYPE;
 use mesh_xds::server::ClientStatus;
+use mesh_xds::{AUTHORIZATION_TYPE, WORKLOAD_TYPE};
 use serde_json::{Value, json};
 
-use crate::api::{
-    AuthorizationPolicy, Kind, Name, Object, ObjectId, PolicyTarget, Service, WaypointBinding, WaypointFor,
-};
+use crate::api::{AuthorizationPolicy, GatewayClass, Kind, Object, ObjectId, PolicyTarget};
 use crate::ca::{Caller, ServiceAccount};
-use crate::index;
+use crate::index::{self, Note};
 use crate::ingest::kubernetes::{Outcome, Verdict};
 
-/// Of a policy: whether the nodes' proxies put it in force.
+/// Of a policy or an entry: whether the nodes' proxies put it in force.
 const ZTUNNEL_ACCEPTED: &str = "ZtunnelAccepted";
 /// Of a policy that names what it is attached to: whether a waypoint puts it in force.
 const WAYPOINT_ACCEPTED: &str = "WaypointAccepted";
-/// Of a service: whether its traffic goes through a waypoint.
+/// Of a service or a ServiceEntry: whether its traffic goes through a waypoint.
 const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
-/// Every type that is written here.
-const TYPES: [&str; 3] = [ZTUNNEL_ACCEPTED, WAYPOINT_ACCEPTED, WAYPOINT_BOUND];
 /// Longest message, in bytes.
 const MAX_MESSAGE: usize = 4096;
 /// Proxies that are named in a message, at most.
@@ -32,8 +32,31 @@ const MAX_NAMED: usize = 3;
 /// Objects by name.
 pub(super) type All = BTreeMap<ObjectId, Arc<Verdict>>;
 
-/// What proxies refused: by the primary name of the resource, which proxy and why.
+/// What proxies refused: by the primary name of a policy, or the key of what an entry became, which proxy and why.
 pub(super) type Nacks = BTreeMap<String, Vec<(String, String)>>;
+
+/// What the mesh says of objects.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// What proxies refused.
+    pub(super) nacks: Nacks,
+    /// By object, as people write it: how its effect differs from what its author may expect.
+    pub(super) notes: BTreeMap<String, Vec<String>>,
+}
+
+impl Told {
+    /// With these notes.
+    pub(super) fn new(nacks: Nacks, all: &[Note]) -> Self {
+        let mut notes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for Note { object, reason } in all {
+            notes.entry(object.clone()).or_default().push(reason.clone());
+        }
+        Self { nacks, notes }
+    }
+}
+
+/// What a condition says: type, whether it holds, reason, message.
+type Said = (&'static str, bool, &'static str, String);
 
 /// A condition, without its time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,9 +75,15 @@ pub(super) fn nacks(clients: &[ClientStatus], accounts: &[ServiceAccount]) -> Na
     let mut nacks = Nacks::new();
     for client in clients {
         let Some(who) = accounts.iter().find_map(|account| Caller::beside(&client.client, account)) else { continue };
-        let types = client.types.iter().filter(|of| &*of.type_url == AUTHORIZATION_TYPE);
-        for nack in types.flat_map(|of| &of.nacks) {
-            nacks.entry(nack.resource.clone()).or_default().push((who.to_owned(), nack.reason.clone()));
+        for of in &client.types {
+            let key = |resource: &str| match &*of.type_url {
+                AUTHORIZATION_TYPE => Some(resource.to_owned()),
+                WORKLOAD_TYPE => entries::key(resource),
+                _ => None,
+            };
+            for (key, nack) in of.nacks.iter().filter_map(|nack| Some((key(&nack.resource)?, nack))) {
+                nacks.entry(key).or_default().push((who.to_owned(), nack.reason.clone()));
+            }
         }
     }
     for refusals in nacks.values_mut() {
@@ -63,39 +92,84 @@ pub(super) fn nacks(clients: &[ClientStatus], accounts: &[ServiceAccount]) -> Na
     nacks
 }
 
+/// Types of conditions that are written of the kind.
+fn types(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::AuthorizationPolicy | Kind::PeerAuthentication => &[ZTUNNEL_ACCEPTED, WAYPOINT_ACCEPTED],
+        Kind::ServiceEntry => &[ZTUNNEL_ACCEPTED, WAYPOINT_BOUND],
+        Kind::WorkloadEntry => &[ZTUNNEL_ACCEPTED],
+        Kind::Service => &[WAYPOINT_BOUND],
+        Kind::Gateway => &[gateways::ACCEPTED, gateways::PROGRAMMED],
+        Kind::GatewayClass => &[gateways::ACCEPTED],
+        Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::EndpointSlice | Kind::Pod => &[],
+    }
+}
+
 /// What the status of the object is to say; none where that cannot be told, and stays as it is.
-pub(super) fn desired(id: &ObjectId, verdict: &Verdict, all: &All, nacks: &Nacks) -> Option<Vec<Condition>> {
-    let condition = |kind, holds, reason, message: String| {
-        vec![Condition { kind, holds, reason, message: bounded(message, MAX_MESSAGE), generation: verdict.generation }]
+pub(super) fn desired(id: &ObjectId, verdict: &Verdict, all: &All, told: &Told) -> Option<Vec<Condition>> {
+    let said = match &verdict.outcome {
+        Outcome::Valid(object) => of_valid(object, all, told)?,
+        Outcome::Refused { .. } => of_refused(id.kind, verdict, all)?,
     };
-    match (&verdict.outcome, id.kind) {
-        (Outcome::Refused { .. }, Kind::AuthorizationPolicy | Kind::PeerAuthentication) => {
-            let message = mistakes(id.kind, verdict).unwrap_or_default();
-            Some(condition(ZTUNNEL_ACCEPTED, false, "Invalid", message))
+    let condition = |(kind, holds, reason, message)| Condition {
+        kind,
+        holds,
+        reason,
+        message: bounded(message, MAX_MESSAGE),
+        generation: verdict.generation,
+    };
+    Some(said.into_iter().map(condition).collect())
+}
+
+fn of_refused(kind: Kind, verdict: &Verdict, all: &All) -> Option<Vec<Said>> {
+    let mistakes = || mistakes(kind, verdict).unwrap_or_default();
+    match kind {
+        Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ServiceEntry | Kind::WorkloadEntry => {
+            Some(vec![(ZTUNNEL_ACCEPTED, false, "Invalid", mistakes())])
         }
-        (Outcome::Refused { .. }, _) => None,
-        (Outcome::Valid(Object::AuthorizationPolicy(policy)), _) => {
+        Kind::Gateway => gateways::of_bad_gateway(&verdict.belongs_to, &mistakes(), all),
+        Kind::GatewayClass => gateways::of_bad_class(&verdict.belongs_to, mistakes()).map(|said| vec![said]),
+        _ => None,
+    }
+}
+
+fn of_valid(object: &Object, all: &All, told: &Told) -> Option<Vec<Said>> {
+    let Told { nacks, notes } = told;
+    let notes = || notes.get(&object.id().to_string()).map(Vec::as_slice).unwrap_or_default();
+    Some(match object {
+        Object::AuthorizationPolicy(policy) => {
             let (kind, holds, reason, message) = of_policy(policy);
             let refused = refusal(nacks, &index::policy_key(&policy.name)).filter(|_| kind == ZTUNNEL_ACCEPTED);
-            Some(match refused {
-                Some(message) => condition(kind, false, "RefusedByProxy", message),
-                None => condition(kind, holds, reason, message),
-            })
+            vec![match refused {
+                Some(message) => (kind, false, "RefusedByProxy", message),
+                None => (kind, holds, reason, message),
+            }]
         }
-        (Outcome::Valid(Object::PeerAuthentication(policy)), _) => {
-            Some(match refusal(nacks, &index::authentication_key(&policy.name)) {
-                Some(message) => condition(ZTUNNEL_ACCEPTED, false, "RefusedByProxy", message),
-                None => condition(ZTUNNEL_ACCEPTED, true, "Accepted", ACCEPTED.to_owned()),
-            })
+        Object::PeerAuthentication(policy) => {
+            vec![match refusal(nacks, &index::authentication_key(&policy.name)) {
+                Some(message) => (ZTUNNEL_ACCEPTED, false, "RefusedByProxy", message),
+                None => (ZTUNNEL_ACCEPTED, true, "Accepted", ACCEPTED.to_owned()),
+            }]
         }
-        (Outcome::Valid(Object::Service(service)), _) => {
-            let bound = waypoint(service, all)?.filter(|waypoint| *waypoint != service.name);
-            let Some(bound) = bound else { return Some(Vec::new()) };
-            let (holds, reason, message) = binding(service, &bound, all)?;
-            Some(condition(WAYPOINT_BOUND, holds, reason, message))
+        Object::Service(service) => {
+            let namespace = &service.name.namespace;
+            let bound = binding::waypoint(namespace, &service.waypoint, all)?;
+            // A waypoint's own service is not bound to it.
+            let Some(bound) = bound.filter(|waypoint| *waypoint != service.name) else { return Some(Vec::new()) };
+            let (holds, reason, message) = binding::binding(namespace, &bound, all)?;
+            vec![(WAYPOINT_BOUND, holds, reason, message)]
         }
-        (Outcome::Valid(_), _) => None,
-    }
+        Object::ServiceEntry(entry) => entries::of_service_entry(entry, all, nacks, notes())?,
+        Object::WorkloadEntry(entry) => vec![entries::of_workload_entry(entry, nacks, notes())],
+        Object::Gateway(gateway) => gateways::of_gateway(gateway, all)?,
+        Object::GatewayClass(class) => vec![gateways::of_class(class)?],
+        Object::Namespace(_)
+        | Object::Node(_)
+        | Object::ServiceAccount(_)
+        | Object::Deployment(_)
+        | Object::EndpointSlice(_)
+        | Object::Pod(_) => return None,
+    })
 }
 
 const ACCEPTED: &str = "told to the proxies of all nodes";
@@ -125,6 +199,10 @@ pub(super) fn mistakes(kind: Kind, verdict: &Verdict) -> Option<String> {
         Kind::AuthorizationPolicy => "what it may be for is denied until this is mended",
         Kind::PeerAuthentication => "what it may be for takes no plaintext until this is mended",
         Kind::Service => "connections to its addresses are refused until this is mended",
+        Kind::ServiceEntry => {
+            "connections to those of its hosts and addresses that can be read are refused until this is mended"
+        }
+        Kind::WorkloadEntry => "connections to its address, if it can be read, are refused until this is mended",
         Kind::Pod => "it counts as enrolled unless it or its namespace says otherwise, until this is mended",
         Kind::Namespace => "its pods count as enrolled, and are not reached in plaintext, until this is mended",
         _ => "it does not take effect",
@@ -146,75 +224,25 @@ fn refusal(nacks: &Nacks, resource: &str) -> Option<String> {
     Some(format!("refused by proxies ({who}): {reason}"))
 }
 
-/// The waypoint that the service is bound to. The outer none: its namespace decides, and cannot be read.
-fn waypoint(service: &Service, all: &All) -> Option<Option<Name>> {
-    let namespace = &service.name.namespace;
-    let binding = match &service.waypoint {
-        WaypointBinding::Unset => match all.get(&ObjectId::cluster(Kind::Namespace, namespace.clone())) {
-            None => WaypointBinding::Unset,
-            Some(verdict) => match &verdict.outcome {
-                Outcome::Valid(Object::Namespace(namespace)) => namespace.waypoint.clone(),
-                Outcome::Valid(_) | Outcome::Refused { .. } => return None,
-            },
-        },
-        own => own.clone(),
-    };
-    Some(match binding {
-        WaypointBinding::Unset | WaypointBinding::Off => None,
-        WaypointBinding::Waypoint(waypoint) => {
-            Some(Name::new(waypoint.namespace.as_deref().unwrap_or(namespace), waypoint.name))
-        }
-    })
-}
-
-/// What becomes of traffic to the service, which is bound to that waypoint; none where nobody can tell.
-fn binding(service: &Service, waypoint: &Name, all: &All) -> Option<(bool, &'static str, String)> {
-    let valid = |id: &ObjectId| match all.get(id).map(|verdict| &verdict.outcome) {
+/// The object, if it is valid.
+fn valid<'a>(id: &ObjectId, all: &'a All) -> Option<&'a Object> {
+    match all.get(id).map(|verdict| &verdict.outcome) {
         Some(Outcome::Valid(object)) => Some(object),
         Some(Outcome::Refused { .. }) | None => None,
-    };
-    let id = ObjectId::namespaced(Kind::Gateway, waypoint);
-    let Some(Object::Gateway(gateway)) = valid(&id) else {
-        if all.contains_key(&id) {
-            return None;
-        }
-        return Some(if valid(&ObjectId::namespaced(Kind::Service, waypoint)).is_some() {
-            (true, "WaypointAccepted", format!("bound to the waypoint {waypoint}"))
-        } else {
-            let fix = "make it, or take away the label istio.io/use-waypoint";
-            (false, "WaypointIsNotReady", format!("there is no waypoint {waypoint}: connections are refused; {fix}"))
-        });
-    };
-    let class = valid(&ObjectId::cluster(Kind::GatewayClass, gateway.class.as_str().into()));
-    let class = match class {
-        Some(Object::GatewayClass(class)) => Some(class.as_ref()),
-        Some(_) | None => None,
-    };
-    let Some(listener) = gateway.hbone.as_ref().filter(|_| gateway.is_waypoint(class)) else {
-        let fix = "give it a listener for HBONE and a class of waypoints";
-        let message = format!("the Gateway {waypoint} is no waypoint: connections are refused; {fix}");
-        return Some((false, "WaypointIsNotReady", message));
-    };
-    if !listener.allows_all && waypoint.namespace != service.name.namespace {
-        let fix = "set allowedRoutes.namespaces.from to All at its listener for HBONE";
-        let message = format!("the waypoint {waypoint} is for its own namespace: connections are refused; {fix}");
-        return Some((false, "AttachmentDenied", message));
     }
-    Some(match gateway.waypoint_for {
-        WaypointFor::Service | WaypointFor::All => {
-            (true, "WaypointAccepted", format!("bound to the waypoint {waypoint}"))
-        }
-        WaypointFor::Workload | WaypointFor::Nothing => {
-            let fix = "label it istio.io/waypoint-for: service or all";
-            let message = format!("the waypoint {waypoint} is not for services: connections pass it by; {fix}");
-            (false, "UnsupportedTrafficType", message)
-        }
-    })
 }
 
-/// The conditions as they are to be written in place of `current`, those of the object's status; none if that says the same
-/// already. A condition that has not turned keeps the time at which it did.
-pub(super) fn change(current: &[Value], desired: &[Condition], now: &str) -> Option<Vec<Value>> {
+/// The class of that name, if it is valid.
+fn class<'a>(name: &str, all: &'a All) -> Option<&'a GatewayClass> {
+    match valid(&ObjectId::cluster(Kind::GatewayClass, name.into()), all) {
+        Some(Object::GatewayClass(class)) => Some(class),
+        Some(_) | None => None,
+    }
+}
+
+/// The conditions as they are to be written in place of `current`, those of the status of an object of the kind; none if that
+/// says the same already. A condition that has not turned keeps the time at which it did.
+pub(super) fn change(kind: Kind, current: &[Value], desired: &[Condition], now: &str) -> Option<Vec<Value>> {
     let text = |condition: &Value, key: &str| condition.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let find = |kind: &str| current.iter().find(|condition| text(condition, "type") == kind);
     let is_same = |kind: &&str| match (find(kind), desired.iter().find(|condition| condition.kind == *kind)) {
@@ -231,7 +259,7 @@ pub(super) fn change(current: &[Value], desired: &[Condition], now: &str) -> Opt
         }
         (Some(_), None) | (None, Some(_)) => false,
     };
-    if TYPES.iter().all(is_same) {
+    if types(kind).iter().all(is_same) {
         return None;
     }
     let write = |condition: &Condition| {
@@ -266,5 +294,7 @@ pub(super) fn bounded(mut text: String, most: usize) -> String {
     text
 }
 
+#[cfg(test)]
+mod entry_tests;
 #[cfg(test)]
 pub(super) mod tests;

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::conditions::{self, All, Condition, Nacks};
+use super::conditions::{self, All, Condition, Told};
 use super::leader::Leading;
 use super::pace::Pace;
 use super::refusals::{Board, Others};
@@ -119,7 +119,8 @@ pub(super) async fn run(cluster: &Cluster, leading: &Leading, facts: &Facts, mut
         let mut nacks = conditions::nacks(&facts.clients(), facts.node_proxies());
         board.read(&mut others).await;
         others.add_to(&mut nacks, Instant::now());
-        for task in done.tasks(&all, &nacks) {
+        let told = Told::new(nacks, &facts.view.borrow().notes);
+        for task in done.tasks(&all, &told) {
             sleep_until(pace.take(Instant::now())).await;
             if !leading.leads() {
                 return;
@@ -154,7 +155,7 @@ struct Done {
 
 impl Done {
     /// What is to be written, as many as may be at once.
-    fn tasks(&mut self, all: &All, nacks: &Nacks) -> Vec<Task> {
+    fn tasks(&mut self, all: &All, told: &Told) -> Vec<Task> {
         self.conditions.retain(|id, _| all.contains_key(id));
         self.events.retain(|id, _| all.contains_key(id));
         let began = Instant::now();
@@ -176,12 +177,12 @@ impl Done {
             }
             self.last = Some(id.clone());
             let mut says_so = false;
-            if let Some(desired) = conditions::desired(id, verdict, all, nacks) {
+            if let Some(desired) = conditions::desired(id, verdict, all, told) {
                 let is_done = self
                     .conditions
                     .get(id)
                     .is_some_and(|(version, written)| *version == verdict.version && *written == desired);
-                match conditions::change(&verdict.conditions, &desired, &now) {
+                match conditions::change(id.kind, &verdict.conditions, &desired, &now) {
                     Some(_) if is_done => {}
                     Some(change) => {
                         self.desired.insert(id.clone(), desired);
@@ -257,13 +258,20 @@ async fn write(cluster: &Cluster, task: &Task, verdict: &Verdict) -> bool {
 
 async fn apply(cluster: &Cluster, id: &ObjectId, verdict: &Verdict, conditions: &[Value]) -> kube::Result<()> {
     let resource = resource(id.kind, version(&verdict.api_version));
-    let objects: Api<DynamicObject> = Api::namespaced_with(cluster.client(), &id.namespace, &resource);
-    let body = json!({
+    let objects: Api<DynamicObject> = if id.kind.is_cluster_scoped() {
+        Api::all_with(cluster.client(), &resource)
+    } else {
+        Api::namespaced_with(cluster.client(), &id.namespace, &resource)
+    };
+    let mut body = json!({
         "apiVersion": resource.api_version, "kind": resource.kind,
         // With the unique id nothing is written to another object of the name.
-        "metadata": {"name": &*id.name, "namespace": &*id.namespace, "uid": &*verdict.uid},
+        "metadata": {"name": &*id.name, "uid": &*verdict.uid},
         "status": {"conditions": conditions},
     });
+    if !id.kind.is_cluster_scoped() {
+        body["metadata"]["namespace"] = Value::from(&*id.namespace);
+    }
     objects.patch_status(&id.name, &PatchParams::apply(MANAGER), &Patch::Apply(&body)).await?;
     Ok(())
 }

@@ -6,6 +6,7 @@ use serde_json::json;
 use tests::wait;
 
 use super::LONG;
+use super::gateway_api::{GATEWAY_CLASSES, gateway, gateway_class, gateways};
 use super::scene::{self, Scene, pod, pod_status};
 
 const REGISTRATIONS: &str = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
@@ -19,8 +20,9 @@ async fn culvertd_uses_each_of_its_rights_and_no_other() {
     for file in ["culvert/25-webhook.yaml", "crds/webhook.yaml"] {
         scene.create(REGISTRATIONS, &scene::shipped(file));
     }
-    // Something of everything that it writes about: policies, a service that is bound, a label that means nothing, a node
-    // that waits for its agent.
+    // Something of everything that it writes about: policies, entries, a gateway and its class, a service that is bound, a label
+    // that means nothing, a node that waits for its agent.
+    scene.define_gateways();
     let labels = json!({"istio.io/dataplane-mode": "ambient", "istio.io/use-waypoint": "gate"});
     scene.namespace("shop", &labels);
     scene.namespace("lost", &json!({"istio.io/dataplane-mode": "sideways"}));
@@ -33,6 +35,19 @@ async fn culvertd_uses_each_of_its_rights_and_no_other() {
         });
         scene.create(&format!("/apis/security.istio.io/v1/namespaces/shop/{plural}"), &object);
     }
+    let entries = "/apis/networking.istio.io/v1/namespaces/shop";
+    let host = json!({"hosts": ["db.example.com"]});
+    for (kind, plural, spec) in [
+        ("ServiceEntry", "serviceentries", host),
+        ("WorkloadEntry", "workloadentries", json!({"address": "192.0.2.7"})),
+    ] {
+        let object = json!({
+            "apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "own", "namespace": "shop"}, "spec": spec,
+        });
+        scene.create(&format!("{entries}/{plural}"), &object);
+    }
+    scene.create(GATEWAY_CLASSES, &gateway_class("waypoint"));
+    scene.create(&gateways("shop"), &gateway("shop", "gate", "waypoint"));
     let taints = json!([{"key": "culvert.dev/agent-not-ready", "effect": "NoSchedule"}]);
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"}, "spec": {"taints": taints}});
     scene.create("/api/v1/nodes", &node);

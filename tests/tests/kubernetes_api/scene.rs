@@ -90,15 +90,17 @@ impl Scene {
 
     /// Installs the kinds that a file of `manifests/crds` defines.
     pub fn define(&self, file: &str) {
-        for definition in manifest(&format!("crds/{file}")) {
-            let path = format!("{DEFINITIONS}/{}", definition["metadata"]["name"].as_str().unwrap());
-            self.apply(&path, &definition);
-            let established = |definition: &Value| {
-                let conditions = definition["status"]["conditions"].as_array()?;
-                conditions.iter().any(|one| one["type"] == "Established" && one["status"] == "True").then_some(())
-            };
-            self.server.api().until("the kind", &path, LONG, established).unwrap();
-        }
+        manifest(&format!("crds/{file}")).iter().for_each(|definition| self.define_one(definition));
+    }
+
+    pub fn define_one(&self, definition: &Value) {
+        let path = format!("{DEFINITIONS}/{}", definition["metadata"]["name"].as_str().unwrap());
+        self.apply(&path, definition);
+        let established = |definition: &Value| {
+            let conditions = definition["status"]["conditions"].as_array()?;
+            conditions.iter().any(|one| one["type"] == "Established" && one["status"] == "True").then_some(())
+        };
+        self.server.api().until("the kind", &path, LONG, established).unwrap();
     }
 
     pub fn get(&self, path: &str) -> Value {

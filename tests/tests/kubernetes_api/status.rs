@@ -5,6 +5,7 @@ use tests::interop::xds_client::AUTHORIZATION_TYPE;
 use tests::wait;
 
 use super::LONG;
+use super::gateway_api::{GATEWAY_CLASSES, gateway, gateway_class, gateways};
 use super::scene::{Scene, pod, pod_status};
 
 const POLICIES: &str = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies";
@@ -135,6 +136,50 @@ async fn a_service_says_whether_it_is_bound_to_a_waypoint() {
     scene.patch(&web, &json!({"metadata": {"labels": {"istio.io/use-waypoint": "none"}}}));
     let free = |object: &Value| object["status"]["conditions"].as_array().is_none_or(Vec::is_empty).then_some(());
     scene.server().api().until("a service that is not bound", &web, LONG, free).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_and_gateways_say_what_became_of_them() {
+    let scene = Scene::new();
+    scene.allow();
+    scene.define("networking.istio.io.yaml");
+    scene.define_gateways();
+    scene.namespace("shop", &json!({}));
+    let place = |plural: &str| format!("/apis/networking.istio.io/v1/namespaces/shop/{plural}");
+    let entry = |kind: &str, spec: &Value| json!({"apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "one"}, "spec": spec});
+    let spec = json!({"hosts": ["db.example.com"], "ports": [{"number": 80}], "addresses": ["192.0.2.1/24"]});
+    scene.create(&place("serviceentries"), &entry("ServiceEntry", &spec));
+    scene.create(&place("workloadentries"), &entry("WorkloadEntry", &json!({"address": "192.0.2.7"})));
+    scene.create(GATEWAY_CLASSES, &gateway_class("waypoint"));
+    scene.create(&gateways("shop"), &gateway("shop", "gate", "waypoint"));
+    scene.create(&gateways("shop"), &gateway("shop", "other", "others"));
+    let _culvertd = scene.ready_culvertd();
+
+    let one = |plural: &str| format!("{}/one", place(plural));
+    let bad = until(&scene, &one("serviceentries"), "ZtunnelAccepted", "Invalid");
+    assert!(message(&bad).contains("spec.addresses[0]: ") && message(&bad).contains("are refused until"), "{bad}");
+    until_event(&scene, "shop", "one", "spec.addresses[0]");
+    scene.patch(&one("serviceentries"), &json!({"spec": {"addresses": ["192.0.2.0/24"]}}));
+    let mended = until(&scene, &one("serviceentries"), "ZtunnelAccepted", "Accepted");
+    assert_eq!((&mended["status"], &mended["observedGeneration"]), (&json!("True"), &json!(2)));
+    let class = until(&scene, &format!("{GATEWAY_CLASSES}/waypoint"), "Accepted", "Accepted");
+    assert_eq!(class["observedGeneration"], 1, "{class}");
+    let gate = format!("{}/gate", gateways("shop"));
+    until(&scene, &gate, "Accepted", "Accepted");
+    let programmed = until(&scene, &gate, "Programmed", "AddressNotAssigned");
+    assert!(message(&programmed).contains("no Service shop/gate"), "{programmed}");
+    scene.service("shop", "gate", &json!({"ports": [{"port": 15008}]}));
+    until(&scene, &gate, "Programmed", "Programmed");
+    assert!(scene.get(&format!("{}/other", gateways("shop")))["status"].is_null());
+
+    // What checks a workload writes a condition of its own: each keeps theirs.
+    let mut healthy = entry("WorkloadEntry", &json!({}));
+    healthy.as_object_mut().unwrap().remove("spec");
+    healthy["status"] = json!({"conditions": [{"type": "Healthy", "status": "False"}]});
+    until(&scene, &one("workloadentries"), "ZtunnelAccepted", "Accepted");
+    scene.apply(&format!("{}/status", one("workloadentries")), &healthy);
+    let both = |object: &Value| (object["status"]["conditions"].as_array()?.len() == 2).then_some(());
+    scene.server().api().until("both conditions", &one("workloadentries"), LONG, both).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,6 +14,5 @@ mod mesh;
 mod page;
 mod reboot;
 mod removal;
-mod rights;
 mod rollout;
 mod rotation;

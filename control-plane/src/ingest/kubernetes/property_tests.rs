@@ -96,13 +96,15 @@ fn object(kind: Kind, name: u8, variant: u8, version: usize) -> Value {
         Kind::ServiceEntry => json!({"spec": {
             "hosts": [format!("h{}.example.com", variant % 3)], "location": "MESH_INTERNAL", "resolution": "STATIC",
             "ports": [{"number": if is_valid { 80 } else { 0 }, "name": "http", "protocol": "HTTP", "targetPort": port % 65_536}],
+            "addresses": if variant > 5 { json!([format!("10.97.{variant}.0/24")]) } else { json!(null) },
             "endpoints": selector.is_null().then(|| json!([{"address": "10.0.0.7"}, {"address": format!("10.0.0.{}", name + 1)}])),
             "workloadSelector": selector.is_object().then(|| json!({"labels": selector})),
         }}),
         Kind::WorkloadEntry => json!({
             "spec": {
-                "address": if is_valid { format!("10.0.0.{}", name + 2) } else { String::new() }, "serviceAccount": format!("sa{variant}"),
-                "labels": {"app": format!("a{}", variant % 2)}, "ports": {"http": port % 65_536}, "weight": variant,
+                "address": if variant == 5 { String::new() } else { format!("10.0.0.{}", name + 2 + variant / 7) }, "serviceAccount": format!("sa{variant}"),
+                "labels": {"app": format!("a{}", variant % 2)}, "ports": {"http": port % 65_536},
+                "weight": if is_valid { i32::from(variant) } else { -1 },
             },
             "status": {"conditions": [{"type": "Healthy", "status": if variant == 1 { "False" } else { "True" }}]},
         }),

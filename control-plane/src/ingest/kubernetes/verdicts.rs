@@ -20,6 +20,8 @@ pub(crate) struct Verdict {
     pub(crate) version: Box<str>,
     /// Number of the specification; 0 for kinds that do not count.
     pub(crate) generation: i64,
+    /// Of a Gateway its class, of a class its controller, as far as that can be read; empty for other kinds.
+    pub(crate) belongs_to: Box<str>,
     /// The conditions in its status, as they stand.
     pub(crate) conditions: Vec<Value>,
     /// What it is.
@@ -54,10 +56,20 @@ impl Verdict {
             uid: raw.uid().into(),
             version: raw.version().into(),
             generation: raw.value.pointer("/metadata/generation").and_then(Value::as_i64).unwrap_or_default(),
+            belongs_to: belongs_to(kind, raw).unwrap_or_default().into(),
             conditions: conditions.filter(|_| is_told(kind)).unwrap_or_default(),
             outcome,
         })
     }
+}
+
+fn belongs_to(kind: Kind, raw: &Raw) -> Option<&str> {
+    let field = match kind {
+        Kind::Gateway => "/spec/gatewayClassName",
+        Kind::GatewayClass => "/spec/controllerName",
+        _ => return None,
+    };
+    raw.value.pointer(field).and_then(Value::as_str)
 }
 
 /// Whether something is written about valid objects of the kind, or depends on them. Others are told of mistakes alone.
@@ -67,15 +79,11 @@ pub(super) fn is_told(kind: Kind) -> bool {
         | Kind::Service
         | Kind::AuthorizationPolicy
         | Kind::PeerAuthentication
+        | Kind::ServiceEntry
+        | Kind::WorkloadEntry
         | Kind::Gateway
         | Kind::GatewayClass => true,
-        Kind::Node
-        | Kind::ServiceAccount
-        | Kind::Deployment
-        | Kind::EndpointSlice
-        | Kind::Pod
-        | Kind::ServiceEntry
-        | Kind::WorkloadEntry => false,
+        Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::EndpointSlice | Kind::Pod => false,
     }
 }
 

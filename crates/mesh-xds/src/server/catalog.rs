@@ -2,7 +2,8 @@
 //!
 //! Clients that do not get all changes in one response are told them in an order of their own: first what refers to nothing,
 //! then what refers to something, and last what is gone. So nothing is told before what it refers to, and what takes the
-//! place of another is there before that one goes.
+//! place of another is there before that one goes. Where one gives up an alias and goes on, whoever has it now is told in the
+//! same response, if not before.
 //!
 //! A change costs time in proportion to the logarithm of the number of resources. Readers take a [`Snapshot`], which
 //! shares its structure with the catalog, and never wait for a writer. However far a client is behind, each name is told

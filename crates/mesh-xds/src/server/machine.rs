@@ -277,4 +277,6 @@ fn cut(reason: &str) -> String {
 }
 
 #[cfg(test)]
+mod move_tests;
+#[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! One type's part of the catalog. All collections are persistent: a clone is a few reference counts.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -20,6 +20,28 @@ const KEPT_PARTS: usize = 4;
 pub(in crate::server) struct Stored {
     pub(in crate::server) entry: Entry,
     pub(in crate::server) version: u64,
+    /// Aliases that it had and has not any more, the last ones: whoever has them now must be told before this, or with it.
+    gave_up: Box<[Arc<str>]>,
+}
+
+impl Stored {
+    /// Aliases that it has or had, the last ones first.
+    fn had(&self) -> impl Iterator<Item = Arc<str>> {
+        self.entry.resource.aliases.iter().chain(&self.gave_up).cloned()
+    }
+}
+
+/// Aliases that a name is remembered to have given up. One that gives up more is told in some order to a client that is so
+/// far behind.
+const MAX_GIVEN_UP: usize = 16;
+
+/// What is gone.
+#[derive(Clone, Debug)]
+struct Gone {
+    /// The change that removed it.
+    version: u64,
+    /// Aliases that it had: should it come back, those who have them now must be told before.
+    gave_up: Box<[Arc<str>]>,
 }
 
 /// What a change is of, in the order in which clients are told.
@@ -57,6 +79,16 @@ impl Progress {
         self.0.into_iter().min().unwrap_or_default()
     }
 
+    /// Whether it was told this.
+    fn has(&self, stored: &Stored) -> bool {
+        let Self([plain, referring, _]) = self;
+        stored.version
+            <= match Class::of(&stored.entry) {
+                Class::Referring => *referring,
+                Class::Plain | Class::Gone => *plain,
+            }
+    }
+
     /// Whether it was told none after that one.
     pub(in crate::server) fn is_even(&self) -> bool {
         *self == Self::at(self.told())
@@ -72,8 +104,8 @@ pub(in crate::server) struct Kind {
     /// The last change of each name, by its number, in the order of [`Class`]: a client that is far behind has no more to
     /// be told than names.
     logs: [OrdMap<u64, Arc<str>>; CLASSES],
-    /// Names that are gone, and the change that removed them.
-    gone: HashMap<Arc<str>, u64>,
+    /// Names that are gone.
+    gone: HashMap<Arc<str>, Gone>,
     /// Removals up to this change may be forgotten.
     forgotten: u64,
     encoded: Arc<Encoded>,
@@ -120,6 +152,30 @@ impl Kind {
         self.members.get(name).into_iter().flatten()
     }
 
+    /// Tells it, and at once those that have now what it had and are due, or that would be nobody's for a while. What was due
+    /// once must not be so again.
+    pub(in crate::server) fn tell<'k>(
+        &'k self,
+        stored: &'k Arc<Stored>,
+        draft: &mut Draft<'k>,
+        mut is_due: impl FnMut(&'k Arc<Stored>) -> bool,
+    ) {
+        draft.set(stored);
+        let mut successors: Vec<&Arc<Stored>> = self.successors(stored).collect();
+        while let Some(next) = successors.pop() {
+            if is_due(next) {
+                draft.set(next);
+                successors.extend(self.successors(next));
+            }
+        }
+    }
+
+    /// Those that have now what this one had.
+    fn successors<'k>(&'k self, stored: &'k Stored) -> impl Iterator<Item = &'k Arc<Stored>> {
+        let aliases = stored.gave_up.iter().filter_map(|alias| self.aliases.get(alias));
+        aliases.flatten().filter_map(|name| self.entries.get(name))
+    }
+
     /// The entries in a range of names, in their order.
     pub(in crate::server) fn range(
         &self,
@@ -155,18 +211,25 @@ impl Kind {
         }
         let mut draft = Draft::new(type_url);
         let mut upto = since;
-        'all: for (log, upto) in self.logs.iter().zip(&mut upto.0) {
-            for (version, name) in log.range::<_, u64>((Bound::Excluded(*upto), Bound::Unbounded)) {
+        // Those that are told before their turn. It comes all the same: that they were is not noted.
+        let mut early: HashSet<&str> = HashSet::new();
+        'all: for (class, log) in self.logs.iter().enumerate() {
+            for (version, name) in log.range::<_, u64>((Bound::Excluded(upto.0[class]), Bound::Unbounded)) {
                 if draft.size() >= max {
                     break 'all;
                 }
+                upto.0[class] = *version;
                 match self.entries.get(name) {
-                    Some(stored) => draft.set(stored),
                     None => draft.remove(name.clone()),
+                    Some(_) if early.contains(&**name) => {}
+                    Some(stored) => {
+                        self.tell(stored, &mut draft, |next| {
+                            !upto.has(next) && early.insert(&next.entry.resource.name)
+                        });
+                    }
                 }
-                *upto = *version;
             }
-            *upto = self.version;
+            upto.0[class] = self.version;
         }
         let part = Arc::new(draft.finish(upto));
         let mut parts = lock(&self.encoded.parts);
@@ -195,9 +258,11 @@ impl Kind {
         if before.as_ref().is_some_and(|before| before.entry == entry) {
             return;
         }
+        let mut had: Vec<Arc<str>> = Vec::new();
         if let Some(before) = before {
             self.log(Class::of(&before.entry)).remove(&before.version);
             self.unindex(&before.entry);
+            had.extend(before.had());
         }
         for alias in &entry.resource.aliases {
             self.aliases.entry(alias.clone()).or_default().insert(name.clone());
@@ -205,13 +270,16 @@ impl Kind {
         for group in &entry.member_of {
             self.members.entry(group.clone()).or_default().insert(name.clone());
         }
-        if let Some(removal) = self.gone.remove(&name) {
-            self.log(Class::Gone).remove(&removal);
+        if let Some(gone) = self.gone.remove(&name) {
+            self.log(Class::Gone).remove(&gone.version);
+            had.extend(gone.gave_up);
         }
+        had.retain(|alias| !entry.resource.aliases.contains(alias));
+        had.truncate(MAX_GIVEN_UP);
         self.version += 1;
         let version = self.version;
         self.log(Class::of(&entry)).insert(version, name.clone());
-        self.entries.insert(name, Arc::new(Stored { entry, version }));
+        self.entries.insert(name, Arc::new(Stored { entry, version, gave_up: had.into() }));
     }
 
     pub(super) fn remove(&mut self, name: &str) {
@@ -221,7 +289,7 @@ impl Kind {
             self.version += 1;
             let version = self.version;
             self.log(Class::Gone).insert(version, name.clone());
-            self.gone.insert(name, version);
+            self.gone.insert(name, Gone { version, gave_up: stored.had().take(MAX_GIVEN_UP).collect() });
         }
     }
 

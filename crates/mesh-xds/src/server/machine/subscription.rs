@@ -329,7 +329,7 @@ impl Subscription {
             && let Some(name) = self.queue.pop()
         {
             match kind.get(&name) {
-                Some(stored) => draft.set(stored),
+                Some(stored) => kind.tell(stored, &mut draft, |next| self.queue.remove(&next.entry.resource.name)),
                 None => self.leaving.push(name),
             }
         }

@@ -12,7 +12,7 @@ use crate::server::{Catalog, Entry};
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 const NOTHING: [&str; 0] = [];
 
-fn thing(name: &str, aliases: &[&str], body: &str) -> Resource {
+pub(super) fn thing(name: &str, aliases: &[&str], body: &str) -> Resource {
     Resource {
         name: name.into(),
         aliases: aliases.iter().map(|alias| Arc::from(*alias)).collect(),
@@ -25,9 +25,9 @@ fn member(name: &str, of: &str) -> Entry {
     Entry { member_of: vec![of.into()], ..thing(name, &[], "1").into() }
 }
 
-struct Peer {
-    catalog: Catalog,
-    machine: Machine,
+pub(super) struct Peer {
+    pub(super) catalog: Catalog,
+    pub(super) machine: Machine,
 }
 
 impl Peer {
@@ -35,11 +35,11 @@ impl Peer {
         Self::with(Limits::default())
     }
 
-    fn with(limits: Limits) -> Self {
+    pub(super) fn with(limits: Limits) -> Self {
         Self { catalog: Catalog::remembering(8), machine: Machine::new(Arc::new(limits)) }
     }
 
-    fn set(&self, things: &[Resource]) {
+    pub(super) fn set(&self, things: &[Resource]) {
         self.catalog.update(WORKLOAD_TYPE, things.to_vec(), NOTHING);
     }
 
@@ -47,12 +47,12 @@ impl Peer {
         self.catalog.update(WORKLOAD_TYPE, [] as [Resource; 0], names);
     }
 
-    fn send(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Violation> {
+    pub(super) fn send(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Violation> {
         self.machine.request(&self.catalog.snapshot(), request, NOW)
     }
 
     /// What is sent next, in short: the nonce, `name=body` for each resource, `-name` for each removal.
-    fn next(&mut self) -> Option<(String, Vec<String>)> {
+    pub(super) fn next(&mut self) -> Option<(String, Vec<String>)> {
         self.machine.respond(&self.catalog.snapshot()).unwrap().map(|response| {
             let response = response.to_message();
             let set = response.resources.iter().map(|resource| {
@@ -65,14 +65,14 @@ impl Peer {
     }
 
     /// Takes what is sent next, and acknowledges it.
-    fn take(&mut self) -> Vec<String> {
+    pub(super) fn take(&mut self) -> Vec<String> {
         let (nonce, said) = self.next().expect("a response");
         self.send(ack(&nonce)).unwrap();
         said
     }
 }
 
-fn subscribe(names: &[&str]) -> DeltaDiscoveryRequest {
+pub(super) fn subscribe(names: &[&str]) -> DeltaDiscoveryRequest {
     DeltaDiscoveryRequest {
         type_url: WORKLOAD_TYPE.into(),
         resource_names_subscribe: names.iter().map(ToString::to_string).collect(),
@@ -80,20 +80,20 @@ fn subscribe(names: &[&str]) -> DeltaDiscoveryRequest {
     }
 }
 
-fn on_demand(names: &[&str]) -> DeltaDiscoveryRequest {
+pub(super) fn on_demand(names: &[&str]) -> DeltaDiscoveryRequest {
     let mut request = subscribe(names);
     request.resource_names_subscribe.push("*".into());
     request.resource_names_unsubscribe.push("*".into());
     request
 }
 
-fn having(mut request: DeltaDiscoveryRequest, versions: &[(&str, &str)]) -> DeltaDiscoveryRequest {
+pub(super) fn having(mut request: DeltaDiscoveryRequest, versions: &[(&str, &str)]) -> DeltaDiscoveryRequest {
     request.initial_resource_versions =
         versions.iter().map(|(name, version)| (name.to_string(), version.to_string())).collect();
     request
 }
 
-fn ack(nonce: &str) -> DeltaDiscoveryRequest {
+pub(super) fn ack(nonce: &str) -> DeltaDiscoveryRequest {
     DeltaDiscoveryRequest { response_nonce: nonce.into(), ..subscribe(&[]) }
 }
 
@@ -335,7 +335,7 @@ fn policies_go_before_the_workloads_that_they_apply_to() {
     assert_eq!(peer.take(), ["workload=1"], "all policies are on their way");
 }
 
-fn referring(name: &str, body: &str) -> Entry {
+pub(super) fn referring(name: &str, body: &str) -> Entry {
     Entry { refers: true, ..thing(name, &[], body).into() }
 }
 

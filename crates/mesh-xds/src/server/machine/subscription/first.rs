@@ -100,11 +100,20 @@ impl First {
 
     /// What has changed since is in the log.
     fn differ<'k>(&mut self, kind: &'k Kind, max: usize, cursor: u64, draft: &mut Draft<'k>) {
+        let mut early: HashSet<&str> = HashSet::new();
         while draft.size() < max
             && let Some(name) = self.differences.pop_front()
         {
             if let Some(stored) = kind.get(&name).filter(|stored| stored.version <= cursor) {
-                draft.set(stored);
+                let differences = &mut self.differences;
+                kind.tell(stored, draft, |next| {
+                    let name = &next.entry.resource.name;
+                    if next.version > cursor {
+                        return early.insert(name);
+                    }
+                    // In the order of their names.
+                    differences.binary_search(name).is_ok_and(|at| differences.remove(at).is_some())
+                });
             }
         }
     }

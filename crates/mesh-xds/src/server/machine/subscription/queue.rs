@@ -26,8 +26,9 @@ impl Queue {
         None
     }
 
-    pub(super) fn remove(&mut self, name: &str) {
-        self.members.remove(name);
+    /// Returns whether it was there.
+    pub(super) fn remove(&mut self, name: &str) -> bool {
+        self.members.remove(name)
     }
 
     pub(super) fn clear(&mut self) {
