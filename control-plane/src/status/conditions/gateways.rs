@@ -16,7 +16,7 @@ pub(super) fn of_class(class: &GatewayClass) -> Option<Said> {
 
 /// Of a class of this controller that is not valid, for these reasons; none if it is not the mesh's.
 pub(super) fn of_bad_class(controller: &str, mistakes: String) -> Option<Said> {
-    GatewayClass::is_controller_of_mesh(controller).then(|| (ACCEPTED, false, "Unsupported", mistakes))
+    GatewayClass::is_controller_of_mesh(controller).then_some((ACCEPTED, false, "Unsupported", mistakes))
 }
 
 /// Of a gateway; none if it is not the mesh's, or nobody can tell.
