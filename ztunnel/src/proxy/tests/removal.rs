@@ -97,7 +97,9 @@ async fn a_pod_is_ended_while_its_thread_is_held_up_and_others_of_the_thread_are
     // All of them on one real thread.
     let workers = Workers::start(1, &near.shared, &near.drain).unwrap();
     let (notices, orders) = tokio::sync::mpsc::unbounded_channel();
-    let pods = Pods::new(Box::new(Arc::clone(&workers)), "cluster.local".into(), bounds(2 * MANY, 100), notices, memory);
+    let memory = mesh_hbone::Memory::new(mesh_hbone::memory::Limits::of(512 << 20));
+    let pods =
+        Pods::new(Box::new(Arc::clone(&workers)), "cluster.local".into(), bounds(2 * MANY, 100), notices, memory);
     tokio::spawn(stock(Arc::clone(&pods), orders));
     let (to_goes, to_stays) = (mesh.addr(VIP + 1, PORT), mesh.addr(VIP + 2, PORT));
     let (going, staying) = (listen(to_goes), listen(to_stays));
