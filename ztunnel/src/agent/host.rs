@@ -121,11 +121,11 @@ impl Host {
     pub fn mend_hooks(&self) -> Result<bool, CaptureError> {
         let mended = self.capture.mend_node();
         self.remember_hooks(mended.as_ref().err());
-        let missing = mended?;
+        let mut missing = mended?;
         match self.capture.follow_kubelet(self.choices.kubelet.as_deref()) {
             // Said at start; a node whose kubelet has another cgroup captures as well as any.
             Err(error) if error.is_absence() => {}
-            followed => followed?,
+            followed => missing |= followed?,
         }
         Ok(missing)
     }

@@ -94,6 +94,12 @@ pub enum PodNetworkError {
     /// No interface has the address.
     #[error("no interface of the pod's network namespace has its address {0}")]
     NoInterface(IpAddr),
+    /// Its address is on `lo`, and its routes leave by several interfaces.
+    #[error(
+        "its address {0} is on lo, and its routes lead out by several interfaces: which of them is the pod's cannot be \
+         told (give it one default route)"
+    )]
+    SeveralWays(IpAddr),
     /// An interface was removed meanwhile.
     #[error("the pod's interface {0} is gone")]
     Gone(u32),

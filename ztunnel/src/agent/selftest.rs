@@ -107,7 +107,7 @@ fn connect(listener: OwnedFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::testing::{Scratch, cgroup_root};
+    use crate::agent::testing::{Cgroup, Scratch, cgroup_root};
 
     #[test]
     fn connection_is_captured_and_nothing_is_left() {
@@ -121,12 +121,9 @@ mod tests {
     #[test]
     fn cgroup_that_this_process_is_not_in_is_noticed() {
         let scratch = Scratch::new();
-        let elsewhere = cgroup_root().join(format!("culvert-agent-test-{}", std::process::id()));
-        std::fs::create_dir(&elsewhere).unwrap();
-        let node = NodeCapture::open(&scratch.bpffs(), &elsewhere, None, false);
-        let result = node.map(|node| (run(&node), node.pinned(), node.cookies()));
-        std::fs::remove_dir(&elsewhere).unwrap();
-        let (result, pinned, cookies) = result.unwrap();
+        let elsewhere = Cgroup::new("self-test");
+        let node = NodeCapture::open(&scratch.bpffs(), &elsewhere.0, None, false).unwrap();
+        let (result, pinned, cookies) = (run(&node), node.pinned(), node.cookies());
         assert!(matches!(result, Err(SelfTestError::NotCaptured(_))), "{result:?}");
         assert_eq!((pinned.unwrap().len(), cookies.unwrap().len()), (0, 0));
     }

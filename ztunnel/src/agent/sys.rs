@@ -19,6 +19,7 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `BPF_TCX_INGRESS`.
 pub const TCX_INGRESS: u32 = 46;
@@ -130,6 +131,12 @@ pub fn put_socket(map: &Path, key: u32, socket: Option<BorrowedFd<'_>>) {
         (Err(error), None) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {}
         (Err(error), _) => panic!("{error}"),
     }
+}
+
+/// Takes the program of a pinned link off its hook; the pin stays.
+pub fn detach(link: &Path) {
+    let link = pin(link).unwrap();
+    bpf(BPF_LINK_DETACH, &mut [link.as_raw_fd().cast_unsigned()]).unwrap();
 }
 
 fn pin(path: &Path) -> io::Result<OwnedFd> {

@@ -70,6 +70,10 @@ fn sweep() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
         if !Path::new("/proc").join(pid).exists() {
+            // They can only be removed empty; files of a cgroup are none of it.
+            for child in fs::read_dir(entry.path()).into_iter().flatten().filter_map(Result::ok) {
+                let _ = fs::remove_dir(child.path());
+            }
             let _ = fs::remove_dir(entry.path());
         }
     }
@@ -97,6 +101,28 @@ pub fn cgroup_root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/mounts").unwrap();
     let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup v2 is mounted");
     line.split(' ').nth(1).unwrap().into()
+}
+
+/// A cgroup of its own below the root, removed at the end.
+pub struct Cgroup(pub PathBuf);
+
+impl Cgroup {
+    pub fn new(name: &str) -> Self {
+        sweep();
+        let path = cgroup_root().join(format!("{PREFIX}{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let path = path.join(name);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        fs::remove_dir(&self.0).unwrap();
+        // The last one takes the folder with it.
+        let _ = self.0.parent().map(fs::remove_dir);
+    }
 }
 
 /// A network namespace with an address of each family, joined to another by a veth pair.

@@ -5,8 +5,10 @@ mod adoption;
 mod drifting;
 mod ending;
 mod families;
+mod hooks;
 mod leftovers;
 mod networks;
+mod on_loopback;
 mod reading;
 
 use std::io::{self, Read as _, Write as _};

@@ -15,7 +15,7 @@ use ztunnel_ebpf as abi;
 use super::error::{CaptureError, at, program_error};
 use super::former::{self, detach};
 use super::loader::{open_cgroup, pin};
-use super::{NodeCapture, layout, pins, sys};
+use super::{NodeCapture, layout, lock, pins, sys};
 
 /// The connect hooks: program and attach type.
 const HOOKS: [(&str, u32); 2] =
@@ -153,11 +153,12 @@ impl NodeCapture {
     }
 
     /// Sees to it that the connections of this cgroup, and of no other, are left alone; of none, if there is none. To be
-    /// called again from time to time: a kubelet that is restarted gets a new cgroup at the same path.
+    /// called again from time to time: a kubelet that is restarted gets a new cgroup at the same path. Returns whether the
+    /// program was taken away meanwhile from the cgroup that is followed.
     ///
     /// # Errors
     /// When there is no such cgroup, or the kernel refuses.
-    pub fn follow_kubelet(&self, cgroup: Option<&Path>) -> Result<(), CaptureError> {
+    pub fn follow_kubelet(&self, cgroup: Option<&Path>) -> Result<bool, CaptureError> {
         const NAME: &str = abi::PROGRAM_PROBES;
         let path = self.node_folder().join(NAME);
         let wanted =
@@ -167,7 +168,8 @@ impl NodeCapture {
                 if wanted.as_ref().is_some_and(|(id, _)| found.target == *id)
                     && self.uses_maps(found.program_id, &[abi::MAP_PROBES])? =>
             {
-                return Ok(());
+                *lock(&self.kubelet) = wanted.map(|(id, _)| id);
+                return Ok(false);
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // Attached elsewhere, or to a cgroup that is gone, or with another map.
@@ -176,7 +178,10 @@ impl NodeCapture {
                 fs::remove_file(&path).map_err(at(&path))?;
             }
         }
-        let Some((_, cgroup)) = wanted else { return Ok(()) };
+        let Some((followed, cgroup)) = wanted else {
+            *lock(&self.kubelet) = None;
+            return Ok(false);
+        };
         let mut object = self.loader.node()?;
         let refused = program_error(NAME);
         let program = object.program_mut(NAME).ok_or(CaptureError::Missing(NAME))?;
@@ -184,7 +189,8 @@ impl NodeCapture {
         program.load().map_err(&refused)?;
         let id = program.attach(&cgroup, CgroupAttachMode::Single).map_err(&refused)?;
         let link: FdLink = program.take_link(id).map_err(&refused)?.try_into().map_err(CaptureError::Link)?;
-        pin(link, &path)
+        pin(link, &path)?;
+        Ok(lock(&self.kubelet).replace(followed) == Some(followed))
     }
 
     /// Programs on the connect hooks of a cgroup that are not this node's: they may rewrite addresses before or after.

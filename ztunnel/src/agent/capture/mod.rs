@@ -57,6 +57,8 @@ pub struct NodeCapture {
     exempt: Mutex<SkStorage<MapData, u32>>,
     routes: Mutex<Routes>,
     former: Mutex<Vec<Former>>,
+    /// The id of the kubelet's cgroup, as it was followed last.
+    kubelet: Mutex<Option<u64>>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -87,6 +89,7 @@ impl NodeCapture {
             counters: take(&mut object, abi::MAP_COUNTERS)?,
             maps: Arc::new(pins::ids(&node, &loader::NODE_MAPS)?),
             former: Mutex::new(former::find(bpffs)?),
+            kubelet: Mutex::default(),
             bpffs: bpffs.to_owned(),
             cgroup_root: cgroup_root.to_owned(),
             root,
@@ -97,7 +100,7 @@ impl NodeCapture {
         match capture.follow_kubelet(kubelet) {
             // It may come later, and is looked for again; until then its probes are plaintext from outside.
             Err(error) if error.is_absence() => tracing::warn!(%error, "no such cgroup as the kubelet's"),
-            followed => followed?,
+            followed => drop(followed?),
         }
         Ok(capture)
     }

@@ -71,14 +71,14 @@ pub(super) fn adopt(
 /// What the programs are to know of a pod.
 fn entry(host: &Host, info: &PodInfo, interface: Interface) -> Result<PodEntry, EnrolError> {
     // What reaches a pod whose address is on lo comes by any other interface.
-    let index = if interface.is_loopback { 0 } else { interface.index };
+    let index = if interface.is_on_loopback { 0 } else { interface.index };
     Ok(info.entry(index, host.flags()).ok_or(InvalidPod::Addresses)?)
 }
 
-/// Where a pod's packets are looked at last. What is on `lo` does not leave.
+/// Where a pod's packets are looked at last. None where there is no way out.
 const fn guard(interface: Interface) -> Option<Guard> {
     match interface {
-        Interface { is_loopback: true, .. } => None,
+        interface if !interface.leads_out() => None,
         Interface { host_end: Some(index), .. } => Some(Guard::HostEnd { index }),
         Interface { index, .. } => Some(Guard::PodEnd { index }),
     }
@@ -103,7 +103,11 @@ impl Pod {
                 "its guard stands in the pod itself, for want of an end of its interface on the node: a process that may \
                  open packet sockets gets past it (PACKET_QDISC_BYPASS)",
             ),
-            Some(Guard::HostEnd { .. }) | None => None,
+            None => Some(
+                "it has no guard, since its address is on lo and none of its routes leads out: where one is added, what the \
+                 pod sends is held only a moment later",
+            ),
+            Some(Guard::HostEnd { .. }) => None,
         }
     }
 
@@ -189,7 +193,9 @@ impl Pod {
             found.push(Drift::Program);
             lost = self.lost_programs(guard)?;
         }
-        found.extend(&lost);
+        // One that is wanted elsewhere than it was put was not taken away.
+        let is_moved = self.told().guard != guard;
+        found.extend(lost.iter().filter(|what| !is_moved || **what != Drift::Guard));
         match (lost.is_empty(), self.listeners()) {
             (true, listeners) => {
                 self.mend_maps(host, entry, found)?;

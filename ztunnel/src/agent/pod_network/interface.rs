@@ -8,17 +8,17 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::nsid::{NsidAttribute, NsidMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::{LOOPBACK, PodNetworkError, failed};
+use super::{LOOPBACK, PodNetworkError, failed, mirror};
 use crate::agent::netlink::Netlink;
 use crate::agent::netns::Netns;
 
-/// The interface of a pod.
+/// The interface of a pod: the one that holds its address, or, where that is `lo`, the one by which its packets leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its index in the pod's namespace.
+    /// Its index in the pod's namespace. That of `lo` only where nothing leaves.
     pub index: u32,
-    /// Whether it is `lo`, from which nothing leaves.
-    pub is_loopback: bool,
+    /// Whether `lo` holds the address, and no other interface does.
+    pub is_on_loopback: bool,
     /// The index of its other end, if it is a veth (or the like) whose other end is in the namespace that was given.
     pub host_end: Option<u32>,
 }
@@ -28,12 +28,15 @@ pub struct Interface {
 /// `node`: the namespace in which the host end is looked for, the agent's own.
 ///
 /// # Errors
-/// When the kernel refuses; [`PodNetworkError::NoInterface`] when no interface has the address.
+/// When the kernel refuses; [`PodNetworkError::NoInterface`] when no interface has the address;
+/// [`PodNetworkError::SeveralWays`] when `lo` has it and packets leave by more than one.
 pub fn find(netns: &Netns, address: IpAddr, node: &impl AsFd) -> Result<Interface, PodNetworkError> {
     let mut netlink = netns.route();
-    let index = holder(&mut netlink, address)?.ok_or(PodNetworkError::NoInterface(address))?;
+    let holder = holder(&mut netlink, address)?.ok_or(PodNetworkError::NoInterface(address))?;
+    let is_on_loopback = holder == LOOPBACK;
+    let index = if is_on_loopback { way_out(&mut netlink, address)? } else { holder };
     if index == LOOPBACK {
-        return Ok(Interface { index, is_loopback: true, host_end: None });
+        return Ok(Interface { index, is_on_loopback, host_end: None });
     }
     let link = link(&mut netlink, index)?;
     let other = link.attributes.iter().find_map(|attribute| match attribute {
@@ -49,7 +52,15 @@ pub fn find(netns: &Netns, address: IpAddr, node: &impl AsFd) -> Result<Interfac
         (Some(other), Some(id)) if Some(id) == id_of(&mut netlink, node)? => Some(other),
         (Some(_) | None, _) => None,
     };
-    Ok(Interface { index, is_loopback: false, host_end })
+    Ok(Interface { index, is_on_loopback, host_end })
+}
+
+impl Interface {
+    /// Whether anything can leave the pod by it.
+    #[must_use]
+    pub const fn leads_out(self) -> bool {
+        self.index != LOOPBACK
+    }
 }
 
 /// Whether one of these addresses was added just now and is still looked for elsewhere in the link (IPv6's detection of
@@ -70,8 +81,20 @@ pub fn is_loopback_up(netlink: &mut Netlink) -> Result<bool, PodNetworkError> {
     Ok(link(netlink, LOOPBACK)?.header.flags.contains(LinkFlags::Up))
 }
 
+/// An address that `lo` has as well is the other interface's: it is by that one that packets leave.
 fn holder(netlink: &mut Netlink, address: IpAddr) -> Result<Option<u32>, PodNetworkError> {
-    Ok(list(netlink)?.iter().find(|message| holds(message, address)).map(|message| message.header.index))
+    let all = list(netlink)?;
+    let holders = || all.iter().filter(|message| holds(message, address)).map(|message| message.header.index);
+    Ok(holders().find(|index| *index != LOOPBACK).or_else(|| holders().next()))
+}
+
+/// The interface by which a namespace is left whose address is on `lo`; `lo` itself if by none.
+fn way_out(netlink: &mut Netlink, address: IpAddr) -> Result<u32, PodNetworkError> {
+    let ways = mirror::ways_out(netlink)?;
+    if ways.len() > 1 {
+        return Err(PodNetworkError::SeveralWays(address));
+    }
+    Ok(ways.first().copied().unwrap_or(LOOPBACK))
 }
 
 fn list(netlink: &mut Netlink) -> Result<Vec<AddressMessage>, PodNetworkError> {

@@ -1,14 +1,15 @@
 //! Which destinations leave a pod by the interface that holds its address: its main routing table, as the programs are
 //! told of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 
-use super::{PodNetworkError, rules};
+use super::{LOOPBACK, PodNetworkError, rules};
 use crate::agent::capture::Route;
+use crate::agent::netlink::Netlink;
 use crate::agent::netns::Netns;
 
 /// Most destinations of one pod that are told: the widest ones. What is not told is left alone by the connect hooks, and
@@ -126,17 +127,39 @@ fn metric(route: &RouteMessage) -> u32 {
     metric.unwrap_or(0)
 }
 
-/// Whether packets leave by this interface. A destination that the kernel refuses itself is left to it.
+/// Whether packets leave by this interface.
 fn leaves_by(route: &RouteMessage, own: u32) -> bool {
+    interfaces(route).contains(&own)
+}
+
+/// The interfaces by which packets leave. A destination that the kernel refuses itself is left to it.
+fn interfaces(route: &RouteMessage) -> Vec<u32> {
     if route.header.kind != RouteType::Unicast {
-        return false;
+        return Vec::new();
     }
-    let mut interfaces = route.attributes.iter().flat_map(|attribute| match attribute {
+    let of = |attribute: &RouteAttribute| match attribute {
         RouteAttribute::Oif(index) => vec![*index],
         RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
         _ => Vec::new(),
-    });
-    interfaces.any(|index| index == own)
+    };
+    route.attributes.iter().flat_map(of).collect()
+}
+
+/// The interfaces by which a namespace is left: those of its default routes, or of all its routes if it has no default one.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn ways_out(netlink: &mut Netlink) -> Result<BTreeSet<u32>, PodNetworkError> {
+    Ok(ways(&rules::list_routes(netlink, u32::from(RouteHeader::RT_TABLE_MAIN))?))
+}
+
+fn ways(main: &[RouteMessage]) -> BTreeSet<u32> {
+    let of = |is_wanted: fn(Destination) -> bool| -> BTreeSet<u32> {
+        let routes = main.iter().filter(|route| destination(route).is_some_and(is_wanted));
+        routes.flat_map(interfaces).filter(|index| *index != LOOPBACK).collect()
+    };
+    let default = of(|(_, prefix)| prefix == 0);
+    if default.is_empty() { of(|(address, prefix)| !is_link_local(address, prefix)) } else { default }
 }
 
 #[cfg(test)]
@@ -171,6 +194,23 @@ mod tests {
             route(LINK_LOCAL.0, 10, false),
         ];
         assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn way_out_is_that_of_the_default_routes_or_of_all() {
+        let link_local = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(LINK_LOCAL.0, 64);
+        let mut routes = vec![
+            link_local.output_interface(9).build(),
+            v4([10, 0, 0, 0], 8).output_interface(3).build(),
+            v4([127, 0, 0, 0], 8).output_interface(LOOPBACK).build(),
+        ];
+        assert_eq!(ways(&[]), [].into());
+        assert_eq!(ways(&routes), [3].into());
+        routes.push(v4([0, 0, 0, 0], 0).output_interface(2).build());
+        assert_eq!(ways(&routes), [2].into(), "further networks are left alone");
+        let default = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
+        routes.push(default.output_interface(4).build());
+        assert_eq!(ways(&routes), [2, 4].into());
     }
 
     #[test]

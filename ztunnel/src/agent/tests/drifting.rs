@@ -1,17 +1,19 @@
 //! Changes by hand behind the agent's back: found, counted, mended.
 
+use std::net::Ipv6Addr;
+
 use futures_util::TryStreamExt as _;
-use rtnetlink::packet_route::route::RouteAttribute;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::rule::RuleAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
-use rtnetlink::{IpVersion, RouteMessageBuilder};
+use rtnetlink::{IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::drift::Drift;
 use super::testing::{configure, node_and_pod};
 use super::*;
 
 /// An agent with an enrolled pod.
-fn enrolled(scratch: &Scratch) -> (Agent, TestPod, TestPod) {
+pub fn enrolled(scratch: &Scratch) -> (Agent, TestPod, TestPod) {
     let agent = Agent::start(scratch);
     let (a, b) = pair();
     agent.announcer().enrol(UID, &a, "").unwrap();
@@ -20,7 +22,7 @@ fn enrolled(scratch: &Scratch) -> (Agent, TestPod, TestPod) {
 
 /// Waits until each of these was found, and everything is in force again.
 #[track_caller]
-fn mended(agent: &Agent, wanted: &[Drift]) {
+pub fn mended(agent: &Agent, wanted: &[Drift]) {
     for what in wanted {
         eventually(|| (agent.host.drift.get(*what) > 0).then_some(())).unwrap_or_else(|| panic!("{what} is found"));
     }
@@ -31,11 +33,21 @@ fn mended(agent: &Agent, wanted: &[Drift]) {
     }
 }
 
-async fn delete_rules(handle: &rtnetlink::Handle) {
-    let rules: Vec<_> = handle.rule().get(IpVersion::V4).execute().try_collect().await.unwrap();
+/// Deletes all rules of the mesh of one family.
+async fn delete_rules(handle: &rtnetlink::Handle, family: IpVersion) {
+    let rules: Vec<_> = handle.rule().get(family).execute().try_collect().await.unwrap();
     let ours = |rule: &RuleAttribute| matches!(rule, RuleAttribute::Priority(1499..=1502));
     for rule in rules.into_iter().filter(|rule| rule.attributes.iter().any(ours)) {
         handle.rule().del(rule).execute().await.unwrap();
+    }
+}
+
+/// Deletes the mesh's route of the family of `query`.
+async fn delete_route(handle: &rtnetlink::Handle, query: RouteMessage) {
+    let routes: Vec<_> = handle.route().get(query).execute().try_collect().await.unwrap();
+    let ours = RouteAttribute::Table(ztunnel_ebpf::ROUTE_TABLE);
+    for route in routes.into_iter().filter(|route| route.attributes.contains(&ours)) {
+        handle.route().del(route).execute().await.unwrap();
     }
 }
 
@@ -44,7 +56,7 @@ fn deleted_rules_come_back_at_once() {
     let scratch = Scratch::new();
     let (agent, a, _b) = enrolled(&scratch);
     let started = Instant::now();
-    configure(&a.netns, async |handle| delete_rules(&handle).await);
+    configure(&a.netns, async |handle| delete_rules(&handle, IpVersion::V4).await);
     mended(&agent, &[Drift::Rule]);
     assert!(started.elapsed() < Duration::from_secs(2), "the kernel's notice is not waited for in vain");
 }
@@ -53,25 +65,60 @@ fn deleted_rules_come_back_at_once() {
 fn deleted_route_comes_back() {
     let scratch = Scratch::new();
     let (agent, a, _b) = enrolled(&scratch);
-    configure(&a.netns, async |handle| {
-        let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
-        let routes: Vec<_> = handle.route().get(query).execute().try_collect().await.unwrap();
-        let ours = RouteAttribute::Table(ztunnel_ebpf::ROUTE_TABLE);
-        for route in routes.into_iter().filter(|route| route.attributes.contains(&ours)) {
-            handle.route().del(route).execute().await.unwrap();
-        }
-    });
+    configure(&a.netns, async |handle| delete_route(&handle, RouteMessageBuilder::<Ipv4Addr>::new().build()).await);
     mended(&agent, &[Drift::Route]);
 }
 
 #[test]
-fn sysctl_that_was_reset_is_set_again() {
+fn sysctl_that_was_reset_is_set_again_whichever_it_is() {
     let scratch = Scratch::new();
-    let (agent, a, _b) = enrolled(&scratch);
-    let path = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-    a.netns.run(|| std::fs::write(path, "0")).unwrap().unwrap();
-    mended(&agent, &[Drift::Sysctl]);
-    assert_eq!(a.netns.run(|| std::fs::read_to_string(path)).unwrap().unwrap(), "1\n");
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    super::families::announce(&agent, &a, &[A.into(), A6.into()]).unwrap();
+    let all = ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"];
+    for (count, name) in (1..).zip(all) {
+        let path = format!("/proc/sys/net/{name}");
+        a.netns.run(|| std::fs::write(&path, "0")).unwrap().unwrap();
+        eventually(|| (agent.host.drift.get(Drift::Sysctl) == count).then_some(())).unwrap_or_else(|| panic!("{name}"));
+        mended(&agent, &[Drift::Sysctl]);
+        assert_eq!(a.netns.run(|| std::fs::read_to_string(&path)).unwrap().unwrap(), "1\n", "{name}");
+    }
+}
+
+#[test]
+fn lo_that_was_set_down_is_up_again_with_the_routes_that_it_took_along() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, b) = pair();
+    super::families::announce(&agent, &a, &[A.into(), A6.into()]).unwrap();
+    configure(&a.netns, async |handle| {
+        handle.link().set(LinkUnspec::new_with_index(1).down().build()).execute().await.unwrap();
+    });
+    mended(&agent, &[Drift::Loopback, Drift::Route]);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    for (to, from) in [(at(B, PORT), at(A, PORT)), ((B6, PORT).into(), (A6, PORT).into())] {
+        connect(&a, to).unwrap();
+        assert_eq!(accept(&listeners[0]).unwrap().0, to);
+        connect(&b, from).unwrap();
+        assert_eq!(accept(&listeners[1]).unwrap().0, from);
+    }
+}
+
+#[test]
+fn rules_and_route_of_ipv6_come_back() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    super::families::announce(&agent, &a, &[A.into(), A6.into()]).unwrap();
+    configure(&a.netns, async |handle| delete_rules(&handle, IpVersion::V6).await);
+    mended(&agent, &[Drift::Rule]);
+    configure(&a.netns, async |handle| delete_route(&handle, RouteMessageBuilder::<Ipv6Addr>::new().build()).await);
+    mended(&agent, &[Drift::Rule, Drift::Route]);
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    connect(&a, (B6, PORT).into()).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, (B6, PORT).into());
 }
 
 #[test]
@@ -168,19 +215,6 @@ fn listener_that_was_taken_out_or_replaced_is_put_back() {
 }
 
 #[test]
-fn connect_hook_that_was_taken_off_is_attached_again() {
-    let scratch = Scratch::new();
-    let (agent, a, _b) = enrolled(&scratch);
-    let pin = scratch.bpffs().join(format!("v{}/node/connect4", ztunnel_ebpf::LAYOUT_VERSION));
-    std::fs::remove_file(&pin).unwrap();
-    mended(&agent, &[Drift::Hooks]);
-    let proxy = agent.proxy(Vec::new());
-    let (_, listeners) = proxy.added();
-    connect(&a, at(B, PORT)).unwrap();
-    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
-}
-
-#[test]
 fn drift_that_cannot_be_mended_is_listed_while_it_lasts() {
     let scratch = Scratch::new();
     let (agent, a, _b) = enrolled(&scratch);
@@ -263,19 +297,4 @@ fn guard_in_the_pod_itself_is_reported_as_weaker() {
     let state = agent.announcer().states().remove(0);
     assert_eq!(state.not_enrolled_reason, "", "enrolled all the same");
     assert!(state.weaker_reason.contains("PACKET_QDISC_BYPASS"), "{}", state.weaker_reason);
-}
-
-#[test]
-fn no_pod_is_said_to_be_enrolled_while_the_nodes_programs_cannot_be_put_back() {
-    let scratch = Scratch::new();
-    let (agent, _a, _b) = enrolled(&scratch);
-    let pin = scratch.bpffs().join(format!("v{}/node/connect4", ztunnel_ebpf::LAYOUT_VERSION));
-    // A folder in the place of the pin: nothing can be pinned there.
-    std::fs::remove_file(&pin).unwrap();
-    std::fs::create_dir(&pin).unwrap();
-    let announcer = agent.announcer();
-    let said = |wanted: &str| announcer.list().into_iter().find(|(_, reason)| reason.contains(wanted));
-    eventually(|| said("cannot be put back")).expect("the pod is reported, with the reason");
-    std::fs::remove_dir(&pin).unwrap();
-    mended(&agent, &[Drift::Hooks]);
 }

@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv6Addr, UdpSocket};
 
 use super::*;
 
-fn announce(agent: &Agent, pod: &TestPod, addresses: &[IpAddr]) -> Result<(), String> {
+/// Announces a pod with these addresses.
+pub fn announce(agent: &Agent, pod: &TestPod, addresses: &[IpAddr]) -> Result<(), String> {
     let addresses = addresses
         .iter()
         .map(|address| match address {

@@ -3,27 +3,7 @@
 use std::process::{Child, Command, Stdio};
 
 use super::*;
-
-/// A cgroup of its own below the root, removed at the end.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(name: &str) -> Self {
-        let path = cgroup_root().join(format!("culvert-agent-test-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        let path = path.join(name);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        fs::remove_dir(&self.0).unwrap();
-        // The last one takes the folder with it.
-        let _ = self.0.parent().map(fs::remove_dir);
-    }
-}
+use crate::agent::testing::Cgroup;
 
 /// What tells the process of [`prober`] where it belongs and whom to ask.
 const CGROUP: &str = "CULVERT_TEST_CGROUP";
@@ -97,16 +77,24 @@ fn another_cgroup_can_be_followed_and_none() {
     let target = || sys::link_target(sys::open_pin(&pin).unwrap().as_fd()).unwrap().target;
     let id = |cgroup: &Cgroup| std::os::unix::fs::MetadataExt::ino(&fs::metadata(&cgroup.0).unwrap());
     assert_eq!(target(), id(&one));
-    node.follow_kubelet(Some(&two.0)).unwrap();
+    assert!(!node.follow_kubelet(Some(&two.0)).unwrap(), "another is chosen: nothing was taken away");
     assert_eq!(target(), id(&two));
     // A kubelet that is restarted: the same path, another cgroup.
     fs::remove_dir(&two.0).unwrap();
     fs::create_dir(&two.0).unwrap();
     assert_ne!(target(), id(&two));
-    node.follow_kubelet(Some(&two.0)).unwrap();
+    assert!(!node.follow_kubelet(Some(&two.0)).unwrap(), "nor here");
+    assert_eq!(target(), id(&two));
+    assert!(!node.follow_kubelet(Some(&two.0)).unwrap());
+    // Taken off its hook, and its pin taken away.
+    former::detach(&pin).unwrap();
+    assert!(node.follow_kubelet(Some(&two.0)).unwrap(), "it was taken away");
+    assert_eq!(target(), id(&two));
+    fs::remove_file(&pin).unwrap();
+    assert!(node.follow_kubelet(Some(&two.0)).unwrap(), "it was taken away");
     assert_eq!(target(), id(&two));
     assert!(node.follow_kubelet(Some(&two.0.join("absent"))).unwrap_err().is_absence());
-    node.follow_kubelet(None).unwrap();
+    assert!(!node.follow_kubelet(None).unwrap());
     assert!(!pin.exists());
 }
 
