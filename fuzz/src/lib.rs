@@ -12,6 +12,7 @@ pub mod cni;
 mod cursor;
 pub mod discovery;
 pub mod dns;
+pub mod forwarded;
 pub mod hbone_client;
 pub mod hbone_server;
 pub mod http;
@@ -46,6 +47,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "cni", run: cni::run },
     Target { name: "discovery", run: discovery::run },
     Target { name: "dns", run: dns::run },
+    Target { name: "forwarded", run: forwarded::run },
     Target { name: "hbone_client", run: hbone_client::run },
     Target { name: "hbone_server", run: hbone_server::run },
     Target { name: "http", run: http::run },

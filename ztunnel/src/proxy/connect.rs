@@ -8,11 +8,13 @@ use mesh_hbone::{Authority, Connect, Headers};
 use mesh_model::Workload;
 use mesh_model::workload::WorkloadType;
 
+use super::forwarded;
+
 /// The request for a connection that `client`, an application of `source`, opened to `target`, known as `host`.
 pub fn request(target: Authority, source: Option<&Workload>, client: SocketAddr, host: Option<&str>) -> Connect {
     let mut headers = Headers::new();
     let baggage = source.map(baggage).unwrap_or_default();
-    let fields = [(BAGGAGE, baggage), (FORWARDED, forwarded(client, host)), (TRACEPARENT, traceparent())];
+    let fields = [(BAGGAGE, baggage), (FORWARDED, forwarded::field(client, host)), (TRACEPARENT, traceparent())];
     for (name, value) in fields {
         // All three are optional to the receiver. None can be invalid but through a name that discovery should not have
         // given, and then the connection is worth more than the field.
@@ -53,14 +55,6 @@ fn baggage(source: &Workload) -> String {
         }
     }
     baggage
-}
-
-/// The client's address and the name it asked for (RFC 7239).
-fn forwarded(client: SocketAddr, host: Option<&str>) -> String {
-    match host {
-        Some(host) => format!("for=\"{client}\";host={host}"),
-        None => format!("for=\"{client}\""),
-    }
 }
 
 /// A trace of its own, not sampled (W3C trace context).

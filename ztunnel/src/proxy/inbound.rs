@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::admit::{Admission, Connect, Connection, Denial, admit};
 use super::dial::{self, Unanswered};
 use super::error::ConnectionError;
+use super::forwarded;
 use super::guard;
 use super::open::PodStream;
 use super::pods::Pod;
@@ -170,7 +171,7 @@ impl Tunnel {
         let snapshot = shared.state.snapshot();
         let connect = Connect { authority: &request.authority };
         let decided = admit(&snapshot, &shared.local(&self.pod), &self.peer, self.connection, &connect);
-        note(facts, &snapshot, request.headers.get(FORWARDED).and_then(forwarded_host), decided)
+        note(facts, &snapshot, request.headers.get(FORWARDED).and_then(forwarded::host), decided)
     }
 
     /// Connects to the application, answers, and copies until both directions have ended.
@@ -240,11 +241,6 @@ pub fn note(
             Err(denial.into())
         }
     }
-}
-
-/// The `host` that a `forwarded` field names (RFC 7239).
-fn forwarded_host(forwarded: &str) -> Option<&str> {
-    forwarded.split([';', ',']).find_map(|pair| pair.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'))
 }
 
 /// The service that a connection to `port` of `workload` was probably meant for: the one that the client says, if the

@@ -14,6 +14,7 @@ pub mod discovery;
 pub mod dns;
 pub mod dump;
 pub mod error;
+pub mod forwarded;
 pub mod guard;
 pub mod handover;
 pub mod held;
