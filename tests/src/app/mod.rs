@@ -55,6 +55,8 @@ enum Command {
     Spread(clients::spread::Options),
     /// Connects in a loop from the first instruction on, with a marker.
     Restless(clients::restless::Options),
+    /// Tries every port of an address.
+    Scan(clients::scan::Options),
     /// Many connections at once, each with one exchange.
     Parallel(clients::parallel::Options),
     /// Bulk data with checksums, against `echo --mode transfer`.
@@ -120,6 +122,7 @@ async fn dispatch(command: Command) -> std::io::Result<bool> {
         Command::Raw(options) => clients::raw::run(&options),
         Command::Spread(options) => clients::spread::run(options).await,
         Command::Restless(options) => clients::restless::run(&options),
+        Command::Scan(options) => clients::scan::run(options).await,
         Command::Parallel(options) => clients::parallel::run(options).await,
         Command::Transfer(options) => transfer::run(options).await,
         Command::Load(options) => load::run(options).await,

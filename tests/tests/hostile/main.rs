@@ -14,6 +14,7 @@ mod idle;
 mod local;
 mod ports;
 mod requests;
+mod scan;
 mod scene;
 mod stalled;
 mod wire;

@@ -7,6 +7,7 @@ pub mod hold;
 pub mod parallel;
 pub mod raw;
 pub mod restless;
+pub mod scan;
 pub mod spread;
 
 use std::time::Duration;
