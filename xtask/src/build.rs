@@ -25,9 +25,22 @@ pub const QUICK: [(&str, &str); 3] = [
 /// # Errors
 /// The build failed; cargo has printed why.
 pub fn programs(root: &Path, profile: Profile) -> Result<PathBuf, Failure> {
+    build(root, profile, &[])
+}
+
+/// Builds every program for development, and the tests with them: these want more of some libraries (tokio's clock that can be
+/// set), and all that is built on those would be built once without and once with it.
+///
+/// # Errors
+/// As [`programs`].
+pub fn programs_and_tests(root: &Path) -> Result<PathBuf, Failure> {
+    build(root, Profile::Dev, &["--bins", "--tests"])
+}
+
+fn build(root: &Path, profile: Profile, targets: &[&str]) -> Result<PathBuf, Failure> {
     let mut command = cargo();
-    // The same selection as `cargo test --workspace`, so that features unify alike and nothing is built twice.
-    command.args(["build", "--workspace", "--locked"]).current_dir(root);
+    // All of it, whatever is wanted: what is chosen decides about features, and so about what is built anew.
+    command.args(["build", "--workspace", "--locked"]).args(targets).current_dir(root);
     if profile == Profile::Release {
         command.arg("--release");
     }

@@ -14,7 +14,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::build::{self, Profile};
+use crate::build;
 use crate::{Failure, cache};
 use debian::{Debian, Kernel, failed};
 use image::Image;
@@ -66,7 +66,7 @@ pub fn run(root: &Path, version: &str, args: &[String]) -> Result<(), Failure> {
     // Others may download while this machine runs.
     drop(debian);
 
-    let programs = build::programs(root, Profile::Dev)?;
+    let programs = build::programs_and_tests(root)?;
     let suite = suite::build(root, &programs, short, &named)?;
     let work = programs.join("kernels").join(format!("{}-{}", kernel.version, std::process::id()));
     fs::create_dir_all(&work).map_err(|error| failed(&work, &error))?;

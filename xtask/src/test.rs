@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::build::{self, Profile};
+use crate::build;
 use crate::{Failure, call, cargo, kernel, kubernetes, prerequisites};
 
 /// Builds the programs, then runs the tests with the remaining arguments as filter; with `--kernel`, on another kernel.
@@ -30,7 +30,7 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
         }
         there => there,
     };
-    let programs = build::programs(root, Profile::Dev)?;
+    let programs = build::programs_and_tests(root)?;
     let mut command = cargo();
     // A failure does not hide the next one.
     command.args(["test", "--workspace", "--locked", "--no-fail-fast"]).args(args);

@@ -25,7 +25,7 @@ fn garbage() -> Vec<(&'static str, Vec<u8>)> {
 
 /// What came of saying something.
 #[derive(Debug, PartialEq, Eq)]
-enum Outcome {
+pub enum Outcome {
     /// Nobody took the connection.
     Refused,
     /// Closed, after these bytes.
@@ -34,7 +34,8 @@ enum Outcome {
     Open,
 }
 
-fn say(from: &NetNs, to: SocketAddr, what: &[u8]) -> Outcome {
+/// Says something to whoever listens, and no more; what comes back until the end.
+pub fn say(from: &NetNs, to: SocketAddr, what: &[u8]) -> Outcome {
     tell(from, to, what, true)
 }
 
