@@ -28,7 +28,7 @@ const MODULES: &str = "tests/kernels/modules";
 const USAGE: &str = "usage: cargo xtask test --kernel <version | list> [--short] [<part> ...]";
 /// How long the virtual machine may run.
 const LIMIT: Duration = Duration::from_mins(20);
-const LIMIT_SHORT: Duration = Duration::from_mins(8);
+const LIMIT_SHORT: Duration = Duration::from_mins(12);
 
 /// Runs the suite on the newest kernel of that version, or with `list` shows the kernels that can be had.
 ///

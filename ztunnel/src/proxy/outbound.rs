@@ -31,8 +31,8 @@ const DISCOVERY_WAIT: Duration = Duration::from_secs(1);
 pub fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted) -> impl Future<Output = ()> {
     // The accepted socket's own address is what the application connected to.
     let Accepted { stream, peer: client, local: original } = accepted;
-    // Until it is carried, whatever happens the application must see a reset, never an orderly end. Taken apart here, since the
-    // future would keep the whole beside its parts.
+    // Until it is carried, whatever happens the application must see a reset, never an orderly end. Taken apart here, so that the
+    // future does not keep the whole beside its parts.
     attend(worker, pod, Asked { client, original }, Unanswered::new(stream))
 }
 
@@ -55,7 +55,7 @@ async fn attend(worker: &Arc<Worker>, pod: &Arc<Pod>, asked: Asked, app: Unanswe
     let result = tokio::select! {
         biased;
         reason = record.told_to_close() => Err(reason.into()),
-        result = carry(worker, pod, asked, way, app, &record) => result,
+        result = carry(worker, pod, &asked, way, app, &record) => result,
     };
     record.finish(result);
 }
@@ -158,14 +158,14 @@ fn reached(addr: SocketAddr, destination: Planned) -> Reached {
 async fn carry(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
-    asked: Asked,
+    asked: &Asked,
     way: Way,
     app: Unanswered,
     record: &Record,
 ) -> Result<(), ConnectionError> {
     let counters = &record.facts.counters;
     // Boxed: what is needed only until there is a stream must not be kept by the open connection.
-    match Box::pin(reach::reach(worker, pod, asked, way, record)).await? {
+    match Box::pin(reach::reach(worker, pod, *asked, way, record)).await? {
         Upstream::Tunnel(stream) => Ok(splice(stream, app.answered()?, counters).await?),
         Upstream::Plain(upstream) => Ok(relay(upstream, app.answered()?, counters).await?),
     }
