@@ -2,6 +2,7 @@
 //! before the first one runs.
 
 use std::path::Path;
+use std::thread;
 
 use crate::build;
 use crate::{Failure, call, cargo, kernel, kubernetes, prerequisites};
@@ -19,18 +20,23 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     }
     prerequisites::check()?;
     // The tests on a real cluster need it. Who asks for others by name does without, if it would have to be built.
-    let kubernetes = match kubernetes::existing(root)? {
-        None if asks_for_kubernetes(args) => Some(kubernetes::programs(root)?),
+    let (kubernetes, programs) = match kubernetes::existing(root)? {
+        // Beside each other: either leaves a core idle while it links.
+        None if asks_for_kubernetes(args) => thread::scope(|both| {
+            let kubernetes = both.spawn(|| kubernetes::programs(root));
+            let programs = build::programs_and_tests(root);
+            let kubernetes = kubernetes.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok::<_, Failure>((Some(kubernetes), programs?))
+        })?,
         None => {
             println!(
                 "Kubernetes' programs are not there, and tests that need them will fail: `cargo xtask cluster programs` \
                  builds them, once"
             );
-            None
+            (None, build::programs_and_tests(root)?)
         }
-        there => there,
+        there => (there, build::programs_and_tests(root)?),
     };
-    let programs = build::programs_and_tests(root)?;
     let mut command = cargo();
     // A failure does not hide the next one.
     command.args(["test", "--workspace", "--locked", "--no-fail-fast"]).args(args);

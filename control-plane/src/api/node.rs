@@ -1,5 +1,6 @@
 //! Node: where it stands.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as k8s;
@@ -26,6 +27,8 @@ pub struct Node {
     pub name: Arc<str>,
     /// Where it stands.
     pub locality: Locality,
+    /// Its own addresses, inner and outer.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Validates a Node.
@@ -41,5 +44,8 @@ pub(super) fn validate(object: &k8s::Node) -> Result<Node, Vec<Problem>> {
         zone: label("topology.kubernetes.io/zone"),
         subzone: label("topology.istio.io/subzone"),
     };
-    problems.finish(Node { name: name.into(), locality })
+    let said = object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
+    // Names among them are nothing that could be a service's.
+    let addresses = said.iter().filter_map(|one| one.address.parse().ok()).collect();
+    problems.finish(Node { name: name.into(), locality, addresses })
 }

@@ -24,6 +24,8 @@ pub struct Service {
     pub name: Name,
     /// How it is reached.
     pub addresses: ServiceAddresses,
+    /// Addresses of its load balancers that reach it from inside as well.
+    pub ingress: Vec<IpAddr>,
     /// Its TCP ports; the mesh carries no others.
     pub ports: Vec<ServicePort>,
     /// The labels its pods have; empty when its endpoints come from EndpointSlices alone.
@@ -173,7 +175,11 @@ pub(super) fn validate(object: &k8s::Service) -> Result<Service, Vec<Problem>> {
     };
     let selector = spec.selector.clone().unwrap_or_default();
     check::labels("spec.selector", &selector, &mut problems);
-    let addresses = addresses(object, spec, &mut problems);
+    let addresses = addresses(spec, &mut problems);
+    let ingress = match addresses {
+        ServiceAddresses::Given(_) => ingress(object, &mut problems),
+        ServiceAddresses::Allocate | ServiceAddresses::Headless | ServiceAddresses::External => Vec::new(),
+    };
     let ports = ports(spec, &mut problems);
     if spec.ports.iter().flatten().next().is_none()
         && matches!(addresses, ServiceAddresses::Given(_) | ServiceAddresses::Allocate)
@@ -183,6 +189,7 @@ pub(super) fn validate(object: &k8s::Service) -> Result<Service, Vec<Problem>> {
     let service = Service {
         name,
         addresses,
+        ingress,
         ports,
         selector,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
@@ -203,7 +210,7 @@ fn waypoint(labels: &Labels) -> WaypointBinding {
     }
 }
 
-fn addresses(object: &k8s::Service, spec: &k8s::ServiceSpec, problems: &mut Problems) -> ServiceAddresses {
+fn addresses(spec: &k8s::ServiceSpec, problems: &mut Problems) -> ServiceAddresses {
     match spec.type_.as_deref().unwrap_or("ClusterIP") {
         "ClusterIP" | "NodePort" | "LoadBalancer" => {}
         "ExternalName" => {
@@ -242,6 +249,11 @@ fn addresses(object: &k8s::Service, spec: &k8s::ServiceSpec, problems: &mut Prob
     if found.0.is_empty() {
         return ServiceAddresses::Allocate;
     }
+    ServiceAddresses::Given(found.0)
+}
+
+fn ingress(object: &k8s::Service, problems: &mut Problems) -> Vec<IpAddr> {
+    let mut found = check::Addresses::default();
     // A load balancer's address reaches the service from inside as well, unless it must be passed through (`Proxy`). One that
     // no other node reaches is nothing that the service's author can mend, and nothing that the mesh could carry.
     let ingress = object.status.as_ref().and_then(|status| status.load_balancer.as_ref()?.ingress.as_deref());
@@ -251,7 +263,7 @@ fn addresses(object: &k8s::Service, spec: &k8s::ServiceSpec, problems: &mut Prob
             found.add(&format!("status.loadBalancer.ingress[{index}].ip"), text, problems);
         }
     }
-    ServiceAddresses::Given(found.0)
+    found.0
 }
 
 fn ports(spec: &k8s::ServiceSpec, problems: &mut Problems) -> Vec<ServicePort> {

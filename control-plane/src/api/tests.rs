@@ -91,8 +91,8 @@ fn a_service_is_read() {
     ) else {
         panic!("not a service")
     };
-    let given = ["10.96.0.1", "192.0.2.1"].map(|address| address.parse().unwrap()).to_vec();
-    assert_eq!(service.addresses, ServiceAddresses::Given(given));
+    assert_eq!(service.addresses, ServiceAddresses::Given(vec!["10.96.0.1".parse().unwrap()]));
+    assert_eq!(service.ingress, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
 }
 
 /// Name, manifest, mistakes.

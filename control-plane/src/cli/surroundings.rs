@@ -23,8 +23,9 @@ const AT_ONCE: usize = 8;
 
 /// What installing makes: group and resource, and whether it is in the system namespace. Each is created, and when it is
 /// installed again, patched.
-const NEEDED: [(&str, &str, bool); 14] = [
+const NEEDED: [(&str, &str, bool); 15] = [
     ("", "namespaces", false),
+    ("", "resourcequotas", true),
     ("", "serviceaccounts", true),
     ("", "services", true),
     (ADMISSION, "validatingadmissionpolicies", false),

@@ -92,8 +92,10 @@ impl Index {
         for address in &pod.addresses {
             for slice in self.slices.at(*address).filter_map(|name| self.slices.all.get(name)) {
                 let Some(service) = self.services.of_slice(slice) else { continue };
+                // What is said of the endpoint counts beside what the pod says of itself: a controller may take one out.
                 let names_pod = |endpoint: &Endpoint| {
-                    endpoint.addresses.contains(address)
+                    (endpoint.ready || endpoint.serving)
+                        && endpoint.addresses.contains(address)
                         && self.pods_of(endpoint, *address).iter().any(|found| found.name == pod.name)
                 };
                 if slice.endpoints.iter().any(names_pod) {
@@ -104,14 +106,14 @@ impl Index {
         found.into_values().collect()
     }
 
-    /// The pods that an endpoint is at one of its addresses. A reference to a pod counts only if the pod has the
-    /// address; without one, a host-network pod is not meant, because the address is the node's.
+    /// The pods that an endpoint is at one of its addresses. One that refers to a pod is that pod, if it has the address, or
+    /// nobody yet; without a reference a host-network pod is not meant, because the address is the node's.
     fn pods_of(&self, endpoint: &Endpoint, address: IpAddr) -> Vec<&Arc<Pod>> {
-        let referred = endpoint.pod.as_ref();
-        if let Some(pod) = self.pods.at(address).find(|pod| referred.is_some_and(|found| found.name == pod.name)) {
-            return vec![pod];
-        }
-        self.pods.at(address).filter(|pod| !pod.host_network).collect()
+        let is_meant = |pod: &&Arc<Pod>| match &endpoint.pod {
+            Some(referred) => referred.name == pod.name,
+            None => !pod.host_network,
+        };
+        self.pods.at(address).filter(is_meant).collect()
     }
 
     pub(super) fn recompute_slice(&mut self, name: &Name, changes: &mut Changes) {
@@ -128,7 +130,8 @@ impl Index {
         }
     }
 
-    /// One workload for each address of the slice that no pod has.
+    /// One workload for each address of the slice that no pod has, or is said to have: of a pod that is not known yet it is
+    /// not known either whether it is enrolled.
     fn endpoint_workloads(&self, slice: &EndpointSlice) -> BTreeMap<Arc<str>, Resource> {
         let mut resources = BTreeMap::new();
         let Some(service) = self.services.of_slice(slice) else { return resources };
@@ -136,7 +139,7 @@ impl Index {
             self.options.service_key(&service.name),
             wire::PortList { ports: slice_ports(slice, service) },
         )]);
-        for endpoint in &slice.endpoints {
+        for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.pod.is_none()) {
             for address in &endpoint.addresses {
                 if !self.pods_of(endpoint, *address).is_empty() {
                     continue;

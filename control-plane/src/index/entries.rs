@@ -175,6 +175,7 @@ impl Index {
         Some(Service {
             name: host.clone(),
             addresses: if takes_one { ServiceAddresses::Allocate } else { ServiceAddresses::Headless },
+            ingress: Vec::new(),
             ports: entry.ports.clone(),
             selector: entry.selector.clone(),
             publish_not_ready: false,

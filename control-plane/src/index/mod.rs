@@ -19,6 +19,7 @@ mod encode;
 mod endpoint_slices;
 mod enrolment;
 mod entries;
+mod ingress;
 mod multimap;
 mod names;
 mod namespaces;
@@ -106,6 +107,7 @@ pub struct Index {
     services: services::Services,
     slices: endpoint_slices::Slices,
     vips: vip::Vips,
+    ingress: ingress::Ingress,
     entries: entries::Entries,
     /// Addresses of the hosts of entries.
     entry_vips: vip::Vips,
@@ -146,6 +148,7 @@ impl Index {
             services: services::Services::default(),
             slices: endpoint_slices::Slices::default(),
             vips: vip::Vips::of_services(),
+            ingress: ingress::Ingress::default(),
             entries: entries::Entries::default(),
             entry_vips: vip::Vips::of_entries(),
             workload_entries: workload_entries::WorkloadEntries::default(),
@@ -273,9 +276,8 @@ impl Index {
                 }
             }
             Object::Node(node) => {
-                if self.nodes.insert(&node) {
-                    self.touch_node(&node.name, dirty);
-                }
+                let old = self.nodes.insert(&node);
+                self.touch_node(&node.name, old.as_deref(), dirty);
             }
             Object::Pod(pod) => {
                 let name = pod.name.clone();
@@ -285,6 +287,7 @@ impl Index {
             Object::Service(service) => {
                 let name = service.name.clone();
                 dirty.services.extend(self.vips.set(&service));
+                dirty.services.extend(self.ingress.set(&service));
                 let old = self.services.insert(service);
                 self.touch_service(&name, old.as_deref(), dirty);
             }
@@ -338,9 +341,8 @@ impl Index {
                 }
             }
             Kind::Node => {
-                if self.nodes.remove(&id.name) {
-                    self.touch_node(&id.name, dirty);
-                }
+                let old = self.nodes.remove(&id.name);
+                self.touch_node(&id.name, old.as_deref(), dirty);
             }
             Kind::Pod => {
                 let old = self.pods.remove(&name);
@@ -348,6 +350,7 @@ impl Index {
             }
             Kind::Service => {
                 dirty.services.extend(self.vips.remove(&name));
+                dirty.services.extend(self.ingress.remove(&name));
                 let old = self.services.remove(&name);
                 self.touch_service(&name, old.as_deref(), dirty);
             }

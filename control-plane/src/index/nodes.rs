@@ -13,15 +13,18 @@ use crate::api::Node;
 pub(super) struct Nodes(HashMap<Arc<str>, Arc<Node>>);
 
 impl Nodes {
-    /// Returns whether anything changed.
-    pub(super) fn insert(&mut self, node: &Arc<Node>) -> bool {
-        let old = self.0.insert(node.name.clone(), node.clone());
-        old.is_none_or(|old| old != *node)
+    /// Returns what was there before.
+    pub(super) fn insert(&mut self, node: &Arc<Node>) -> Option<Arc<Node>> {
+        self.0.insert(node.name.clone(), node.clone())
     }
 
-    /// Returns whether it was there.
-    pub(super) fn remove(&mut self, name: &str) -> bool {
-        self.0.remove(name).is_some()
+    /// Returns what was there.
+    pub(super) fn remove(&mut self, name: &str) -> Option<Arc<Node>> {
+        self.0.remove(name)
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Arc<Node>> {
+        self.0.get(name)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -41,7 +44,12 @@ impl Nodes {
 }
 
 impl Index {
-    pub(super) fn touch_node(&self, node: &str, dirty: &mut Dirty) {
+    pub(super) fn touch_node(&mut self, node: &str, old: Option<&Node>, dirty: &mut Dirty) {
+        let new = self.nodes.get(node).map(Arc::as_ref);
+        dirty.services.extend(self.ingress.set_node(old, new));
+        if old.map(|node| &node.locality) == new.map(|node| &node.locality) {
+            return;
+        }
         dirty.pods.extend(self.pods.on_node(node).cloned());
         dirty.slices.extend(self.slices.on_node(node).cloned());
     }

@@ -153,7 +153,8 @@ fn event(edit: &Edit) -> Event {
             format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: ns{name}, labels: {{{labels}}}}}}}")
         }
         Edit::Node { name, zone } => format!(
-            "{{apiVersion: v1, kind: Node, metadata: {{name: node{name}, labels: {{topology.kubernetes.io/zone: z{zone}}}}}}}"
+            "{{apiVersion: v1, kind: Node, metadata: {{name: node{name}, labels: {{topology.kubernetes.io/zone: z{zone}}}}},
+               status: {{addresses: [{{type: InternalIP, address: 192.0.2.{zone}}}]}}}}"
         ),
         Edit::Pod { namespace, name, address, app, node, shape } => {
             let host = if *shape == 1 { "hostNetwork: true," } else { "" };
@@ -187,7 +188,8 @@ fn event(edit: &Edit) -> Event {
             };
             format!(
                 "{{apiVersion: v1, kind: Service, metadata: {{name: x{name}, namespace: ns{namespace}, labels: {{{}}}}},
-                  spec: {{{address} {selector} ports: [{{name: p, port: 80, targetPort: {port}}}]}}}}",
+                  spec: {{{address} {selector} ports: [{{name: p, port: 80, targetPort: {port}}}]}},
+                  status: {{loadBalancer: {{ingress: [{{ip: 192.0.2.{app}}}]}}}}}}",
                 if *name == 3 { "istio.io/use-waypoint: x0, istio.io/use-waypoint-namespace: ns0" } else { "" }
             )
         }

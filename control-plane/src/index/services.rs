@@ -142,7 +142,9 @@ impl Index {
             return;
         };
         let vips = if service.entry.is_some() { &self.entry_vips } else { &self.vips };
-        let addresses = vips.of(name);
+        let mut addresses = vips.of(name);
+        let ingress = self.ingress.of(name);
+        addresses.extend(ingress.into_iter().filter(|address| !addresses.contains(address)).collect::<Vec<_>>());
         let entry = service.entry.as_ref();
         let (mut blocks, mut aliases) = (Vec::new(), Vec::new());
         let given = entry.into_iter().flat_map(|entry| entry.blocks.iter().copied());
@@ -198,8 +200,13 @@ impl Index {
             }
         }
         for (slice, service) in self.slices_of_pod(pod) {
-            let ports = slice_ports(slice, service);
-            found.insert(self.options.service_key(&service.name), wire::PortList { ports });
+            // Several slices add up.
+            let list: &mut wire::PortList = found.entry(self.options.service_key(&service.name)).or_default();
+            for port in slice_ports(slice, service) {
+                if list.ports.iter().all(|known| known.service_port != port.service_port) {
+                    list.ports.push(port);
+                }
+            }
         }
         found
     }

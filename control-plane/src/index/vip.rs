@@ -310,6 +310,7 @@ mod tests {
             entry: (age > 0).then_some(entry),
             name: Name::new("ns", name),
             addresses,
+            ingress: Vec::new(),
             ports: Vec::new(),
             selector: BTreeMap::new(),
             publish_not_ready: false,

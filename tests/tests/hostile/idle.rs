@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tests::metrics;
@@ -84,13 +84,13 @@ fn ten_thousand_silent_tunnels_and_half_handshakes_hold_nobody_up() {
     {
         let refused_before = refused(&scene, &TUNNEL_REASONS);
         let mut silent = open(scene.peer.network(), target, MANY, first);
-        let begun = Instant::now();
         inside(newcomer.network(), async || {
             let mut peer = Peer::http2(target, &good).await.unwrap();
             peer.send(&connect(1, SocketAddr::new(target.ip(), ECHO))).await;
             assert_eq!(peer.answer(1).await, Answer::Status(200), "{name}");
         });
-        assert!(begun.elapsed() < Duration::from_secs(5), "{name}: another peer waited for {:?}", begun.elapsed());
+        // It did not have to wait until those were given up.
+        assert!(alive(&mut silent) > 0, "{name}: another peer was served only after the last of them was cut off");
         scene.victim_is_well(name);
         wait::until(&format!("{name}: all are closed"), PATIENCE, || (alive(&mut silent) == 0).then_some(())).unwrap();
         let all_refused = || (refused(&scene, &TUNNEL_REASONS) - refused_before == MANY).then_some(());

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -84,27 +84,39 @@ fn outsiders(mesh: &Mesh) {
     assert!(!mesh.unproven("cases").is_empty(), "the metrics have them too");
 }
 
-/// The plugin is put back into a configuration that was written without it.
+/// The plugin's configuration is that of the node's CNI, with the plugin: it is put back, and follows what the CNI writes,
+/// whose own file nobody touches.
 fn chained_again(mesh: &Mesh) {
-    let path = Path::new("/etc/cni/net.d/10-ptp.conflist");
+    let [own, cni] = ["00-culvert", "10-ptp"].map(|name| PathBuf::from(format!("/etc/cni/net.d/{name}.conflist")));
     let node = &mesh.cluster.nodes()[0];
-    let read = || -> Value {
-        let text = node.mounts().run(|| fs::read_to_string(path)).unwrap().unwrap();
-        serde_json::from_str(&text).unwrap()
+    let read = |path: &Path| -> Option<Value> {
+        let text = node.mounts().run(|| fs::read_to_string(path)).unwrap().ok()?;
+        Some(serde_json::from_str(&text).expect("it is written whole or not at all"))
     };
-    let is_chained = |list: &Value| {
+    let write = |text: String| node.mounts().run(|| fs::write(&cni, text)).unwrap().unwrap();
+    let types = |list: &Value| -> Vec<String> {
         let plugins = list["plugins"].as_array().expect("a list of plugins");
-        plugins.iter().filter(|plugin| plugin["type"] == "ztunnel").count() == 1
+        plugins.iter().map(|plugin| text(plugin, "/type")).collect()
     };
-    let chained = read();
-    assert!(is_chained(&chained), "{chained:#}");
-    let mut without = chained.clone();
-    without["plugins"].as_array_mut().unwrap().retain(|plugin| plugin["type"] != "ztunnel");
-    let text = without.to_string();
-    node.mounts().run(|| fs::write(path, text)).unwrap().unwrap();
-    let again = wait::until("the plugin in its place again", BOUND, || Some(read()).filter(is_chained));
-    let again = again.unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
-    assert_eq!(again, chained, "as it was before");
+    let until = |what: &str, wanted: &Value| {
+        let so = wait::until(what, BOUND, || read(&own).filter(|list| list == wanted));
+        so.unwrap_or_else(|error| panic!("{error}: {:#?}\n{}", read(&own), mesh.state()));
+    };
+    let (before, of_cni) = (read(&own).unwrap(), read(&cni).unwrap());
+    let mut wanted = types(&of_cni);
+    assert!(!wanted.contains(&"ztunnel".to_owned()), "{of_cni:#}");
+    wanted.push("ztunnel".into());
+    assert_eq!(types(&before), wanted);
+    node.mounts().run(|| fs::remove_file(&own)).unwrap().unwrap();
+    until("the plugin in its place again", &before);
+    let mut other = of_cni.clone();
+    other["disableCheck"] = true.into();
+    write(other.to_string());
+    let mut with = before.clone();
+    with["disableCheck"] = true.into();
+    until("what the CNI wrote", &with);
+    write(of_cni.to_string());
+    until("what it wrote before", &before);
 }
 
 /// What is not valid is refused before it is stored, by the webhooks as they are installed, with field and fix.

@@ -231,6 +231,7 @@ fn broken(mesh: &Mesh) {
     until("the node without a proxy is named", &["status"], 1, &why);
     mesh.place("ztunnel", None);
     mesh.rolled_out();
+    mesh.one_proxy_on_each_node();
     until("all is well in the end", &["check"], 0, &["All is well."]);
 }
 

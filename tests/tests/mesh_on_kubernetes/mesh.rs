@@ -1,5 +1,6 @@
 //! A cluster with the mesh on it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -104,6 +105,19 @@ impl Mesh {
             let wait = ["rollout", "status", part, "--namespace", SYSTEM, "--timeout=120s"];
             self.kubectl(&wait).unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
         }
+    }
+
+    /// Waits until no proxy but one is left on each node: one that drains goes on with who is with it, and what it logged of
+    /// them goes with it.
+    pub fn one_proxy_on_each_node(&self) {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods?labelSelector=app.kubernetes.io%2Fname%3Dztunnel");
+        let settled = || {
+            let pods = self.cluster.api().list(&path).unwrap();
+            let nodes: BTreeSet<String> = pods.iter().map(|pod| text(pod, "/spec/nodeName")).collect();
+            (pods.len() == nodes.len() && pods.iter().all(is_ready)).then_some(())
+        };
+        wait::until("one proxy on each node", BOUND, settled)
+            .unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
     }
 
     pub fn kubectl(&self, args: &[&str]) -> Result<String, Error> {

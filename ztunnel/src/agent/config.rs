@@ -69,9 +69,10 @@ pub struct Config {
     pub system_namespace: String,
 
     /// Cgroup (v2) of the kubelet, as a path of the host. The probes that it makes reach enrolled pods without the mesh;
-    /// without this they are plaintext from outside like any other, which strict mutual TLS refuses.
-    #[arg(long, env = "CULVERT_KUBELET_CGROUP", value_name = "DIR")]
-    pub kubelet_cgroup: Option<PathBuf>,
+    /// without this they are plaintext from outside like any other, which strict mutual TLS refuses. Given more than once,
+    /// or with commas: the first of those that exist.
+    #[arg(long, env = "CULVERT_KUBELET_CGROUP", value_name = "DIR", value_delimiter = ',')]
+    pub kubelet_cgroup: Vec<PathBuf>,
 
     /// Whether the proxy answers the pods' DNS queries for names that the mesh knows. Off: pods ask their resolvers directly.
     #[arg(long, env = "CULVERT_DNS", value_name = "on|off", default_value = "on", hide_possible_values = true)]

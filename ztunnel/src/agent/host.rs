@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -21,8 +21,16 @@ pub struct Choices {
     pub older: OlderConnections,
     /// Names of programs of others that may stand on the connect hooks.
     pub allowed_programs: Vec<String>,
-    /// The kubelet's cgroup.
-    pub kubelet: Option<PathBuf>,
+    /// Where the kubelet's cgroup may be.
+    pub kubelet: Vec<PathBuf>,
+}
+
+impl Choices {
+    /// The kubelet's cgroup: the first of those that exist. None of them does: the first; none: the kubelet is not followed.
+    pub fn kubelet(&self) -> Option<&Path> {
+        let exists = |cgroup: &&PathBuf| cgroup.is_dir();
+        self.kubelet.iter().find(exists).or_else(|| self.kubelet.first()).map(PathBuf::as_path)
+    }
 }
 
 impl From<&Config> for Choices {
@@ -122,7 +130,7 @@ impl Host {
         let mended = self.capture.mend_node();
         self.remember_hooks(mended.as_ref().err());
         let mut missing = mended?;
-        match self.capture.follow_kubelet(self.choices.kubelet.as_deref()) {
+        match self.capture.follow_kubelet(self.choices.kubelet()) {
             // Said at start; a node whose kubelet has another cgroup captures as well as any.
             Err(error) if error.is_absence() => {}
             followed => missing |= followed?,

@@ -17,7 +17,7 @@ use rounds::Schedule;
 
 use super::adopt::{self, Stranded};
 use super::host::Host;
-use super::netns::{Netns, NetnsError, inode_at};
+use super::netns::{Netns, NetnsError, inode_at, is_without_processes};
 use super::pod::{EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
@@ -272,7 +272,7 @@ impl Task {
                 }
                 Err(error) => drop(done.send(Err(error))),
             },
-            Some(Command::Withdraw { uid, sandbox, done }) => self.withdraw_from(&uid, &sandbox, done),
+            Some(Command::Withdraw { uid, sandbox, done }) => self.withdraw_from(&uid, &sandbox, done).await,
             Some(Command::Listed { uids }) => self.take_list(uids).await,
             Some(Command::List { done }) => drop(done.send(self.list().await)),
             Some(Command::Join { id, joining, notices }) => drop(notices.send(self.join(id, joining).await)),
@@ -367,16 +367,27 @@ impl Task {
         self.announce(&pod);
     }
 
-    /// Withdraws a pod unless it is enrolled in another sandbox than this one by now.
-    fn withdraw_from(&mut self, uid: &str, sandbox: &str, done: leaving::Done) {
-        let enrolled = self.get(uid).map(|pod| pod.sandbox().id);
+    /// Withdraws a pod unless it is enrolled in another sandbox than this one by now. Of a pod that nobody announced the
+    /// sandbox is not known; runtimes end what runs in one before they say that it ends.
+    async fn withdraw_from(&mut self, uid: &str, sandbox: &str, done: leaving::Done) {
+        let pod = self.get(uid);
+        let enrolled = pod.as_ref().map(|pod| pod.sandbox().id);
         let enrolled = enrolled.or_else(|| self.stranded.get(uid).map(|stranded| stranded.saved.sandbox.clone()));
-        match enrolled {
-            Some(enrolled) if !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox => {
-                tracing::info!(pod = uid, sandbox, enrolled, "a former sandbox ended; the pod stays enrolled");
-                let _ = done.send(Ok(()));
+        let is_former = match (enrolled.as_deref(), pod) {
+            (Some("") | None, None) => false,
+            (Some(""), Some(pod)) if !sandbox.is_empty() => {
+                let inode = pod.netns().inode();
+                let is_empty = tokio::task::spawn_blocking(move || is_without_processes(inode));
+                !is_empty.await.unwrap_or_default()
             }
-            Some(_) | None => self.withdraw(uid, Some(done), None),
+            (Some(enrolled), _) => !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox,
+            (None, Some(_)) => false,
+        };
+        if is_former {
+            tracing::info!(pod = uid, sandbox, enrolled, "a former sandbox ended; the pod stays enrolled");
+            let _ = done.send(Ok(()));
+        } else {
+            self.withdraw(uid, Some(done), None);
         }
     }
 

@@ -153,9 +153,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let run_dir = RunDir::open_when_free(&config.run_dir, config.proxy_uid)?;
     preflight::check(config)?;
     pod_network::use_proc(&config.proc_dir);
-    let (cgroup_root, kubelet) = (config.cgroup2_root(), config.kubelet_cgroup.as_deref());
-    let capture = NodeCapture::open(&config.bpffs, &cgroup_root, kubelet, config.ebpf_log)?;
-    let host = Host::new(capture, cgroup_root, Choices::from(config)).map_err(Error::Start)?;
+    let (cgroup_root, choices) = (config.cgroup2_root(), Choices::from(config));
+    let capture = NodeCapture::open(&config.bpffs, &cgroup_root, choices.kubelet(), config.ebpf_log)?;
+    let host = Host::new(capture, cgroup_root, choices).map_err(Error::Start)?;
     host.look_for_foreign_programs()?;
     selftest::run(&host.capture)?;
     // One thread is enough for what the agent does by itself; what blocks is done on a few others, which end when they are
@@ -193,16 +193,16 @@ async fn serve(
         tasks.spawn(async move { host.capture.forward_logs().await.map(|never| match never {}).map_err(Error::from) });
     }
     let source = AnySource::open(config, removal).await?;
-    // Before the sockets are there: what is not registered yet is not waited for.
-    let plugin = config.plugin().map(|plugin| (plugin, readiness.register("the CNI plugin is chained")));
-    let manager = start(run_dir, config.proxy_uid, &host, source, &readiness, &mut tasks)?;
-    let served = manager.clone();
-    if let Some((plugin, ready)) = plugin {
+    // Before the sockets are there, and before pods are adopted, which may take long: those that start meanwhile wait.
+    if let Some(plugin) = config.plugin() {
+        let (readiness, waiting) = (readiness.clone(), readiness.register(plugin::CHAINED));
         tasks.spawn(async move {
-            plugin.keep(ready).await;
+            plugin.keep(readiness, waiting).await;
             Ok(())
         });
     }
+    let manager = start(run_dir, config.proxy_uid, &host, source, &readiness, &mut tasks)?;
+    let served = manager.clone();
     if let Some(address) = config.admin_addr {
         let failed = |source| Error::Admin { address, source };
         let server = http::Server::bind(address).await.map_err(failed)?.local_only();

@@ -1,8 +1,13 @@
-//! The CNI plugin on its node: this program's own file in the runtime's folder of plugins, and its place in the network's
-//! configuration. Both are written whole or not at all. CNIs write their configuration anew as they please, so the folder
-//! is watched, and what they took out is put back.
+//! The CNI plugin on its node: this program's own file in the runtime's folder of plugins, and a network configuration that
+//! calls it. Both are written whole or not at all.
 //!
-//! It stays when the agent ends: pods that start meanwhile are decided by what the agent left word of, or wait.
+//! The configuration is a file of its own which the runtime takes before all others: what the node's CNI configured, and
+//! behind that the plugin. The CNI's file is never touched, since most write it anew whenever they start. After a reboot that
+//! is before any agent runs, and pods that start meanwhile would pass without the plugin. The folder is watched, and the
+//! copy follows what the CNI writes.
+//!
+//! It stays when the agent ends, and while the CNI's file is away: pods that start meanwhile are decided by what the agent
+//! left word of, or wait.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
@@ -11,21 +16,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_runtime::ready::Pending;
+use mesh_runtime::ready::{Pending, Readiness};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-use crate::cni::chain::{self, ChainError, TYPE};
+use crate::cni::chain::{self, ChainError, FILE, TYPE};
 
 /// The folder is looked through this often, told or not.
 const POLL: Duration = Duration::from_secs(5);
+/// What the agent's readiness waits for.
+pub const CHAINED: &str = "the CNI plugin is chained";
 /// Shortest time between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
 /// Largest network configuration, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
-/// What is behind the name of a configuration with a single plugin while a list stands in its place.
+/// What agents that edited the CNI's own files put behind the name of one with a single plugin, while a list stood in its
+/// place.
 const ORIGINAL: &str = ".culvert-original";
 
 /// Where the plugin is installed, and how it is configured.
@@ -60,6 +68,30 @@ pub enum PluginError {
         #[source]
         source: ChainError,
     },
+    /// The runtime would not take ours.
+    #[error(
+        "{name:?} in {} comes before {FILE}, and the runtime takes the first: give it a name that comes after",
+        folder.display()
+    )]
+    NotFirst {
+        /// The folder of configurations.
+        folder: PathBuf,
+        /// What comes first.
+        name: String,
+    },
+    /// What the runtime calls is not in the folder where the plugin is: it would not be found there either.
+    #[error(
+        "none of the plugins of {} ({}) is in {}: name the folder in which the runtime looks for plugins (--cni-bin-dir)",
+        path.display(), types.join(", "), folder.display()
+    )]
+    OtherFolder {
+        /// The CNI's configuration.
+        path: PathBuf,
+        /// Its plugins.
+        types: Vec<String>,
+        /// The folder that was looked through.
+        folder: PathBuf,
+    },
     /// There is none yet: the node's CNI has still to write it.
     #[error("{} holds no network configuration; the plugin waits for the node's CNI to write one", .0.display())]
     NoNetwork(PathBuf),
@@ -73,8 +105,10 @@ pub enum PluginError {
 pub struct Installed {
     /// The program's file was written.
     pub program: bool,
-    /// This configuration was changed.
-    pub configuration: Option<PathBuf>,
+    /// The configuration was written.
+    pub configuration: bool,
+    /// The CNI's own is not there; the copy of it stays.
+    pub is_alone: bool,
 }
 
 impl Plugin {
@@ -84,34 +118,61 @@ impl Plugin {
     /// When a file cannot be read or written, or there is no network to chain to. The program comes first: a configuration
     /// that names a plugin which is not there would keep every pod from starting.
     pub fn install(&self) -> Result<Installed, PluginError> {
-        let program = self.copy_program()?;
+        let ours = self.conf_dir.join(FILE);
         let names = names(&self.conf_dir)?;
-        let name = chain::chosen(names.iter().map(String::as_str));
-        let name = name.ok_or_else(|| PluginError::NoNetwork(self.conf_dir.clone()))?;
-        let path = self.conf_dir.join(name);
-        let (text, mode) = read(&path)?;
-        let chained =
-            chain::chained(&text, &self.own).map_err(|source| PluginError::Chain { path: path.clone(), source })?;
-        let Some(chained) = chained else { return Ok(Installed { program, configuration: None }) };
-        if chain::is_single(&text) {
-            // Runtimes take a list only from a file of this ending; the original must not come before it.
-            let list = path.with_extension("conflist");
-            write(&list, &chained, mode)?;
-            let kept = self.conf_dir.join(format!("{name}{ORIGINAL}"));
-            fs::rename(&path, &kept).map_err(at(&path))?;
-            return Ok(Installed { program, configuration: Some(list) });
+        let source = chain::chosen(names.iter().map(String::as_str).filter(|name| *name != FILE));
+        let Some(source) = source else {
+            // Without the copy there would be no plugin from when the CNI writes its own until this agent has seen it.
+            if !names.iter().any(|name| name == FILE) {
+                return Err(PluginError::NoNetwork(self.conf_dir.clone()));
+            }
+            return Ok(Installed { program: self.copy_program()?, configuration: false, is_alone: true });
+        };
+        if source < FILE {
+            return Err(PluginError::NotFirst { folder: self.conf_dir.clone(), name: source.to_owned() });
         }
-        write(&path, &chained, mode)?;
-        Ok(Installed { program, configuration: Some(path) })
+        let path = self.conf_dir.join(source);
+        let (text, mode) = read(&path)?;
+        let bad = |source| PluginError::Chain { path: path.clone(), source };
+        let wanted = chain::chained(&text, &self.own).map_err(bad)?;
+        self.check_folder(&path, &wanted.types)?;
+        let program = self.copy_program()?;
+        let is_same = match read(&ours) {
+            Ok(there) => there == (wanted.text.clone(), mode),
+            Err(PluginError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error),
+        };
+        if !is_same {
+            write(&ours, &wanted.text, mode)?;
+        }
+        self.leave_others(&names)?;
+        Ok(Installed { program, configuration: !is_same, is_alone: false })
     }
 
-    /// Takes the plugin out of every configuration, then its program away. Blocks.
+    /// Takes the plugin's configuration away, then its program. Blocks.
     ///
     /// # Errors
     /// When a file cannot be read or written; what comes after it is not tried.
     pub fn remove(&self) -> Result<(), PluginError> {
-        let names = names(&self.conf_dir)?;
-        for name in &names {
+        remove(&self.conf_dir.join(FILE))?;
+        self.leave_others(&names(&self.conf_dir)?)?;
+        remove(&self.bin_dir.join(TYPE))
+    }
+
+    /// One of the CNI's plugins is where ours is put. Not all need be: some runtimes look through several folders.
+    fn check_folder(&self, path: &Path, types: &[String]) -> Result<(), PluginError> {
+        // A link counts: it may lead to what only the host sees.
+        let is_there = |kind: &String| self.bin_dir.join(kind).symlink_metadata().is_ok();
+        if types.iter().any(is_there) {
+            return Ok(());
+        }
+        let (path, types, folder) = (path.to_owned(), types.to_vec(), self.bin_dir.clone());
+        Err(PluginError::OtherFolder { path, types, folder })
+    }
+
+    /// Takes the plugin out of the CNI's own files, as agents of former versions edited them.
+    fn leave_others(&self, names: &[String]) -> Result<(), PluginError> {
+        for name in names.iter().filter(|name| *name != FILE) {
             let path = self.conf_dir.join(name);
             if let Some(original) = name.strip_suffix(ORIGINAL) {
                 let list = self.conf_dir.join(original).with_extension("conflist");
@@ -125,46 +186,53 @@ impl Plugin {
                 }
             }
         }
-        remove(&self.bin_dir.join(TYPE))
+        Ok(())
     }
 
-    /// Keeps the plugin in its place until the agent ends; never returns by itself. `ready` is done when it is there for
-    /// the first time: before that pods could start without it.
-    pub async fn keep(self, ready: Pending) {
-        let mut ready = Some(ready);
+    /// Keeps the plugin in its place until the agent ends; never returns by itself. `waiting` is done when it is there for
+    /// the first time, and the agent is not ready again while it is not: pods would start without it.
+    pub async fn keep(self, readiness: Readiness, waiting: Pending) {
+        let mut waiting = Some(waiting);
         let changed = Arc::new(Notify::new());
-        let _watcher = watch(&self.conf_dir, Arc::clone(&changed));
+        let mut watched = None;
         let plugin = Arc::new(self);
-        let mut complaint = String::new();
+        let mut last = String::new();
         loop {
+            watched = follow(watched, &plugin.conf_dir, &changed);
             let installing = Arc::clone(&plugin);
             // The runtime ends.
             let Ok(done) = tokio::task::spawn_blocking(move || installing.install()).await else { return };
-            match done {
-                Ok(Installed { program, configuration }) => {
-                    complaint.clear();
-                    if let Some(ready) = ready.take() {
-                        ready.done();
+            let said = match &done {
+                Ok(installed) => {
+                    if let Some(waiting) = waiting.take() {
+                        waiting.done();
                     }
-                    if let Some(path) = configuration {
-                        tracing::info!(configuration = %path.display(), "the CNI plugin is chained");
-                    }
-                    if program {
-                        tracing::info!(folder = %plugin.bin_dir.display(), "the CNI plugin's program is in place");
-                    }
+                    plugin.tell(installed);
+                    let alone = "the node's CNI took its configuration away; the plugin's copy of it stays";
+                    if installed.is_alone { alone.to_owned() } else { String::new() }
                 }
                 Err(error) => {
-                    let text = error.to_string();
-                    if text != complaint {
-                        tracing::warn!(%error, "the CNI plugin is not installed; trying again");
-                    }
-                    complaint = text;
+                    waiting.get_or_insert_with(|| readiness.register(CHAINED));
+                    format!("the CNI plugin is not installed; trying again: {error}")
                 }
+            };
+            if said != last && !said.is_empty() {
+                tracing::warn!("{said}");
             }
+            last = said;
             // What cannot be written, or is fought over with somebody, must not keep the node busy.
             tokio::time::sleep(PAUSE).await;
             // Either way it is time to look again.
             let _ = timeout_at(Instant::now() + POLL, changed.notified()).await;
+        }
+    }
+
+    fn tell(&self, installed: &Installed) {
+        if installed.configuration {
+            tracing::info!(configuration = %self.conf_dir.join(FILE).display(), "the CNI plugin is chained");
+        }
+        if installed.program {
+            tracing::info!(folder = %self.bin_dir.display(), "the CNI plugin's program is in place");
         }
     }
 
@@ -265,6 +333,21 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(true).write(true).mode(mode).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
+/// The folder that is watched, by device and inode.
+struct Watched {
+    folder: (u64, u64),
+    _watcher: Option<RecommendedWatcher>,
+}
+
+/// Watches the folder, anew where another took its place.
+fn follow(watched: Option<Watched>, folder: &Path, changed: &Arc<Notify>) -> Option<Watched> {
+    let now = fs::metadata(folder).map(|now| (now.dev(), now.ino())).ok()?;
+    match watched {
+        Some(watched) if watched.folder == now => Some(watched),
+        Some(_) | None => Some(Watched { folder: now, _watcher: watch(folder, Arc::clone(changed)) }),
+    }
+}
+
 /// Starts inotify. Without it changes are still found, only later.
 fn watch(folder: &Path, changed: Arc<Notify>) -> Option<RecommendedWatcher> {
     let told = move |event: notify::Result<notify::Event>| {
@@ -306,6 +389,7 @@ mod tests {
             let [bin_dir, conf_dir] = ["bin", "net.d"].map(|name| folder.path().join(name));
             fs::create_dir(&bin_dir).unwrap();
             fs::create_dir(&conf_dir).unwrap();
+            fs::write(bin_dir.join("bridge"), "").unwrap();
             Self { plugin: Plugin { bin_dir, conf_dir, own: json!({}) }, folder }
         }
 
@@ -331,12 +415,12 @@ mod tests {
         assert!(matches!(node.plugin.install(), Err(PluginError::NoNetwork(_))), "the CNI comes later");
         node.write("10-net.conflist", &network());
         fs::set_permissions(node.plugin.conf_dir.join("10-net.conflist"), Permissions::from_mode(0o600)).unwrap();
-        node.write("99-other.conflist", &network());
+        node.write("99-other.conflist", &json!({ "cniVersion": "1.0.0", "name": "x", "plugins": [{ "type": "x" }] }));
         let done = node.plugin.install().unwrap();
-        assert_eq!(done.configuration, Some(node.plugin.conf_dir.join("10-net.conflist")));
-        assert_eq!(node.plugins("10-net.conflist"), ["bridge", TYPE]);
-        assert_eq!(node.plugins("99-other.conflist"), ["bridge"], "a runtime takes the first");
-        assert_eq!(read(&node.plugin.conf_dir.join("10-net.conflist")).unwrap().1, 0o600);
+        assert_eq!(done, Installed { program: true, configuration: true, is_alone: false });
+        assert_eq!(node.plugins(FILE), ["bridge", TYPE], "a runtime takes the first");
+        assert_eq!(node.plugins("10-net.conflist"), ["bridge"], "what is the CNI's stays so");
+        assert_eq!(read(&node.plugin.conf_dir.join(FILE)).unwrap().1, 0o600);
         assert_eq!(node.plugin.install().unwrap(), Installed::default(), "nothing is left to do");
         let program = node.plugin.bin_dir.join(TYPE);
         assert_eq!(fs::read(&program).unwrap(), fs::read("/proc/self/exe").unwrap());
@@ -351,37 +435,86 @@ mod tests {
     }
 
     #[test]
-    fn single_plugin_makes_way_for_a_list_and_comes_back() {
+    fn copy_follows_the_cni_and_stays_without_it() {
         let node = Node::new();
-        let single = json!({ "cniVersion": "0.3.1", "name": "net", "type": "bridge" });
-        node.write("10-net.conf", &single);
+        node.write("10-net.conf", &json!({ "cniVersion": "0.3.1", "name": "net", "type": "bridge" }));
         node.plugin.install().unwrap();
-        assert_eq!(node.plugins("10-net.conflist"), ["bridge", TYPE]);
-        assert!(!node.plugin.conf_dir.join("10-net.conf").exists());
-        assert_eq!(node.plugin.install().unwrap(), Installed::default());
-        node.plugin.remove().unwrap();
-        assert!(!node.plugin.conf_dir.join("10-net.conflist").exists());
-        let text = fs::read(node.plugin.conf_dir.join("10-net.conf")).unwrap();
+        assert_eq!(node.plugins(FILE), ["bridge", TYPE], "a single plugin becomes a list");
+        let mut other = network();
+        other["plugins"].as_array_mut().unwrap().push(json!({ "type": "portmap" }));
+        node.write("05-net.conflist", &other);
+        assert!(node.plugin.install().unwrap().configuration);
+        assert_eq!(node.plugins(FILE), ["bridge", "portmap", TYPE], "another comes first now");
+        for name in ["05-net.conflist", "10-net.conf"] {
+            fs::remove_file(node.plugin.conf_dir.join(name)).unwrap();
+        }
+        assert!(node.plugin.install().unwrap().is_alone);
+        assert_eq!(node.plugins(FILE), ["bridge", "portmap", TYPE], "pods that start meanwhile do not pass");
+    }
+
+    #[test]
+    fn files_that_former_agents_edited_are_the_cnis_again() {
+        let node = Node::new();
+        let mut edited = network();
+        edited["plugins"].as_array_mut().unwrap().push(json!({ "type": TYPE, "culvert": {} }));
+        node.write("10-net.conflist", &edited);
+        let single = json!({ "cniVersion": "0.3.1", "name": "net", "type": "bridge" });
+        node.write("20-single.conf.culvert-original", &single);
+        node.write("20-single.conflist", &edited);
+        node.plugin.install().unwrap();
+        assert_eq!(node.plugins(FILE), ["bridge", TYPE]);
+        assert_eq!(node.plugins("10-net.conflist"), ["bridge"]);
+        let text = fs::read(node.plugin.conf_dir.join("20-single.conf")).unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&text).unwrap(), single);
+        assert!(!node.plugin.conf_dir.join("20-single.conflist").exists());
+    }
+
+    #[test]
+    fn what_the_runtime_would_not_find_is_not_named_to_it() {
+        let node = Node::new();
+        node.write("10-net.conflist", &network());
+        fs::remove_file(node.plugin.bin_dir.join("bridge")).unwrap();
+        let error = node.plugin.install().unwrap_err().to_string();
+        assert!(error.contains("(bridge)") && error.contains("--cni-bin-dir"), "{error}");
+        assert!(!node.plugin.conf_dir.join(FILE).exists());
+        fs::write(node.plugin.bin_dir.join("bridge"), "").unwrap();
+        node.write("00-a.conflist", &network());
+        let error = node.plugin.install().unwrap_err().to_string();
+        assert!(error.contains("\"00-a.conflist\"") && !node.plugin.conf_dir.join(FILE).exists(), "{error}");
     }
 
     #[tokio::test]
-    async fn what_a_cni_takes_out_is_put_back() {
+    async fn what_others_do_to_it_is_undone_and_the_agent_is_not_ready_without_it() {
         let node = Node::new();
-        let readiness = mesh_runtime::ready::Readiness::new();
-        let keeping = tokio::spawn(node.plugin.clone().keep(readiness.register("plugin")));
+        let readiness = Readiness::new();
+        let waiting = readiness.register(CHAINED);
+        let keeping = tokio::spawn(node.plugin.clone().keep(readiness.clone(), waiting));
         assert!(!readiness.is_ready(), "pods would start without it");
-        for round in 0..3 {
-            // First there is none, then it is written anew.
-            node.write("10-net.conflist", &network());
-            let chained = async {
-                while node.plugins("10-net.conflist").len() < 2 {
+        let until = async |what: &str, so: &dyn Fn() -> bool| {
+            let wait = async {
+                while !so() {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             };
-            tokio::time::timeout(Duration::from_secs(30), chained).await.unwrap_or_else(|_| panic!("round {round}"));
-        }
-        assert!(readiness.is_ready());
+            tokio::time::timeout(Duration::from_secs(30), wait).await.unwrap_or_else(|_| panic!("{what}"));
+        };
+        // First the CNI's is not there.
+        node.write("10-net.conflist", &network());
+        until("chained", &|| node.plugins(FILE) == ["bridge", TYPE] && readiness.is_ready()).await;
+        fs::remove_file(node.plugin.conf_dir.join(FILE)).unwrap();
+        until("put back", &|| node.plugins(FILE) == ["bridge", TYPE]).await;
+        node.write(FILE, &network());
+        until("put right", &|| node.plugins(FILE) == ["bridge", TYPE]).await;
+        let broken = json!({ "cniVersion": "9.0.0" });
+        node.write("10-net.conflist", &broken);
+        until("not ready", &|| readiness.pending() == [CHAINED]).await;
+        // Another folder in the place of the first.
+        fs::rename(&node.plugin.conf_dir, node.folder.path().join("former")).unwrap();
+        fs::create_dir(&node.plugin.conf_dir).unwrap();
+        node.write("10-net.conflist", &network());
+        until("ready again", &|| node.plugins(FILE) == ["bridge", TYPE] && readiness.is_ready()).await;
+        fs::remove_file(node.plugin.conf_dir.join(FILE)).unwrap();
+        until("put back there", &|| node.plugins(FILE) == ["bridge", TYPE]).await;
         keeping.abort();
     }
 

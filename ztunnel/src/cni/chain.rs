@@ -1,5 +1,5 @@
 //! The plugin's place in a network configuration list: pure, text in, text out. It stands last, behind the plugin that
-//! gives the pod its address (CNI specification 1.1, section 1).
+//! gives the pod its address (CNI specification 1.1, section 1), in a list of its own that begins as the node's CNI's does.
 
 use std::path::Path;
 
@@ -9,6 +9,18 @@ use super::config::VERSIONS;
 
 /// The plugin's type: the name of its file in the runtime's folder of plugins.
 pub const TYPE: &str = "ztunnel";
+
+/// The configuration with the plugin. Runtimes take the first by name.
+pub const FILE: &str = "00-culvert.conflist";
+
+/// A configuration with the plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chained {
+    /// The list.
+    pub text: Vec<u8>,
+    /// The plugins in front of it.
+    pub types: Vec<String>,
+}
 
 /// Why a configuration cannot be chained to.
 #[derive(Debug, thiserror::Error)]
@@ -24,13 +36,13 @@ pub enum ChainError {
     Version(String),
 }
 
-/// The list with the plugin as its last, configured with `own` (the field `culvert`). `None`: it is there just so.
+/// The list with the plugin as its last, configured with `own` (the field `culvert`).
 ///
 /// A file with a single plugin becomes a list of two.
 ///
 /// # Errors
 /// When the text is no network configuration, or of a version that the plugin does not speak.
-pub fn chained(text: &[u8], own: &Value) -> Result<Option<Vec<u8>>, ChainError> {
+pub fn chained(text: &[u8], own: &Value) -> Result<Chained, ChainError> {
     let mut all = fields(text)?;
     let version = all.get("cniVersion").and_then(Value::as_str).unwrap_or_default();
     if !VERSIONS.contains(&version) {
@@ -40,16 +52,13 @@ pub fn chained(text: &[u8], own: &Value) -> Result<Option<Vec<u8>>, ChainError> 
         all = into_list(all)?;
     }
     let plugins = plugins(&mut all)?;
-    if plugins.iter().all(is_ours) {
+    plugins.retain(|plugin| !is_ours(plugin));
+    if plugins.is_empty() {
         return Err(ChainError::Shape("there is no other plugin in it"));
     }
-    let entry = json!({ "type": TYPE, "culvert": own });
-    if plugins.last() == Some(&entry) && plugins.iter().filter(|plugin| is_ours(plugin)).count() == 1 {
-        return Ok(None);
-    }
-    plugins.retain(|plugin| !is_ours(plugin));
-    plugins.push(entry);
-    text_of(all).map(Some)
+    let types = plugins.iter().filter_map(kind).map(ToOwned::to_owned).collect();
+    plugins.push(json!({ "type": TYPE, "culvert": own }));
+    Ok(Chained { text: text_of(all)?, types })
 }
 
 /// The list without the plugin. `None`: it is not in it.
@@ -74,12 +83,6 @@ pub fn chosen<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
         !name.starts_with('.') && matches!(ending, Some("conf" | "conflist" | "json"))
     };
     names.into_iter().filter(holds).min()
-}
-
-/// Whether a file of this name holds a single plugin, not a list.
-#[must_use]
-pub fn is_single(text: &[u8]) -> bool {
-    fields(text).is_ok_and(|all| !all.contains_key("plugins"))
 }
 
 fn fields(text: &[u8]) -> Result<Map<String, Value>, ChainError> {
@@ -113,8 +116,12 @@ fn into_list(mut single: Map<String, Value>) -> Result<Map<String, Value>, Chain
     Ok(list)
 }
 
+fn kind(plugin: &Value) -> Option<&str> {
+    plugin.get("type").and_then(Value::as_str)
+}
+
 fn is_ours(plugin: &Value) -> bool {
-    plugin.get("type").and_then(Value::as_str) == Some(TYPE)
+    kind(plugin) == Some(TYPE)
 }
 
 fn text_of(all: Map<String, Value>) -> Result<Vec<u8>, ChainError> {
@@ -144,24 +151,25 @@ mod tests {
 
     #[test]
     fn plugin_comes_last_and_once_and_nothing_else_changes() {
-        let text = chained(&list(&["bridge", "portmap"]), &own()).unwrap().unwrap();
-        assert_eq!(types(&text), ["bridge", "portmap", TYPE]);
-        let all: Value = serde_json::from_slice(&text).unwrap();
+        let with = chained(&list(&["bridge", "portmap"]), &own()).unwrap();
+        assert_eq!(types(&with.text), ["bridge", "portmap", TYPE]);
+        assert_eq!(with.types, ["bridge", "portmap"]);
+        let all: Value = serde_json::from_slice(&with.text).unwrap();
         assert_eq!(all["disableCheck"], true);
         assert_eq!(all["plugins"][0]["x"], 1);
         assert_eq!(all["plugins"][2]["culvert"], own());
-        assert_eq!(chained(&text, &own()).unwrap(), None, "it is there already");
-        let moved = chained(&list(&["bridge", TYPE, "portmap", TYPE]), &own()).unwrap().unwrap();
-        assert_eq!(types(&moved), ["bridge", "portmap", TYPE]);
-        let other = chained(&text, &json!({ "agentSocket": "/other" })).unwrap().unwrap();
-        assert_eq!(types(&other), ["bridge", "portmap", TYPE], "another configuration of its own");
+        assert_eq!(chained(&with.text, &own()).unwrap(), with, "it is there already");
+        let moved = chained(&list(&["bridge", TYPE, "portmap", TYPE]), &own()).unwrap();
+        assert_eq!(types(&moved.text), ["bridge", "portmap", TYPE]);
+        let other = chained(&with.text, &json!({ "agentSocket": "/other" })).unwrap();
+        assert_eq!(types(&other.text), ["bridge", "portmap", TYPE], "another configuration of its own");
     }
 
     #[test]
     fn taken_out_again_the_list_is_as_it_was() {
         let before = list(&["bridge", "portmap"]);
-        let text = chained(&before, &own()).unwrap().unwrap();
-        let after = unchained(&text).unwrap().unwrap();
+        let with = chained(&before, &own()).unwrap();
+        let after = unchained(&with.text).unwrap().unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&after).unwrap(), serde_json::from_slice::<Value>(&before).unwrap());
         assert_eq!(unchained(&before).unwrap(), None);
         assert_eq!(unchained(br#"{"type": "bridge"}"#).unwrap(), None);
@@ -170,10 +178,9 @@ mod tests {
     #[test]
     fn single_plugin_becomes_a_list() {
         let single = br#"{"cniVersion": "0.3.1", "name": "net", "type": "bridge", "isGateway": true}"#;
-        assert!(is_single(single) && !is_single(&list(&["bridge"])) && !is_single(b"{"));
-        let text = chained(single, &own()).unwrap().unwrap();
-        assert_eq!(types(&text), ["bridge", TYPE]);
-        let all: Value = serde_json::from_slice(&text).unwrap();
+        let with = chained(single, &own()).unwrap();
+        assert_eq!(types(&with.text), ["bridge", TYPE]);
+        let all: Value = serde_json::from_slice(&with.text).unwrap();
         assert_eq!((&all["cniVersion"], &all["name"]), (&json!("0.3.1"), &json!("net")));
         assert_eq!(all["plugins"][0], json!({ "type": "bridge", "isGateway": true }));
     }

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mesh_hbone::Memory;
 use mesh_hbone::memory::Limits;
@@ -120,10 +120,8 @@ async fn free_port(mesh: &Mesh) -> u16 {
 
 /// The application must see a reset, soon, and not one byte.
 async fn assert_reset(mut client: TcpStream) {
-    let begun = Instant::now();
     let error = soon(client.read(&mut [0; 16])).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
@@ -258,11 +256,11 @@ async fn peers_that_say_nothing_keep_nobody_out() {
     for _ in 0..200 {
         silent.push(soon(TcpStream::connect(pair.mesh.addr(SERVER, 15008))).await.unwrap());
     }
-    let begun = Instant::now();
-    let _carried = pair.carried(&listener).await;
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
-    // All have one address, which may begin only so many at a time.
     let failures = |reason| pair.far.metric("culvert_connection_failures_total", &[reason]);
+    let _carried = pair.carried(&listener).await;
+    // It did not have to wait until one of those was given up.
+    assert_eq!(failures("reason=\"silent\""), 0);
+    // All have one address, which may begin only so many at a time.
     until(|| failures("reason=\"silent\"") == BEGUN as u64).await;
     assert_eq!(failures("reason=\"too_many_from_peer\""), 200 - BEGUN as u64);
     for mut silent in silent {

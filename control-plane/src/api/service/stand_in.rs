@@ -1,5 +1,7 @@
 //! Services that are not valid: their addresses, so that what is sent there does not leave the mesh.
 
+use std::net::IpAddr;
+
 use serde_json::Value;
 
 use super::{Families, Service, ServiceAddresses, Topology};
@@ -9,9 +11,14 @@ use crate::api::name::Name;
 
 /// The safest reading of a service that is not valid: at the addresses that can be read, and without anything behind it.
 pub(in crate::api) fn stand_in(name: Name, value: &Value) -> Service {
+    let addresses = addresses(value);
     Service {
         name,
-        addresses: addresses(value),
+        ingress: match addresses {
+            ServiceAddresses::Given(_) => ingress(value),
+            ServiceAddresses::Allocate | ServiceAddresses::Headless | ServiceAddresses::External => Vec::new(),
+        },
+        addresses,
         ports: Vec::new(),
         selector: Labels::new(),
         publish_not_ready: false,
@@ -36,7 +43,9 @@ pub(in crate::api) fn keep(last: &Service, newest: &Service) -> Service {
     if all.is_empty() {
         return last.clone();
     }
-    Service { addresses: ServiceAddresses::Given(all), ..last.clone() }
+    let mut ingress = last.ingress.clone();
+    ingress.extend(newest.ingress.iter().filter(|address| !last.ingress.contains(address)));
+    Service { addresses: ServiceAddresses::Given(all), ingress, ..last.clone() }
 }
 
 fn addresses(value: &Value) -> ServiceAddresses {
@@ -56,10 +65,17 @@ fn addresses(value: &Value) -> ServiceAddresses {
     if given.iter().all(|address| *address == "None") && !is_unreadable {
         return ServiceAddresses::Headless;
     }
+    ServiceAddresses::Given(readable(given))
+}
+
+fn ingress(value: &Value) -> Vec<IpAddr> {
     let ingress = value.pointer("/status/loadBalancer/ingress").and_then(Value::as_array).into_iter().flatten();
     let ingress = ingress.filter(|entry| entry.get("ipMode").is_none_or(|mode| mode != "Proxy"));
+    readable(ingress.filter_map(|entry| entry.get("ip")))
+}
+
+fn readable<'a>(all: impl IntoIterator<Item = &'a Value>) -> Vec<IpAddr> {
     let mut found = Addresses::default();
-    let all = given.into_iter().chain(ingress.filter_map(|entry| entry.get("ip")));
-    all.filter_map(Value::as_str).for_each(|text| found.add_unread(text));
-    ServiceAddresses::Given(found.0)
+    all.into_iter().filter_map(Value::as_str).for_each(|text| found.add_unread(text));
+    found.0
 }

@@ -145,7 +145,7 @@ fn glance(token: &str, audiences: &[String], now: SystemTime) -> Result<SystemTi
     }
     let ends = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(claims.exp));
     let ends = ends.ok_or_else(|| TokenError::Malformed("it never ends".to_owned()))?;
-    if ends + LEEWAY <= now {
+    if now.duration_since(ends).is_ok_and(|late| late >= LEEWAY) {
         return Err(TokenError::Expired);
     }
     Ok(ends)

@@ -145,7 +145,7 @@ impl Machine {
         let Some(subscription) = self.subscriptions.get_mut(at) else { return Ok(()) };
         if let Some(done) = subscription.acknowledge(&request.response_nonce, request.error_detail.is_none()) {
             let type_url = subscription.type_url.clone();
-            self.nacks.retain(|(of, name), _| *of != type_url || !done.contain(name, kind));
+            self.nacks.retain(|(of, name), _| *of != type_url || !(name.is_empty() || done.contain(name, kind)));
             if let Some(error) = &request.error_detail {
                 for (resource, reason) in read_nack(&error.message, &done, kind) {
                     self.remember(type_url.clone(), resource, reason, now);

@@ -125,6 +125,23 @@ fn end_of_a_former_sandbox_leaves_the_present_one_enrolled() {
 }
 
 #[test]
+fn end_of_a_former_sandbox_leaves_a_pod_that_was_found_enrolled() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    let announcer = agent.announcer();
+    announcer.enrol(UID, &a, "").unwrap();
+    // Its runtime clears away what was before the node's reboot, while the pod runs.
+    let inside = process_in(&a);
+    announcer.withdraw_from(UID, "of before").expect("nothing to do is no error");
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
+    // It is its own that ends when nothing runs in it any more.
+    drop(inside);
+    announcer.withdraw_from(UID, "its own").unwrap();
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
+}
+
+#[test]
 fn pod_announced_again_before_the_proxy_is_back_stays_captured() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);

@@ -38,7 +38,8 @@ fn connect_hooks_that_were_taken_off_are_attached_again() {
 fn observer_of_the_kubelet_that_was_taken_off_is_attached_again() {
     let scratch = Scratch::new();
     let kubelet = Cgroup::new("drifting");
-    let agent = Agent::start_with(&scratch, Choices { kubelet: Some(kubelet.0.clone()), ..choices() });
+    let agent =
+        Agent::start_with(&scratch, Choices { kubelet: vec!["/nowhere".into(), kubelet.0.clone()], ..choices() });
     let (a, _b) = pair();
     agent.announcer().enrol(UID, &a, "").unwrap();
     let pin = node_pin(&scratch, ztunnel_ebpf::PROGRAM_PROBES);

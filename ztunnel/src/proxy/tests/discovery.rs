@@ -1,5 +1,7 @@
 //! What holds while discovery is behind, or its resources come one after the other.
 
+use std::time::Instant;
+
 use mesh_xds::client::Sink as _;
 use mesh_xds::{Update, WORKLOAD_TYPE};
 

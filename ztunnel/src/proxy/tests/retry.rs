@@ -131,12 +131,14 @@ async fn an_endpoint_that_says_nothing_is_left_for_the_next_one() {
     for _ in 0..8 {
         clients.push(soon(TcpStream::connect(several.mesh.addr(VIP, PORT))).await.unwrap());
     }
-    let begun = Instant::now();
-    for _ in 0..8 {
-        let (mut server, _) = soon(listener.accept()).await.unwrap();
-        server.write_all(b"welcome").await.unwrap();
-    }
-    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    // All of them, in the time that one may take.
+    soon(async {
+        for _ in 0..8 {
+            let (mut server, _) = listener.accept().await.unwrap();
+            server.write_all(b"welcome").await.unwrap();
+        }
+    })
+    .await;
     drop(silent);
 }
 

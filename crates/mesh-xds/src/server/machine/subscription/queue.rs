@@ -28,7 +28,12 @@ impl Queue {
 
     /// Returns whether it was there.
     pub(super) fn remove(&mut self, name: &str) -> bool {
-        self.members.remove(name)
+        let was_there = self.members.remove(name);
+        // Whoever asks for names and takes them back again and again must not make it grow.
+        if self.members.is_empty() {
+            self.order.clear();
+        }
+        was_there
     }
 
     pub(super) fn clear(&mut self) {
