@@ -55,8 +55,8 @@ pub struct Config {
     #[arg(long, env = "CULVERT_CNI_BIN_DIR", value_name = "DIR", requires = "cni_conf_dir")]
     pub cni_bin_dir: Option<PathBuf>,
 
-    /// The container runtime's folder of network configurations (usually /etc/cni/net.d): the agent chains its plugin to the
-    /// one that is in use, and puts it back when the node's CNI writes that anew.
+    /// The container runtime's folder of network configurations (usually /etc/cni/net.d): the agent writes one of its own,
+    /// 00-culvert.conflist, which is the CNI's with its plugin behind it, and follows what the node's CNI writes.
     #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "cni_bin_dir")]
     pub cni_conf_dir: Option<PathBuf>,
 
