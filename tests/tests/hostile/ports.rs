@@ -39,8 +39,9 @@ pub fn say(from: &NetNs, to: SocketAddr, what: &[u8]) -> Outcome {
     tell(from, to, what, true)
 }
 
-/// `end`: no more will be said, and the other side is told so. A server may take that for the end of the whole connection.
-fn tell(from: &NetNs, to: SocketAddr, what: &[u8], end: bool) -> Outcome {
+/// `end`: no more will be said, and the other side is told so. A server of HTTP may take that for the end of the whole connection,
+/// whether it has answered or not.
+pub fn tell(from: &NetNs, to: SocketAddr, what: &[u8], end: bool) -> Outcome {
     let Ok(mut stream) = from.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(3))).unwrap() else {
         return Outcome::Refused;
     };

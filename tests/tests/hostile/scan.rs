@@ -10,7 +10,7 @@ use tests::metrics;
 use tests::pod::Pod;
 
 use crate::common::{connect, echo_any};
-use crate::ports::{Outcome, say};
+use crate::ports::{Outcome, tell};
 use crate::scene::{ECHO, Scene};
 
 /// Longest that all ports of one address may take, on a machine that is busy.
@@ -59,7 +59,8 @@ fn refused_for(scene: &Scene, node: usize, before: &BTreeMap<String, f64>, reaso
 
 /// What answers at an open port is asked for admin pages, and gives none.
 fn shows_no_admin(scene: &Scene, to: SocketAddr) {
-    let outcome = say(scene.peer.network(), to, DUMP);
+    // The application ends when it is told that this is all; the others are asked to close, and those of HTTP answer first.
+    let outcome = tell(scene.peer.network(), to, DUMP, to.port() == ECHO);
     let Outcome::Closed(answer) = outcome else { panic!("{to}: {outcome:?}") };
     match to.port() {
         ECHO => assert_eq!(answer, DUMP, "{to}: the application"),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -303,9 +304,13 @@ impl PodNet {
         wait(why, || self.is_captured() == captured);
     }
 
-    /// A process in it.
+    /// A process in it. It is in there when this returns.
     pub fn process(&self) -> Agent {
-        Agent(Command::new("ip").args(["netns", "exec", &self.name, "sleep", "600"]).spawn().unwrap())
+        let process = Agent(Command::new("ip").args(["netns", "exec", &self.name, "sleep", "600"]).spawn().unwrap());
+        let (own, its) = (self.path(), format!("/proc/{}/ns/net", process.0.id()));
+        let inode = |path: &str| fs::metadata(path).map(|file| file.ino()).ok();
+        wait("a process in the namespace", || inode(&its).is_some_and(|found| Some(found) == inode(&own)));
+        process
     }
 }
 
