@@ -12,7 +12,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::StreamExt;
 
 use super::review;
-use crate::serve::accept;
+use crate::serve::{Bounds, accept};
 
 /// Where AdmissionReviews are answered.
 pub const PATH: &str = "/validate";
@@ -34,7 +34,10 @@ pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Wa
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     let router = Arc::new(routes());
-    let mut connections = accept(listener, TlsAcceptor::from(Arc::new(tls)), LIMITS.max_connections, watcher.clone());
+    // The API servers may all come from one address.
+    let bounds =
+        Bounds { all: LIMITS.max_connections, of_one: LIMITS.max_connections, patience: Duration::from_secs(10) };
+    let mut connections = accept(listener, TlsAcceptor::from(Arc::new(tls)), bounds, watcher.clone());
     while let Some(accepted) = connections.next().await {
         let Ok(stream) = accepted else { continue };
         let (router, watcher) = (router.clone(), watcher.clone());
@@ -51,12 +54,17 @@ pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Wa
 fn routes() -> Router {
     let mut routes = Router::new().at_most(MAX_REVIEWS);
     routes.post(PATH, "answers an AdmissionReview", |request| async move {
-        match review::answer(&request.body) {
-            Ok(answer) => {
+        // Large objects take their time, and discovery has the same workers.
+        match tokio::task::spawn_blocking(move || review::answer(&request.body)).await {
+            Ok(Ok(answer)) => {
                 tracing::debug!(allowed = answer.is_allowed(), "object reviewed");
                 Reply::json(&answer)
             }
-            Err(error) => Reply::text(format!("{error}\n")).with_status(StatusCode::BAD_REQUEST),
+            Ok(Err(error)) => Reply::text(format!("{error}\n")).with_status(StatusCode::BAD_REQUEST),
+            Err(error) => {
+                tracing::error!(%error, "a review did not end");
+                Reply::text("the review did not end\n".to_owned()).with_status(StatusCode::INTERNAL_SERVER_ERROR)
+            }
         }
     });
     routes

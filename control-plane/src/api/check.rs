@@ -1,6 +1,7 @@
 //! Checks that several kinds share: names, labels, ports, addresses. The rules are those of the Kubernetes API server,
 //! so that what passes here can be applied to a cluster.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
@@ -147,24 +148,39 @@ fn is_reachable(address: IpAddr) -> bool {
 
 /// Addresses without repetition, in the order in which they were given.
 #[derive(Debug, Default)]
-pub(super) struct Addresses(pub(super) Vec<IpAddr>);
+pub(super) struct Addresses {
+    in_order: Vec<IpAddr>,
+    seen: HashSet<IpAddr>,
+}
 
 impl Addresses {
     /// Adds the address written at `field`, or notes what is wrong with it.
     pub(super) fn add(&mut self, field: &str, text: &str, problems: &mut Problems) {
-        if let Some(address) = address(field, text, problems)
-            && !self.0.contains(&address)
-        {
-            self.0.push(address);
+        if let Some(address) = address(field, text, problems) {
+            self.push(address);
         }
     }
 
     /// Adds the address of an object that is not valid, if it is one in whatever form.
     pub(super) fn add_unread(&mut self, text: &str) {
         let address = text.parse::<IpAddr>().ok().map(|address| address.to_canonical());
-        if let Some(address) = address.filter(|address| is_reachable(*address) && !self.0.contains(address)) {
-            self.0.push(address);
+        if let Some(address) = address.filter(|address| is_reachable(*address)) {
+            self.push(address);
         }
+    }
+
+    fn push(&mut self, address: IpAddr) {
+        if self.seen.insert(address) {
+            self.in_order.push(address);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.in_order.is_empty()
+    }
+
+    pub(super) fn into_vec(self) -> Vec<IpAddr> {
+        self.in_order
     }
 }
 

@@ -161,7 +161,7 @@ fn addresses(status: &k8s::PodStatus, problems: &mut Problems) -> Vec<IpAddr> {
             found.add(&format!("status.podIPs[{index}].ip"), &entry.ip, problems);
         }
     }
-    found.0
+    found.into_vec()
 }
 
 fn phase(status: &k8s::PodStatus, problems: &mut Problems) -> Phase {

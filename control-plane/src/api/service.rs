@@ -246,10 +246,10 @@ fn addresses(spec: &k8s::ServiceSpec, problems: &mut Problems) -> ServiceAddress
     for (index, text) in all.iter().enumerate().skip(skip) {
         found.add(&format!("spec.clusterIPs[{index}]"), text, problems);
     }
-    if found.0.is_empty() {
+    if found.is_empty() {
         return ServiceAddresses::Allocate;
     }
-    ServiceAddresses::Given(found.0)
+    ServiceAddresses::Given(found.into_vec())
 }
 
 fn ingress(object: &k8s::Service, problems: &mut Problems) -> Vec<IpAddr> {
@@ -263,7 +263,7 @@ fn ingress(object: &k8s::Service, problems: &mut Problems) -> Vec<IpAddr> {
             found.add(&format!("status.loadBalancer.ingress[{index}].ip"), text, problems);
         }
     }
-    found.0
+    found.into_vec()
 }
 
 fn ports(spec: &k8s::ServiceSpec, problems: &mut Problems) -> Vec<ServicePort> {

@@ -2,7 +2,7 @@
 
 mod stand_in;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -172,11 +172,11 @@ fn host(text: &str) -> Option<Arc<str>> {
 }
 
 fn addresses(given: &[String], problems: &mut Problems) -> Vec<(IpAddr, u8)> {
-    let mut found = Vec::new();
+    let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for (index, text) in given.iter().enumerate() {
         match block(text) {
-            Some(block) if found.contains(&block) => {}
-            Some(block) => found.push(block),
+            Some(block) if seen.insert(block) => found.push(block),
+            Some(_) => {}
             None => problems.add(
                 format!("spec.addresses[{index}]"),
                 format!("{text:?} is not an address or a block of addresses"),
@@ -187,7 +187,7 @@ fn addresses(given: &[String], problems: &mut Problems) -> Vec<(IpAddr, u8)> {
     found
 }
 
-/// A block whose bits behind its length are not set, other than the block of all addresses.
+/// A block other than that of all addresses. Bits behind its length say nothing, as in Istio.
 fn block(text: &str) -> Option<(IpAddr, u8)> {
     let (address, length) = match text.split_once('/') {
         Some((address, length)) => (address.parse::<IpAddr>().ok()?, Some(length)),
@@ -200,10 +200,11 @@ fn block(text: &str) -> Option<(IpAddr, u8)> {
         Some(_) => return None,
     };
     let is_mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-    if is_mapped || is_no_host(address) || is_kept(address, length) || !(1..=bits).contains(&length) {
+    if is_mapped || !(1..=bits).contains(&length) {
         return None;
     }
-    (masked(address, length) == address).then_some((address, length))
+    let address = masked(address, length);
+    (!is_no_host(address) && !is_kept(address, length)).then_some((address, length))
 }
 
 fn is_no_host(address: IpAddr) -> bool {

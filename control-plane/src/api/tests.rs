@@ -371,7 +371,7 @@ fn mistakes_of_entries_are_found() {
         (format!("hosts: [192.0.2.1], {ports}"), "spec.hosts[0]"),
         (format!("hosts: [a.example.com, A.example.com], {ports}"), "spec.hosts[1]"),
         (format!("{hosts}, {ports}, addresses: [0.0.0.0/0]"), "spec.addresses[0]"),
-        (format!("{hosts}, {ports}, addresses: [10.0.0.1/8]"), "spec.addresses[0]"),
+        (format!("{hosts}, {ports}, addresses: [0.0.0.1/8]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: [10.0.0.0/+8]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: [127.0.0.1]"), "spec.addresses[0]"),
         (format!("{hosts}, {ports}, addresses: [240.240.7.7]"), "spec.addresses[0]"),
@@ -424,7 +424,7 @@ fn mistakes_of_entries_are_found() {
 fn entries_are_read_as_they_are_written() {
     let text = entry(
         "ServiceEntry",
-        "hosts: [A.example.com, '*.example.org'], addresses: [10.0.0.0/8, 'fd00::/8', 10.1.1.1], \
+        "hosts: [A.example.com, '*.example.org'], addresses: [10.1.2.3/8, 'fd00::1/8', 10.1.1.1], \
         ports: [{number: 80, name: http, protocol: http}, {number: 53, name: dns, protocol: UDP}, {number: 443, name: tls, protocol: TLS, targetPort: 8443}], \
         location: MESH_EXTERNAL, resolution: DNS_ROUND_ROBIN, exportTo: [ns], endpoints: [{address: b.example.org, weight: 0}]",
     );

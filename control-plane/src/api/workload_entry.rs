@@ -117,7 +117,7 @@ pub(super) fn stand_in(name: Name, value: &Value) -> Option<WorkloadEntry> {
     found.add_unread(value.pointer("/spec/address")?.as_str()?);
     Some(WorkloadEntry {
         name,
-        endpoint: EntryEndpoint::unread(found.0.first().copied()?),
+        endpoint: EntryEndpoint::unread(found.into_vec().first().copied()?),
         waypoint: WaypointBinding::Off,
         healthy: false,
         also_at: None,

@@ -2,10 +2,12 @@
 //!
 //! The root is kept in a directory, with the key that signs tokens ([`State`]), or in a cluster, whose API server knows
 //! the tokens ([`kubernetes`]). [`Authenticator`] turns a bearer token into a [`Caller`]; [`authorize`](authorize::authorize) decides, from the caller and the [`Directory`] of pods alone, which
-//! identity the caller gets; [`CaService`] serves both as `istio.v1.auth.IstioCertificateService`.
+//! identity the caller gets; [`CaService`] serves both as `istio.v1.auth.IstioCertificateService`,
+//! to callers that are known before their request is read ([`Bounded`]).
 
 pub mod authenticate;
 pub mod authorize;
+mod bounded;
 pub mod directory;
 pub mod kubernetes;
 mod limit;
@@ -21,6 +23,7 @@ use tokio::sync::watch;
 
 pub use authenticate::{AuthenticationError, Authenticator};
 pub use authorize::{Denial, Policy, ServiceAccount};
+pub use bounded::Bounded;
 pub use directory::{Directory, NodeIdentity, PodRecord};
 pub use service::CaService;
 pub use serving::serving_config;

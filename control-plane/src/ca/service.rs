@@ -18,6 +18,7 @@ use tonic::{Request, Response, Status};
 use super::Authorities;
 use super::authenticate::{AuthenticationError, Authenticator};
 use super::authorize::{Denial, Policy, authorize};
+use super::bounded::Bounded;
 use super::directory::Directory;
 use super::limit::Limiter;
 use super::token::Caller;
@@ -78,9 +79,8 @@ impl std::fmt::Debug for Inner {
     }
 }
 
-/// What is signed, for whom, and who asked.
+/// What is signed, and for whom.
 struct Order {
-    caller: Caller,
     id: SpiffeId,
     chain: Vec<String>,
 }
@@ -99,52 +99,60 @@ impl CaService {
     }
 
     /// The gRPC service, with its bounds.
-    pub fn into_server(self) -> IstioCertificateServiceServer<Self> {
-        IstioCertificateServiceServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES)
+    pub fn into_server(self) -> Bounded<IstioCertificateServiceServer<impl IstioCertificateService>> {
+        let signer = IstioCertificateServiceServer::new(Signer(self.clone()));
+        Bounded::new(signer.max_decoding_message_size(MAX_REQUEST_BYTES), self)
+    }
+
+    /// Who sends a call with this metadata from the address `peer`, if it may send one now.
+    pub(super) async fn admit(&self, metadata: &MetadataMap, peer: Option<IpAddr>) -> Result<Caller, Status> {
+        let admitted = self.0.authenticator.authenticate(metadata, peer).await.map_err(Refused::from);
+        admitted.and_then(|caller| self.0.in_turn(caller)).map_err(|refused| refused.into_logged())
+    }
+}
+
+impl Refused {
+    fn into_logged(self) -> Status {
+        tracing::warn!(reason = %self, "certificate refused");
+        self.into()
     }
 }
 
 impl Inner {
-    async fn order(
-        &self,
-        metadata: &MetadataMap,
-        peer: Option<IpAddr>,
-        request: &IstioCertificateRequest,
-    ) -> Result<Order, Refused> {
-        let caller = self.authenticator.authenticate(metadata, peer).await?;
-        // No await below: this takes a fraction of a millisecond of a worker, and no more of them run at a time than
-        // there are workers.
-        if !self.limiter.admit(caller.to_string(), Instant::now()) {
-            return Err(Refused::TooOften { caller: caller.to_string() });
+    fn in_turn(&self, caller: Caller) -> Result<Caller, Refused> {
+        match self.limiter.admit(caller.to_string(), Instant::now()) {
+            true => Ok(caller),
+            false => Err(Refused::TooOften { caller: caller.to_string() }),
         }
-        let id = authorize(&self.policy, &*self.directory, &caller, impersonated(request)?)?;
+    }
+
+    /// No await in here: this takes a fraction of a millisecond of a worker, and no more of them run at a time than there are
+    /// workers.
+    fn order(&self, caller: &Caller, request: &IstioCertificateRequest) -> Result<Order, Refused> {
+        let id = authorize(&self.policy, &*self.directory, caller, impersonated(request)?)?;
         let key = CsrPublicKey::from_pem(&request.csr)?;
         // Zero and less mean the default.
         let lifetime = Duration::from_secs(u64::try_from(request.validity_duration).unwrap_or(0));
         let authority = self.authorities.borrow().clone();
         let chain = authority.sign(&key, &id, lifetime, self.clock.now())?.to_wire();
-        Ok(Order { caller, id, chain })
+        Ok(Order { id, chain })
     }
 }
 
+/// Answers callers that were let in. Only ever behind [`Bounded`].
+struct Signer(CaService);
+
 #[tonic::async_trait]
-impl IstioCertificateService for CaService {
+impl IstioCertificateService for Signer {
     async fn create_certificate(
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let peer = request.remote_addr().map(|peer| peer.ip());
-        let (metadata, _, message) = request.into_parts();
-        match self.0.order(&metadata, peer, &message).await {
-            Ok(Order { caller, id, chain }) => {
-                tracing::info!(%id, %caller, "certificate issued");
-                Ok(Response::new(IstioCertificateResponse { cert_chain: chain }))
-            }
-            Err(refused) => {
-                tracing::warn!(reason = %refused, "certificate refused");
-                Err(refused.into())
-            }
-        }
+        let (_, extensions, message) = request.into_parts();
+        let caller = extensions.get::<Caller>().ok_or(AuthenticationError::Missing)?;
+        let Order { id, chain } = self.0.0.order(caller, &message).map_err(Refused::into_logged)?;
+        tracing::info!(%id, %caller, "certificate issued");
+        Ok(Response::new(IstioCertificateResponse { cert_chain: chain }))
     }
 }
 

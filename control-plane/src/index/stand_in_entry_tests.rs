@@ -32,7 +32,7 @@ fn connections_to_the_addresses_of_a_service_entry_that_is_not_valid_are_refused
         (format!("hosts: [db], addresses: [192.0.2.9, bad], {PORTS}"), &["192.0.2.9"]),
         (format!("hosts: [db.example.com], addresses: 192.0.2.9, {PORTS}"), &["192.0.2.9"]),
         // Bits behind the length, and a length that is none.
-        (format!("hosts: [db.example.com], addresses: [192.0.2.1/24], {PORTS}"), &["192.0.2.0", "192.0.2.255"]),
+        (format!("hosts: [db.example.com], addresses: [192.0.2.1/24], {PORTS}, {BAD}"), &["192.0.2.0", "192.0.2.255"]),
         (format!("hosts: [db.example.com], addresses: [192.0.2.1/240], {PORTS}"), &["192.0.2.1"]),
         (
             format!("hosts: [db.example.com], addresses: ['fd00::/64', '::ffff:192.0.2.0/120'], {PORTS}"),

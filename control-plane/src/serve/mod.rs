@@ -18,15 +18,15 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::Error;
 
 use crate::ca::{Authenticator, CaService};
-use metered::MeteredAuthority;
+use metered::Metered;
 
-pub(crate) use listener::accept;
+pub(crate) use listener::{Bounds, accept};
 pub use metrics::Metrics;
 pub use pipeline::{Pipeline, View};
 pub use status::mount;
 
-/// Connections at a time; a node proxy has two.
-const MAX_CONNECTIONS: usize = 8192;
+/// Connections at a time; a node proxy has two. Of one address as many as several nodes behind one that translates need.
+const BOUNDS: Bounds = Bounds { all: 8192, of_one: 256, patience: Duration::from_secs(10) };
 /// Time that open calls have to end when the process does.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -53,10 +53,10 @@ pub async fn grpc(
     metrics: &Metrics,
     watcher: drain::Watcher,
 ) -> Result<(), Error> {
-    let incoming = listener::accept(listener, acceptor, MAX_CONNECTIONS, watcher.clone());
+    let incoming = listener::accept(listener, acceptor, BOUNDS, watcher.clone());
     let served = server::transport()
         .add_service(discovery.clone())
-        .add_service(MeteredAuthority::new(authority, metrics).into_server())
+        .add_service(Metered::new(authority.into_server(), metrics))
         .serve_with_incoming_shutdown(incoming, async {
             watcher.draining().await;
             discovery.close();

@@ -3,6 +3,7 @@
 mod body;
 mod catalog;
 mod encode;
+mod intake;
 mod machine;
 mod response;
 mod service;

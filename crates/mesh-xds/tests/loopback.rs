@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_proto::core::Node;
+use mesh_proto::discovery::DeltaDiscoveryRequest;
 use mesh_xds::client::{self, Answer, Connection, Driver, Handle, Mode};
 use mesh_xds::server::{self, Catalog, Client, Service};
 use mesh_xds::{AUTHORIZATION_TYPE, Rejection, Resource, Update, WORKLOAD_TYPE};
@@ -21,6 +22,7 @@ use tonic::Status;
 const BOUND: Duration = Duration::from_secs(20);
 const NOTHING: [&str; 0] = [];
 const TOKEN: &str = "secret";
+const OTHER_TOKEN: &str = "other";
 
 type Store = BTreeMap<String, Resource>;
 
@@ -33,11 +35,12 @@ struct Control {
 async fn control(catalog: Arc<Catalog>, address: &str, options: server::Options) -> Control {
     let authenticate = |metadata: &tonic::metadata::MetadataMap, _peer: Option<SocketAddr>| {
         let is = |key: &str, value: &str| metadata.get(key).is_some_and(|found| found == value);
-        let is_known = is("authorization", "Bearer secret") && is("clusterid", "Kubernetes");
+        let names = [("Bearer secret", "ns/sa"), ("Bearer other", "ns/other")];
+        let name = names.into_iter().find(|(token, _)| is("authorization", token) && is("clusterid", "Kubernetes"));
         async move {
             // An answer that takes a turn of the runtime.
             tokio::task::yield_now().await;
-            if is_known { Ok(Client { name: "ns/sa".into() }) } else { Err(Status::unauthenticated("no")) }
+            name.map(|(_, name)| Client { name: name.into() }).ok_or_else(|| Status::unauthenticated("no"))
         }
     };
     let service = Service::new(catalog, authenticate, options);
@@ -252,7 +255,6 @@ async fn strangers_and_crowds_are_refused() {
 
 #[tokio::test]
 async fn silence_and_age_end_a_stream() {
-    use mesh_proto::discovery::DeltaDiscoveryRequest;
     use mesh_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 
     let catalog = Arc::new(Catalog::new());
@@ -287,7 +289,6 @@ async fn silence_and_age_end_a_stream() {
 
 #[tokio::test]
 async fn a_client_that_says_no_more_still_gets_what_it_asked_for() {
-    use mesh_proto::discovery::DeltaDiscoveryRequest;
     use mesh_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 
     let catalog = Arc::new(Catalog::new());
@@ -354,10 +355,83 @@ async fn a_client_that_is_slower_than_patience_but_reads_is_waited_for() {
     assert_eq!(control.service.clients().len(), 1);
 }
 
-/// The body of an answer to a request for everything, read as the caller likes, with the windows of HTTP/2's defaults.
-async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
+#[tokio::test]
+async fn silent_and_stalling_clients_keep_no_large_request_from_its_turn() {
+    let catalog = Arc::new(Catalog::new());
+    let many: Vec<Resource> = (0..5_000).map(|n| thing(&format!("w{n}"), &[], "1")).collect();
+    set(&catalog, &many);
+    let options = server::Options { max_reading: 1, patience: Duration::from_secs(3600), ..server::Options::default() };
+    // It says nothing at all, for as long as it likes.
+    let patient = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
+    let _silent = raw(patient.address, &[]).await;
+    poll("the silent one", || patient.service.clients().len() == 1).await;
+    let large = versions(&many);
+    let mut synced = raw(patient.address, &large).await;
+    let head = tokio::time::timeout(BOUND, synced.data()).await.expect("an answer to a large request").unwrap();
+    assert!(!head.unwrap().is_empty());
+
+    // It says that much is to come, and no more. Small requests need not wait for it, and large ones no longer than it has.
+    let short = server::Options { patience: Duration::from_secs(2), ..options };
+    let strict = control(catalog, "127.0.0.1:0", short).await;
+    let mut stalling = raw(strict.address, large.get(..9_000).unwrap()).await;
+    poll("the stalling one", || strict.service.clients().len() == 1).await;
+    let mut small =
+        raw(strict.address, &framed(&DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..Default::default() }))
+            .await;
+    assert!(tokio::time::timeout(BOUND, small.data()).await.expect("an answer to a small request").unwrap().is_ok());
+    let end = tokio::time::timeout(BOUND, stalling.trailers()).await.expect("its end").unwrap().unwrap();
+    assert_eq!(end["grpc-status"], (tonic::Code::DeadlineExceeded as i32).to_string());
+    let mut next = raw(strict.address, &large).await;
+    assert!(tokio::time::timeout(BOUND, next.data()).await.expect("an answer to a large request").unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn one_client_does_not_take_the_places_of_all() {
+    let catalog = Arc::new(Catalog::new());
+    let options = server::Options { max_streams: 2, ..server::Options::default() };
+    let control = control(catalog, "127.0.0.1:0", options).await;
+    let [first, second] = [(); 2].map(|()| node(control.address, Mode::Wildcard, TOKEN));
+    for node in [&first, &second] {
+        assert!(tokio::time::timeout(BOUND, node.handle.synced()).await.unwrap());
+    }
+    let third = node(control.address, Mode::Wildcard, TOKEN);
+    let full =
+        |status: &client::Status| status.last_error.as_ref().is_some_and(|error| error.contains("of this client"));
+    until("the refusal", &mut third.handle.status(), full).await;
+    let other = node(control.address, Mode::Wildcard, OTHER_TOKEN);
+    assert!(tokio::time::timeout(BOUND, other.handle.synced()).await.unwrap(), "others have their own");
+    first.task.abort();
+    assert!(tokio::time::timeout(BOUND, third.handle.synced()).await.unwrap(), "there is room now");
+}
+
+/// A first request of a client that has all of `things`.
+fn versions(things: &[Resource]) -> Vec<u8> {
+    let versions = things.iter().map(|thing| (thing.name.to_string(), thing.version.to_string())).collect();
+    framed(&DeltaDiscoveryRequest {
+        type_url: WORKLOAD_TYPE.into(),
+        initial_resource_versions: versions,
+        ..DeltaDiscoveryRequest::default()
+    })
+}
+
+/// A message with its prefix.
+fn framed(request: &DeltaDiscoveryRequest) -> Vec<u8> {
     use prost::Message as _;
 
+    let mut framed = vec![0];
+    framed.extend(u32::try_from(request.encoded_len()).unwrap().to_be_bytes());
+    framed.extend(request.encode_to_vec());
+    framed
+}
+
+/// The body of an answer to a request for everything, read as the caller likes, with the windows of HTTP/2's defaults.
+async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
+    raw(address, &framed(&DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..DeltaDiscoveryRequest::default() }))
+        .await
+}
+
+/// The body of an answer to whoever says `bytes` and no more, but does not end.
+async fn raw(address: SocketAddr, bytes: &[u8]) -> h2::RecvStream {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let (sender, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);
@@ -369,10 +443,7 @@ async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
         .body(())
         .unwrap();
     let (response, mut requests) = sender.ready().await.unwrap().send_request(request, false).unwrap();
-    let first = mesh_proto::discovery::DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..Default::default() };
-    let mut framed = vec![0, 0, 0, 0, u8::try_from(first.encoded_len()).unwrap()];
-    framed.extend(first.encode_to_vec());
-    requests.send_data(framed.into(), false).unwrap();
+    requests.send_data(Bytes::copy_from_slice(bytes), false).unwrap();
     let body = response.await.unwrap().into_body();
     // It stays open as long as the body is read.
     tokio::spawn(async move {

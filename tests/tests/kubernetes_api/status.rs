@@ -147,7 +147,7 @@ async fn entries_and_gateways_say_what_became_of_them() {
     scene.namespace("shop", &json!({}));
     let place = |plural: &str| format!("/apis/networking.istio.io/v1/namespaces/shop/{plural}");
     let entry = |kind: &str, spec: &Value| json!({"apiVersion": "networking.istio.io/v1", "kind": kind, "metadata": {"name": "one"}, "spec": spec});
-    let spec = json!({"hosts": ["db.example.com"], "ports": [{"number": 80}], "addresses": ["192.0.2.1/24"]});
+    let spec = json!({"hosts": ["db.example.com"], "ports": [{"number": 80}], "addresses": ["192.0.2.1/240"]});
     scene.create(&place("serviceentries"), &entry("ServiceEntry", &spec));
     scene.create(&place("workloadentries"), &entry("WorkloadEntry", &json!({"address": "192.0.2.7"})));
     scene.create(GATEWAY_CLASSES, &gateway_class("waypoint"));

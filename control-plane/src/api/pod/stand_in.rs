@@ -67,7 +67,7 @@ fn addresses(value: &Value) -> Vec<IpAddr> {
     let listed = value.pointer("/status/podIPs").and_then(Value::as_array).into_iter().flatten();
     let all = value.pointer("/status/podIP").into_iter().chain(listed.filter_map(|entry| entry.get("ip")));
     all.filter_map(Value::as_str).for_each(|text| found.add_unread(text));
-    found.0
+    found.into_vec()
 }
 
 /// As whom it runs. Nobody also where its labels cannot be read, which choose the policies that are for it: one that is not

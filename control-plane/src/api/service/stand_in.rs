@@ -77,5 +77,5 @@ fn ingress(value: &Value) -> Vec<IpAddr> {
 fn readable<'a>(all: impl IntoIterator<Item = &'a Value>) -> Vec<IpAddr> {
     let mut found = Addresses::default();
     all.into_iter().filter_map(Value::as_str).for_each(|text| found.add_unread(text));
-    found.0
+    found.into_vec()
 }

@@ -1,5 +1,6 @@
 //! ServiceEntries that are not valid: their hosts and addresses, so that what is sent there does not leave the mesh.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -16,18 +17,18 @@ use crate::api::service::{AppProtocol, ServicePort, TargetPort};
 /// them whom connections would go to. None: nothing can be read that connections are made to.
 pub(in crate::api) fn stand_in(name: Name, value: &Value) -> Option<ServiceEntry> {
     let spec = |field: &str| value.pointer("/spec").and_then(|spec| spec.get(field)).filter(|value| !value.is_null());
-    let mut hosts: Vec<Arc<str>> = Vec::new();
+    let (mut hosts, mut seen) = (Vec::<Arc<str>>::new(), HashSet::new());
     for text in spec("hosts").into_iter().flat_map(texts) {
-        hosts.extend(host(text).filter(|host| !hosts.contains(host)));
+        hosts.extend(host(text).filter(|host| seen.insert(host.clone())));
     }
-    let mut addresses = Vec::new();
+    let (mut addresses, mut seen) = (Vec::new(), HashSet::new());
     for text in spec("addresses").into_iter().flat_map(texts) {
-        addresses.extend(block(text).filter(|block| !addresses.contains(block)));
+        addresses.extend(block(text).filter(|block| seen.insert(*block)));
     }
     let listed = spec("endpoints").and_then(Value::as_array).into_iter().flatten();
     let mut found = Addresses::default();
     listed.filter_map(|endpoint| endpoint.get("address")?.as_str()).for_each(|text| found.add_unread(text));
-    if hosts.is_empty() && addresses.is_empty() && found.0.is_empty() {
+    if hosts.is_empty() && addresses.is_empty() && found.is_empty() {
         return None;
     }
     let export_to: Vec<String> = spec("exportTo").into_iter().flat_map(texts).map(str::to_owned).collect();
@@ -43,7 +44,7 @@ pub(in crate::api) fn stand_in(name: Name, value: &Value) -> Option<ServiceEntry
             None | Some(Some("" | "NONE")) => Resolution::None,
             Some(_) => Resolution::Static,
         },
-        endpoints: found.0.into_iter().map(EntryEndpoint::unread).collect(),
+        endpoints: found.into_vec().into_iter().map(EntryEndpoint::unread).collect(),
         selector: Labels::new(),
         subject_alt_names: Vec::new(),
         // What cannot be read is for everybody.

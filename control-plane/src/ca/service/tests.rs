@@ -284,6 +284,36 @@ async fn one_caller_cannot_ask_without_end() {
     assert_eq!(world.ask(&world.ztunnel(), Some(CART)).await.unwrap(), id(CART), "others are served");
 }
 
+/// A call whose message never comes, answered nevertheless.
+async fn begin(channel: &Channel, token: Option<&str>) -> Status {
+    let mut request = Request::new(tokio_stream::pending::<IstioCertificateRequest>());
+    if let Some(token) = token {
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    }
+    let mut client = tonic::client::Grpc::new(channel.clone());
+    client.ready().await.unwrap();
+    let codec = tonic_prost::ProstCodec::<IstioCertificateRequest, IstioCertificateResponse>::default();
+    let path = "/istio.v1.auth.IstioCertificateService/CreateCertificate".parse().unwrap();
+    let answer = tokio::time::timeout(Duration::from_secs(60), client.client_streaming(request, path, codec));
+    answer.await.expect("an answer").unwrap_err()
+}
+
+#[tokio::test]
+async fn what_a_caller_sends_is_read_when_it_is_known_and_for_a_while_only() {
+    let world = World::new().await;
+    assert_eq!(begin(&world.channel, None).await.code(), Code::Unauthenticated);
+    assert_eq!(begin(&world.channel, Some("nonsense")).await.code(), Code::Unauthenticated);
+
+    let service = service(&world.authority, &world.tokens, &world.pods).into_server();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = Server::builder().add_service(service.with_patience(Duration::from_millis(50)));
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+    let status = begin(&channel, Some(&world.ztunnel())).await;
+    assert!(status.code() == Code::DeadlineExceeded && status.message().contains("in time"), "{status}");
+}
+
 /// The whole way: culvertd's TLS, the client, the store, and a tunnel between two identities.
 #[tokio::test]
 async fn two_node_proxies_get_certificates_and_make_a_tunnel() {

@@ -9,11 +9,11 @@ use std::task::{Context, Poll, Waker};
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::Frame;
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::sync::Notify;
 use tonic::Status;
 
 use super::response::{Pieces, Response};
-use super::service::lock;
+use super::service::{Place, lock};
 
 /// What a stream and its body share: the responses that the connection has not taken yet.
 #[derive(Debug)]
@@ -113,16 +113,15 @@ impl State {
 }
 
 /// The body of one stream's answer.
-#[derive(Debug)]
 pub(super) struct Body {
     transfer: Arc<Transfer>,
     is_over: bool,
     /// As long as it is there the client has its place: it keeps a connection busy.
-    _place: Arc<OwnedSemaphorePermit>,
+    _place: Arc<Place>,
 }
 
 impl Body {
-    pub(super) fn new(transfer: Arc<Transfer>, place: Arc<OwnedSemaphorePermit>) -> Self {
+    pub(super) fn new(transfer: Arc<Transfer>, place: Arc<Place>) -> Self {
         Self { transfer, is_over: false, _place: place }
     }
 }

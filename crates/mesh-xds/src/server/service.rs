@@ -1,6 +1,6 @@
 //! The server over gRPC.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::body::Body;
 use tonic::codec::{Codec as _, Streaming};
 use tonic::metadata::{GRPC_CONTENT_TYPE, MetadataMap};
@@ -21,6 +21,7 @@ use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 
 use super::body::{self, Transfer};
+use super::intake::Intake;
 use super::stream::Stream;
 use super::{Catalog, ClientStatus, Limits};
 
@@ -34,14 +35,18 @@ pub struct Options {
     pub limits: Limits,
     /// Clients at a time; more are refused.
     pub max_clients: usize,
-    /// Clients whose first request is read at a time, because the versions in it are large; more wait.
+    /// Streams of one client at a time, by its name; more are refused. A client needs one, and some more as long as those that
+    /// it lost do not show.
+    pub max_streams: usize,
+    /// Large requests that are read at a time, such as the first one with its versions; more wait, but no longer than
+    /// `patience`.
     pub max_reading: usize,
     /// Clients that are sent their first state at a time, so that each has it sooner; more wait, but no longer than
     /// `patience`.
     pub max_syncing: usize,
     /// Largest request, in bytes.
     pub max_request: usize,
-    /// Time for the first request; for an ACK, from when the client last took something of the response.
+    /// Time for the first request; for a large one, from its beginning; for an ACK, from when the client last took something of the response.
     pub patience: Duration,
     /// Time for an ACK, however slowly the client takes the response.
     pub max_transfer: Duration,
@@ -54,6 +59,7 @@ impl Default for Options {
         Self {
             limits: Limits::default(),
             max_clients: 4096,
+            max_streams: 16,
             max_reading: 16,
             max_syncing: 32,
             max_request: 64 << 20,
@@ -80,9 +86,14 @@ pub struct Sent {
     pub resources: u64,
 }
 
-/// A tonic server with the settings that a discovery service needs: HTTP/2 keepalive, so that dead clients end.
+/// A tonic server with the settings that a discovery service needs: HTTP/2 keepalive, so that dead clients end,
+/// and windows as small as its requests are, so that what nobody reads takes little memory.
 pub fn transport() -> tonic::transport::Server {
+    /// Unread bytes of a stream, and of a connection with all its streams.
+    const WINDOWS: (u32, u32) = (64 << 10, 128 << 10);
     tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOWS.0)
+        .initial_connection_window_size(WINDOWS.1)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .tcp_nodelay(true)
@@ -104,13 +115,15 @@ pub(super) struct Inner {
     pub(super) limits: Arc<Limits>,
     pub(super) options: Options,
     places: Arc<Semaphore>,
-    pub(super) reading: Arc<Semaphore>,
+    reading: Arc<Semaphore>,
     pub(super) syncing: Arc<Semaphore>,
     next_id: AtomicU64,
     nacks: AtomicU64,
     refused: AtomicU64,
     sent: Mutex<BTreeMap<Arc<str>, Sent>>,
     clients: Mutex<BTreeMap<u64, Arc<Mutex<ClientStatus>>>>,
+    /// Streams of each client, by its name.
+    streams: Mutex<HashMap<String, usize>>,
     pub(super) closing: watch::Sender<bool>,
 }
 
@@ -144,6 +157,7 @@ impl Service {
             refused: AtomicU64::new(0),
             sent: Mutex::new(BTreeMap::new()),
             clients: Mutex::new(BTreeMap::new()),
+            streams: Mutex::new(HashMap::new()),
             closing: watch::Sender::new(false),
         }))
     }
@@ -177,10 +191,7 @@ impl Service {
     /// Lets the client in: the body of the answer, which a task of its own fills.
     async fn open(&self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Result<body::Body, Status> {
         let client = (self.0.authenticate)(request.metadata(), request.remote_addr()).await?;
-        let place = Arc::clone(&self.0.places)
-            .try_acquire_owned()
-            .map_err(|_| Status::resource_exhausted("too many discovery clients"))?;
-        let place = Arc::new(place);
+        let place = Arc::new(Place::take(&self.0, &client.name)?);
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
         tracing::info!(id, client = client.name, "discovery client connected");
         let status = Arc::new(Mutex::new(ClientStatus {
@@ -208,9 +219,12 @@ impl Service {
         if request.uri().path() != METHOD {
             return Status::unimplemented("there is no such method").into_http();
         }
-        let max = self.0.options.max_request;
+        let Options { max_request, patience, .. } = self.0.options;
         let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
-        let request = Request::from_http(request).map(|body| Streaming::new_request(decoder, body, None, Some(max)));
+        let request = Request::from_http(request).map(|body| {
+            let body = Intake::new(body, Arc::clone(&self.0.reading), patience);
+            Streaming::new_request(decoder, body, None, Some(max_request))
+        });
         match self.open(request).await {
             Ok(body) => {
                 let mut response = http::Response::new(Body::new(body));
@@ -246,6 +260,40 @@ impl Inner {
 
     pub(super) fn forget(&self, id: u64) {
         lock(&self.clients).remove(&id);
+    }
+}
+
+/// A stream's place among those of all clients, and among those of its own.
+pub(super) struct Place {
+    service: Arc<Inner>,
+    client: String,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    fn take(service: &Arc<Inner>, client: &str) -> Result<Self, Status> {
+        let full = |text: &str| Status::resource_exhausted(text);
+        let permit = Arc::clone(&service.places).try_acquire_owned();
+        let permit = permit.map_err(|_| full("too many discovery clients"))?;
+        let mut streams = lock(&service.streams);
+        let own = streams.entry(client.to_owned()).or_default();
+        if *own >= service.options.max_streams {
+            return Err(full("too many discovery streams of this client"));
+        }
+        *own += 1;
+        Ok(Self { service: Arc::clone(service), client: client.to_owned(), _permit: permit })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut streams = lock(&self.service.streams);
+        if let Some(own) = streams.get_mut(&self.client) {
+            *own -= 1;
+            if *own == 0 {
+                streams.remove(&self.client);
+            }
+        }
     }
 }
 

@@ -5,12 +5,12 @@ use std::time::SystemTime;
 
 use futures_util::FutureExt as _;
 use mesh_proto::discovery::DeltaDiscoveryRequest;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::body::{self, Transfer};
-use super::service::{Inner, Options, lock};
+use super::service::{Inner, Options, Place, lock};
 use super::{ClientStatus, Machine};
 
 /// Requests taken at once.
@@ -23,7 +23,7 @@ pub(super) struct Stream {
     status: Arc<Mutex<ClientStatus>>,
     transfer: Arc<Transfer>,
     wait: Option<Wait>,
-    _place: Arc<OwnedSemaphorePermit>,
+    _place: Arc<Place>,
 }
 
 /// For an ACK.
@@ -42,7 +42,7 @@ impl Stream {
         id: u64,
         status: Arc<Mutex<ClientStatus>>,
         transfer: Arc<Transfer>,
-        place: Arc<OwnedSemaphorePermit>,
+        place: Arc<Place>,
     ) -> Self {
         let machine = Machine::new(Arc::clone(&service.limits));
         Self { service, id, machine, status, transfer, wait: None, _place: place }
@@ -118,12 +118,8 @@ impl Stream {
 
     /// Takes the first request; false if there is none.
     async fn begin(&mut self, requests: &mut Streaming<DeltaDiscoveryRequest>) -> Result<bool, Status> {
-        let patience = self.service.options.patience;
-        // Before a message is read: the versions that a client brings are decoded only with a permit. They are compared at
-        // once, and then forgotten.
-        let permit = tokio::time::timeout(patience, Arc::clone(&self.service.reading).acquire_owned());
-        let _permit = permit.await.map_err(|_| Status::unavailable("busy: reconnect"))?;
-        let first = tokio::time::timeout(patience, requests.message());
+        // The versions in it are compared at once, and then forgotten.
+        let first = tokio::time::timeout(self.service.options.patience, requests.message());
         match first.await.map_err(|_| Status::deadline_exceeded("no request came"))?? {
             Some(first) => self.take(first, requests)?,
             None => return Ok(false),
