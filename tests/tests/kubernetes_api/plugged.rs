@@ -110,6 +110,38 @@ async fn an_intermediate_that_is_plugged_in_signs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_starts_while_the_authority_is_away_takes_no_other() {
+    let root = Signer::new("a company's root", None);
+    let scene = Scene::new();
+    scene.allow();
+    // The mesh had a root of its own first.
+    drop(scene.ready_culvertd());
+    assert!(scene.find(&format!("{SECRETS}/culvert-ca-root")).is_some());
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "cacerts"},
+        "stringData": {"ca-cert.pem": root.pem(), "ca-key.pem": root.key(), "root-cert.pem": root.pem()},
+    });
+    scene.create(SECRETS, &secret);
+    let culvertd = scene.ready_culvertd();
+    wait::until("the roots that are plugged in", LONG, || (scene.root() == root.pem()).then_some(())).unwrap();
+    drop(culvertd);
+
+    scene.delete(&format!("{SECRETS}/cacerts"));
+    let (process, log) = scene.launch();
+    let text = || std::fs::read_to_string(&log).unwrap_or_default();
+    wait::until("the complaint", LONG, || text().contains("the Secret cacerts is gone").then_some(())).unwrap();
+    assert_eq!(scene.root(), root.pem(), "everybody trusts what they trusted");
+    // It waits for it to be put back.
+    scene.create(SECRETS, &secret);
+    wait::until("a replica that serves", LONG, || {
+        assert!(process.running(), "{}", text());
+        text().contains("serving").then_some(())
+    })
+    .unwrap();
+    assert_eq!(scene.root(), root.pem());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_intermediate_that_no_root_stands_behind_is_refused() {
     let (root, other) = (Signer::new("root", None), Signer::new("another root", None));
     let signer = Signer::new("this cluster", Some(&root));

@@ -22,6 +22,8 @@ use crate::ingest::kubernetes::describe;
 
 /// The ConfigMap with the roots to trust, which pods of the system namespace mount.
 const PUBLISHED: &str = "culvert-ca-root-cert";
+/// Its annotation: the Secret of the authority that has these roots.
+const ORIGIN: &str = "culvert.dev/authority";
 /// Whose fields those are that are written here.
 const MANAGER: &str = "culvertd";
 /// How often Secret and ConfigMap are looked at again.
@@ -68,7 +70,10 @@ pub enum RootError {
         error: AuthorityError,
     },
     /// The authority that was made elsewhere is not there any more. Neither is its key copied, nor another root trusted.
-    #[error("the Secret {PLUGGED} is gone; put it back, or start culvertd anew to use {OWN}")]
+    #[error(
+        "the Secret {PLUGGED} is gone, whose roots this mesh trusts; put it back, or delete the ConfigMap {PUBLISHED} and start \
+         culvertd anew to use {OWN}"
+    )]
     Vanished,
     /// The mesh has an authority, which is not stored any more. With another root half of the mesh would not trust the other.
     #[error(
@@ -114,7 +119,9 @@ impl Root {
         let (origin, authority) = loop {
             match store.open().await {
                 // A replica that runs puts back what was lost.
-                Err(error @ (RootError::Api { .. } | RootError::Lost)) if Instant::now() < deadline => {
+                Err(error @ (RootError::Api { .. } | RootError::Lost | RootError::Vanished))
+                    if Instant::now() < deadline =>
+                {
                     tracing::warn!(%error, "no authority yet; trying again");
                     tokio::time::sleep(PAUSE).await;
                 }
@@ -152,7 +159,7 @@ impl Root {
             }
         }
         let roots = self.authority.borrow().roots_pem();
-        self.store.publish(&roots).await
+        self.store.publish(&Published { roots, origin: Some(self.origin.to_owned()) }).await
     }
 
     fn tell(&mut self, error: Option<RootError>) {
@@ -185,8 +192,30 @@ fn next(origin: &'static str, stored: Option<(&'static str, Authority)>) -> Resu
     }
 }
 
+/// Decides at start about what is `stored`, with its Secret, in a mesh that was told of the roots `published`. None: a root is
+/// to be made.
+fn first(
+    stored: Option<(&'static str, Authority)>,
+    published: Option<&Published>,
+) -> Result<Option<(&'static str, Authority)>, RootError> {
+    let told = published.and_then(|published| published.origin.as_deref());
+    match (stored, published) {
+        // As for one that runs, see [`next`].
+        (Some((OWN, _)), Some(_)) if told == Some(PLUGGED) => Err(RootError::Vanished),
+        (None, Some(_)) => Err(RootError::Lost),
+        (stored, _) => Ok(stored),
+    }
+}
+
 fn is_same(a: &Authority, b: &Authority) -> bool {
     secret::write(a) == secret::write(b)
+}
+
+/// The roots that pods trust, and the Secret that they are of. Before there were annotations nothing tells the latter.
+#[derive(Debug, PartialEq, Eq)]
+struct Published {
+    roots: String,
+    origin: Option<String>,
 }
 
 #[derive(Debug)]
@@ -200,11 +229,10 @@ struct Store {
 impl Store {
     /// What is stored and in which Secret, made first if there is nothing.
     async fn open(&self) -> Result<(&'static str, Authority), RootError> {
-        if let Some(found) = self.stored().await? {
+        // In this order: a replica that runs publishes the roots of what is stored, and not the other way around.
+        let published = self.published().await?;
+        if let Some(found) = first(self.stored().await?, published.as_ref())? {
             return Ok(found);
-        }
-        if self.published().await?.is_some() {
-            return Err(RootError::Lost);
         }
         let made = Authority::generate(&self.trust_domain, self.clock.now()).map_err(RootError::Generate)?;
         self.create(&made).await?;
@@ -246,18 +274,22 @@ impl Store {
         Ok(())
     }
 
-    /// The roots that the ConfigMap tells of.
-    async fn published(&self) -> Result<Option<String>, RootError> {
+    /// What the ConfigMap tells.
+    async fn published(&self) -> Result<Option<Published>, RootError> {
         let found = request(format!("read the ConfigMap {PUBLISHED}"), self.config_maps.get_opt(PUBLISHED)).await?;
-        Ok(found.and_then(|found| found.data?.remove(ROOTS)))
+        Ok(found.and_then(|found| {
+            let origin = found.metadata.annotations.and_then(|mut annotations| annotations.remove(ORIGIN));
+            Some(Published { roots: found.data?.remove(ROOTS)?, origin })
+        }))
     }
 
-    async fn publish(&self, roots: &str) -> Result<(), RootError> {
-        if self.published().await?.is_some_and(|published| published == roots) {
+    async fn publish(&self, what: &Published) -> Result<(), RootError> {
+        if self.published().await?.as_ref() == Some(what) {
             return Ok(());
         }
         let patch = json!({
-            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": PUBLISHED}, "data": {(ROOTS): roots},
+            "apiVersion": "v1", "kind": "ConfigMap", "data": {(ROOTS): what.roots},
+            "metadata": {"name": PUBLISHED, "annotations": {(ORIGIN): what.origin}},
         });
         let parameters = PatchParams::apply(MANAGER).force();
         let patched = async { self.config_maps.patch(PUBLISHED, &parameters, &Patch::Apply(&patch)).await };
@@ -290,6 +322,22 @@ mod tests {
         assert!(matches!(next(PLUGGED, None), Err(RootError::Vanished)));
         assert!(matches!(next(PLUGGED, Some((OWN, authority()))), Err(RootError::Vanished)));
         assert!(matches!(next(PLUGGED, Some((PLUGGED, authority()))), Ok(Next::Follow(PLUGGED, _))));
+    }
+
+    #[test]
+    fn a_replica_that_starts_takes_no_authority_that_the_mesh_does_not_trust() {
+        let told =
+            |origin: Option<&str>| Published { roots: authority().roots_pem(), origin: origin.map(str::to_owned) };
+        let own = || Some((OWN, authority()));
+        assert!(matches!(first(own(), Some(&told(Some(PLUGGED)))), Err(RootError::Vanished)));
+        assert!(matches!(first(None, Some(&told(Some(PLUGGED)))), Err(RootError::Lost)));
+        assert!(matches!(first(None, Some(&told(None))), Err(RootError::Lost)));
+        assert!(matches!(first(None, None), Ok(None)), "a new mesh");
+        for published in [None, Some(told(None)), Some(told(Some(OWN)))] {
+            assert!(matches!(first(own(), published.as_ref()), Ok(Some((OWN, _)))), "{published:?}");
+        }
+        let plugged = Some((PLUGGED, authority()));
+        assert!(matches!(first(plugged, Some(&told(Some(OWN)))), Ok(Some((PLUGGED, _)))), "it takes over");
     }
 
     #[test]
