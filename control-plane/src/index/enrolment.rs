@@ -14,6 +14,8 @@ use crate::api::{Kind, Name, ObjectId};
 pub(super) struct Waiting {
     since: BTreeMap<Name, SystemTime>,
     deadlines: BTreeSet<(SystemTime, Name)>,
+    /// Those that were enrolled before they had an address: the CNI plugin has captured them before anything ran in them.
+    from_start: BTreeSet<Name>,
 }
 
 impl Waiting {
@@ -33,8 +35,21 @@ impl Waiting {
         }
     }
 
+    /// The pod has no address yet, and is enrolled or not.
+    pub(super) fn start(&mut self, pod: &Name, is_enrolled: bool) {
+        if is_enrolled {
+            self.from_start.insert(pod.clone());
+        }
+    }
+
+    /// Whether the pod was enrolled before it had an address.
+    pub(super) fn is_from_start(&self, pod: &Name) -> bool {
+        self.from_start.contains(pod)
+    }
+
     /// The pod waits no longer.
     pub(super) fn forget(&mut self, pod: &Name, bound: Duration) {
+        self.from_start.remove(pod);
         if let Some(since) = self.since.remove(pod)
             && let Some(deadline) = since.checked_add(bound)
         {

@@ -265,6 +265,7 @@ impl Index {
             locality: None,
             policies: self.policies_of(&entry.name.namespace, &endpoint.labels),
             is_waiting: false,
+            is_from_start: false,
             is_in_doubt: false,
             is_refused: entry.is_stand_in,
         };

@@ -156,8 +156,11 @@ impl Index {
     pub(super) fn recompute_pod(&mut self, name: &Name, now: SystemTime, changes: &mut Changes) {
         let uid = self.options.pod_uid(name);
         let bound = self.options.confirmation;
-        let Some(pod) = self.pods.get(name).filter(|pod| !live_addresses(pod).is_empty()).cloned() else {
+        let known = self.pods.get(name).cloned();
+        let Some(pod) = known.clone().filter(|pod| !live_addresses(pod).is_empty()) else {
             self.waiting.forget(name, bound);
+            let is_enrolled = known.is_some_and(|pod| !pod.phase.is_over() && self.namespaces.enrols(&pod));
+            self.waiting.start(name, is_enrolled);
             self.addresses.withdraw(&uid, changes);
             return;
         };
@@ -179,6 +182,7 @@ impl Index {
                 locality: self.nodes.locality(&pod.node),
                 policies: self.policies_of(&pod.name.namespace, &pod.labels),
                 is_waiting,
+                is_from_start: is_waiting && self.waiting.is_from_start(name),
                 is_in_doubt,
                 is_refused: false,
             },

@@ -335,6 +335,35 @@ fn a_pod_that_is_not_confirmed_is_kept_from_traffic_for_a_bounded_time() {
 }
 
 #[test]
+fn a_pod_that_is_enrolled_from_the_start_is_never_reached_in_plaintext() {
+    let unconfirmed = pod("a", "10.0.0.1", "", "").replace("enabled", "pending");
+    let no_address = unconfirmed.replace("podIP: 10.0.0.1, ", "");
+    let (hbone, none) = (wire::TunnelProtocol::Hbone, wire::TunnelProtocol::None);
+    let unhealthy = wire::WorkloadStatus::Unhealthy;
+    let plain = "---\n{apiVersion: v1, kind: Namespace, metadata: {name: ns}}\n";
+    for (name, begins, then, protocol) in [
+        ("enrolled first", ENROLLED, &[][..], hbone),
+        ("enrolled when it ran", plain, &[ENROLLED], none),
+        ("enrolled anew when it ran", ENROLLED, &[plain, ENROLLED], none),
+    ] {
+        let mut index = index(begins);
+        index.apply(apply(&no_address), time(100));
+        index.apply(apply(&unconfirmed), time(101));
+        for namespace in then {
+            index.apply(apply(namespace), time(102));
+        }
+        let workload = workload(&index, "a");
+        assert_eq!((workload.tunnel_protocol(), workload.status()), (protocol, unhealthy), "{name}");
+    }
+    // Another of the same name, which was not seen before it ran.
+    let mut index = index(ENROLLED);
+    index.apply(apply(&no_address), time(100));
+    index.apply(apply(&no_address.replace("Pending", "Failed").replace("Running", "Failed")), time(101));
+    index.apply(apply(&unconfirmed), time(102));
+    assert_eq!(workload(&index, "a").tunnel_protocol(), none);
+}
+
+#[test]
 fn services_find_their_pods_through_selectors() {
     let numbered = "---\n{apiVersion: v1, kind: Service, metadata: {name: num, namespace: ns},
         spec: {selector: {app: web, tier: front}, ports: [{name: a, port: 81, targetPort: 8081}, {name: b, port: 82}]}}\n";

@@ -28,7 +28,10 @@ pub(super) struct Surroundings {
     pub(super) locality: Option<wire::Locality>,
     /// The policies that name the pod.
     pub(super) policies: Vec<String>,
+    /// Nobody has confirmed yet that it is captured.
     pub(super) is_waiting: bool,
+    /// So it does, but it was captured before it had an address.
+    pub(super) is_from_start: bool,
     /// It is not known whether it is enrolled: so it is reached by a tunnel or not at all.
     pub(super) is_in_doubt: bool,
     /// Its object is not valid, and nobody reaches it.
@@ -46,7 +49,10 @@ impl Index {
 
 /// The workload of a pod, except for the services it belongs to.
 pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
-    let is_hbone = !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt);
+    // Who is enrolled while it runs is reached as before until its capture is confirmed; who is enrolled from the start is not
+    // reached in plaintext, as by its own address it might be before it is healthy.
+    let is_hbone =
+        !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt || around.is_from_start);
     // By tunnel or not at all: so not before the tunnel is there.
     let is_closed = pod.is_stand_in && around.is_in_doubt && !pod.captured && !pod.native_tunnel;
     let health = Health::of(pod.ready && !around.is_waiting && !is_closed, pod.terminating);

@@ -103,6 +103,7 @@ impl Index {
             locality: None,
             policies: self.policies_of(&name.namespace, &entry.endpoint.labels),
             is_waiting: false,
+            is_from_start: false,
             is_in_doubt: false,
             is_refused: entry.is_stand_in,
         };
