@@ -111,12 +111,17 @@ fn judge(facts: &Facts, agents: &Answers<'_>, pod: &Pod) -> Capture {
         Err(why) => Some(why),
     };
     let said = || pod.uids.iter().find_map(|uid| facts.complaints.get(uid)).cloned();
+    let refused = || pod.uids.iter().find_map(|uid| facts.refused_starts.get(uid));
     let agent = match agents.get(pod.node.as_str()) {
         Some(Ok(agent)) => agent,
         _ if pod.node.is_empty() => return Capture::Starting,
+        Some(Err(AskError::Forbidden { .. })) => {
+            return Capture::Unknown("this user may not ask its node's agent".to_owned());
+        }
         Some(Err(_)) | None => {
             let annotated = if pod.annotated { "; its annotation says that it was captured" } else { "" };
             let why = said().map(|said| format!("; it said last: {said}")).unwrap_or_default();
+            let why = refused().map_or(why, |refused| format!("; it is not started: {refused}"));
             return Capture::Unknown(format!("its node's agent does not answer{annotated}{why}"));
         }
     };
@@ -125,7 +130,10 @@ fn judge(facts: &Facts, agents: &Answers<'_>, pod: &Pod) -> Capture {
         Some(listed) => Capture::NotCaptured(doubt.unwrap_or_else(|| listed.reason.clone())),
         None => match doubt.or_else(said) {
             Some(why) => Capture::NotCaptured(why),
-            None if !pod.has_address => Capture::Starting,
+            None if !pod.has_address => match refused() {
+                Some(why) => Capture::NotCaptured(format!("it is not started, and tried again: {why}")),
+                None => Capture::Starting,
+            },
             None => Capture::NotCaptured(unknown_to_agent(pod)),
         },
     }
@@ -223,6 +231,11 @@ mod tests {
             facts.pods[0].has_address = false;
         };
         assert_eq!(after(early), Capture::Starting);
+        let refused = after(|facts| {
+            early(facts);
+            facts.refused_starts.insert("uid-web".into(), "a kernel of its own".into());
+        });
+        assert!(matches!(&refused, Capture::NotCaptured(why) if why.ends_with("a kernel of its own")), "{refused:?}");
         let static_pod = |facts: &mut Facts| facts.pods[0].uids = vec!["mirror".into(), "uid-web".into()];
         assert_eq!(after(static_pod), Capture::Captured);
     }

@@ -1,6 +1,8 @@
 //! `culvert check`: whether a cluster is fit for the mesh, and whether the mesh holds what it promises. Pure.
 
-use std::collections::BTreeMap;
+mod service;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -107,8 +109,9 @@ impl Check {
             if around.knows(OWN_WEBHOOK) {
                 lines.extend(webhooks(around));
             }
-            lines.push(roots(facts));
-            lines.push(versions(facts));
+            lines.extend(roots(facts));
+            lines.extend(versions(facts));
+            lines.extend(service::lines(facts));
             lines.extend(captured(facts));
         } else {
             if around.pod_security.is_some() {
@@ -305,7 +308,10 @@ fn installed(facts: &Facts) -> Vec<Line> {
 fn of_component(facts: &Facts, component: Component) -> Line {
     fn well<T>(asked: &[Asked<T>], good: impl Fn(&T) -> bool) -> (usize, Vec<(String, Option<AskError>)>) {
         let bad = asked.iter().filter(|one| !one.part.ready || !one.answer.as_ref().is_ok_and(&good));
-        let bad: Vec<_> = bad.map(|one| (one.part.pod.clone(), one.answer.as_ref().err().cloned())).collect();
+        // That it is not ready is known of one, even if it may not be asked.
+        let may_not = |one: &Asked<T>, error: &AskError| !one.part.ready && matches!(error, AskError::Forbidden { .. });
+        let why = |one: &Asked<T>| one.answer.as_ref().err().filter(|error| !may_not(one, error)).cloned();
+        let bad: Vec<_> = bad.map(|one| (one.part.pod.clone(), why(one))).collect();
         (asked.len() - bad.len(), bad)
     }
     let (ready, bad) = match component {
@@ -330,6 +336,11 @@ fn of_component(facts: &Facts, component: Component) -> Line {
     let why: Vec<String> = why.collect();
     if ready >= desired && bad.is_empty() && ready > 0 {
         return good(what);
+    }
+    let may_not = |(_, error): &(String, Option<AskError>)| matches!(error, Some(AskError::Forbidden { .. }));
+    if ready + bad.len() >= desired && bad.iter().all(may_not) && !bad.is_empty() {
+        let what = format!("{name}: {} may not be asked by this user", count(bad.len(), "pod"));
+        return doubtful(what, names(why.iter().map(String::as_str)));
     }
     let remedy = if why.is_empty() {
         format!("kubectl -n {} describe pods", facts.system_namespace)
@@ -358,17 +369,18 @@ fn webhooks(around: &Surroundings) -> Vec<Line> {
     REGISTRATIONS.into_iter().map(of_one).collect()
 }
 
-fn roots(facts: &Facts) -> Line {
-    let published = match &facts.roots {
-        Some(Ok(roots)) => roots,
-        Some(Err(why)) => {
-            return failed(
-                format!("the mesh's roots are not published: {why}"),
-                "look at culvertd's log; it writes them",
-            );
+/// None where nothing can be said, which another line says.
+fn roots(facts: &Facts) -> Option<Line> {
+    let published = match facts.roots.as_ref()? {
+        Ok(roots) => roots,
+        Err(why) => {
+            let what = format!("the mesh's roots are not published: {why}");
+            return Some(failed(what, "look at culvertd's log; it writes them"));
         }
-        None => return doubtful("the mesh's roots were not asked for", "look at the ConfigMap culvert-ca-root-cert"),
     };
+    if facts.proxies.iter().all(|one| one.answer.is_err()) {
+        return None;
+    }
     let is_known = |print: &String| published.iter().any(|root| root.fingerprint == *print);
     let holds = |one: &&Asked<Dump>| {
         let certificates = one.answer.iter().flat_map(|dump| &dump.certificates);
@@ -376,17 +388,16 @@ fn roots(facts: &Facts) -> Line {
     };
     let strange: Vec<&str> = facts.proxies.iter().filter(holds).map(|one| one.part.node.as_str()).collect();
     if strange.is_empty() {
-        good(format!("every proxy trusts a root that is published ({})", published.len()))
-    } else {
-        let what = format!("certificates under other roots than those published, on {}", names(strange));
-        failed(
-            what,
-            "is there a second authority? Compare the Secrets culvert-ca-root and cacerts with the ConfigMap culvert-ca-root-cert",
-        )
+        return Some(good(format!("every proxy trusts a root that is published ({})", published.len())));
     }
+    Some(failed(
+        format!("certificates under other roots than those published, on {}", names(strange)),
+        "is there a second authority? Compare the Secrets culvert-ca-root and cacerts with the ConfigMap culvert-ca-root-cert",
+    ))
 }
 
-fn versions(facts: &Facts) -> Line {
+/// None where nobody says its version.
+fn versions(facts: &Facts) -> Option<Line> {
     let proxies = facts.proxies.iter().filter_map(|one| Some((&one.part, &one.answer.as_ref().ok()?.version)));
     let replicas = facts.culvertd.iter().filter_map(|one| Some((&one.part, &one.answer.as_ref().ok()?.version)));
     let mut by_version: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -394,20 +405,37 @@ fn versions(facts: &Facts) -> Line {
         let version = if version.is_empty() { "unknown" } else { version };
         by_version.entry(version).or_default().push(&part.pod);
     }
+    if by_version.is_empty() {
+        return None;
+    }
     if by_version.keys().all(|version| *version == CLIENT) {
-        return good(format!("one version everywhere: {CLIENT}"));
+        return Some(good(format!("one version of culvertd and the proxies: {CLIENT}")));
     }
     let found: Vec<String> =
         by_version.iter().map(|(version, pods)| format!("{version}: {}", names(pods.iter().copied()))).collect();
-    doubtful(
+    Some(doubtful(
         format!("several versions; this program's is {CLIENT}; {}", found.join("; ")),
         "finish the upgrade; `culvert version` names all",
-    )
+    ))
+}
+
+/// Nodes whose agent this user may not ask.
+fn closed_nodes(facts: &Facts) -> BTreeSet<&str> {
+    let agents = || facts.agents.iter().map(|one| (one.part.node.as_str(), &one.answer));
+    let open: BTreeSet<&str> = agents().filter(|(_, answer)| answer.is_ok()).map(|(node, _)| node).collect();
+    let may_not = agents().filter(|(_, answer)| matches!(answer, Err(AskError::Forbidden { .. })));
+    may_not.map(|(node, _)| node).filter(|node| !open.contains(node)).collect()
 }
 
 fn captured(facts: &Facts) -> Vec<Line> {
     let pods = capture::enrolled(facts);
-    let mut lines = Vec::new();
+    if pods.is_empty() {
+        return vec![good(
+            "no pod is enrolled; kubectl label namespace ... istio.io/dataplane-mode=ambient enrols those of a namespace",
+        )];
+    }
+    let closed = closed_nodes(facts);
+    let (mut lines, mut unasked) = (Vec::new(), 0);
     for pod in &pods {
         let name = format!("{}/{}", pod.namespace, pod.name);
         match (pod.state, &pod.reason) {
@@ -416,12 +444,17 @@ fn captured(facts: &Facts) -> Vec<Line> {
                 "the agent writes it within seconds; if it does not, look at its log and its right to patch pods/status",
             )),
             ("captured" | "starting", _) => {}
+            ("unknown", _) if closed.contains(pod.node.as_str()) => unasked += 1,
             (state, why) => {
                 let why = why.as_deref().unwrap_or_default();
                 let annotated = if pod.annotated { ", although its annotation says so" } else { "" };
                 lines.push(failed(format!("pod {name}: {state}{annotated}: {why}"), "culvert status"));
             }
         }
+    }
+    if unasked > 0 {
+        let what = format!("whether {} captured is not known: this user may not ask the agents", subject(unasked));
+        lines.push(doubtful(what, "the right to create pods/exec in the system namespace is needed"));
     }
     let well = pods.iter().filter(|pod| pod.state == "captured").count();
     let starting = pods.iter().filter(|pod| pod.state == "starting").count();
@@ -431,10 +464,14 @@ fn captured(facts: &Facts) -> Vec<Line> {
     );
     if well + starting == pods.len() {
         lines.insert(0, good(what));
-    } else {
+    } else if well + starting + unasked < pods.len() {
         lines.insert(0, failed(what, "each is named below"));
     }
     lines
+}
+
+fn subject(pods: usize) -> String {
+    if pods == 1 { "1 pod is".to_owned() } else { format!("{pods} pods are") }
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub struct Facts {
     pub pods: Vec<Pod>,
     /// What agents said last of pods that are not as their labels say, by UID of the pod.
     pub complaints: BTreeMap<String, String>,
+    /// Why the mesh's CNI plugin refused last to make a pod's network, by UID of the pod.
+    pub refused_starts: BTreeMap<String, String>,
     /// Replicas of the control plane.
     pub culvertd: Vec<Asked<Culvertd>>,
     /// Agents: what each has in force, as the kernel says.
@@ -134,7 +136,7 @@ pub struct Part {
     pub ready: bool,
     /// Why it cannot be asked; none if its container runs.
     pub not_running: Option<String>,
-    /// It is being deleted.
+    /// It is being deleted, or has ended.
     pub ends: bool,
 }
 

@@ -38,11 +38,12 @@ const ROOTS: (&str, &str) = ("culvert-ca-root-cert", "root-cert.pem");
 /// # Errors
 /// The API server does not answer, or does not let this user see the nodes, namespaces or pods.
 pub async fn everything(cluster: &Cluster, namespace: &str, kubernetes: String) -> Result<Facts, CliError> {
-    let (nodes, namespaces, pods, events, roots, desired) = tokio::join!(
+    let (nodes, namespaces, pods, events, sandboxes, roots, desired) = tokio::join!(
         cluster.list("nodes", all, "", "", read::node),
         cluster.list("namespaces", all, "", "", read::namespace),
         cluster.list("pods", all, "", "", |pod| read::pod(pod, namespace)),
         cluster.list("events", all, "", "reportingController=culvert-node", read::complaint),
+        cluster.list("events", all, "", "reason=FailedCreatePodSandBox", read::refused_start),
         cluster.get::<ConfigMap>(namespace, ROOTS.0),
         desired(cluster, namespace),
     );
@@ -63,14 +64,17 @@ pub async fn everything(cluster: &Cluster, namespace: &str, kubernetes: String) 
         ..Facts::default()
     };
     facts.nodes.sort_by(|a, b| a.name.cmp(&b.name));
-    match events {
-        Ok(events) => {
-            let mut events: Vec<_> = events.into_iter().flatten().collect();
-            // Of one pod the latest counts.
-            events.sort_by(|a, b| a.1.cmp(&b.1));
-            facts.complaints = events.into_iter().map(|(uid, _, why)| (uid, why)).collect();
+    // Of one pod the latest counts.
+    let latest = |events: Vec<Option<(String, String, String)>>| {
+        let mut events: Vec<_> = events.into_iter().flatten().collect();
+        events.sort_by(|a, b| a.1.cmp(&b.1));
+        events.into_iter().map(|(uid, _, why)| (uid, why)).collect()
+    };
+    match (events, sandboxes) {
+        (Ok(events), Ok(sandboxes)) => {
+            (facts.complaints, facts.refused_starts) = (latest(events), latest(sandboxes));
         }
-        Err(error) => drop(facts.unknown.insert("events".to_owned(), error.to_string())),
+        (Err(error), _) | (_, Err(error)) => drop(facts.unknown.insert("events".to_owned(), error.to_string())),
     }
     for (component, found) in desired {
         match found {
@@ -78,11 +82,17 @@ pub async fn everything(cluster: &Cluster, namespace: &str, kubernetes: String) 
             Err(error) => drop(facts.unknown.insert(component.workload().to_owned(), error)),
         }
     }
-    facts.roots = Some(roots.and_then(|map| {
-        let (name, key) = ROOTS;
-        let mut data = map.ok_or_else(|| format!("there is no ConfigMap {name}"))?.data.unwrap_or_default();
-        read::roots(&data.remove(key).ok_or_else(|| format!("the ConfigMap {name} has no {key}"))?)
-    }));
+    let (name, key) = ROOTS;
+    match roots {
+        Ok(map) => {
+            let of_map = |map: Option<ConfigMap>| {
+                let mut data = map.ok_or_else(|| format!("there is no ConfigMap {name}"))?.data.unwrap_or_default();
+                read::roots(&data.remove(key).ok_or_else(|| format!("the ConfigMap {name} has no {key}"))?)
+            };
+            facts.roots = Some(of_map(map));
+        }
+        Err(error) => drop(facts.unknown.insert(format!("the ConfigMap {name}"), error)),
+    }
     let (culvertd, agents, proxies) = split(parts);
     let total = culvertd.len() + agents.len() + proxies.len();
     let progress = Progress::new(total);
@@ -140,7 +150,7 @@ pub async fn home(cluster: &Cluster, namespace: &str, name: &str) -> Result<(Str
     Ok((node.ok_or_else(nowhere)?, account))
 }
 
-/// By component; what is being deleted is not asked.
+/// By component; what is being deleted or has ended is not asked.
 pub fn split(parts: Vec<Part>) -> (Vec<Part>, Vec<Part>, Vec<Part>) {
     let (mut culvertd, mut agents, mut proxies) = (Vec::new(), Vec::new(), Vec::new());
     for part in parts.into_iter().filter(|part| !part.ends) {
@@ -220,15 +230,18 @@ async fn each<T>(
     ask: impl AsyncFn(&Part) -> Result<T, AskError>,
 ) -> Vec<Asked<T>> {
     let ask = &ask;
-    let asked = stream::iter(parts).map(async |part| {
+    let asked = stream::iter(parts.into_iter().enumerate()).map(async |(index, part)| {
         let answer = match &part.not_running {
             None => ask(&part).await,
             Some(why) => Err(AskError::NotRunning(why.clone())),
         };
         progress.done.fetch_add(1, Ordering::Relaxed);
-        Asked { part, answer }
+        (index, Asked { part, answer })
     });
-    asked.buffered(AT_ONCE).collect().await
+    // Whoever is slow keeps nobody else waiting.
+    let mut asked: Vec<_> = asked.buffer_unordered(AT_ONCE).collect().await;
+    asked.sort_by_key(|(index, _)| *index);
+    asked.into_iter().map(|(_, asked)| asked).collect()
 }
 
 /// How many have answered, shown on a terminal if it takes long.

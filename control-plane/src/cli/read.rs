@@ -19,6 +19,9 @@ const STATIC_UID: &str = "kubernetes.io/config.hash";
 /// How the agent begins its complaints.
 const COMPLAINT: &str = "not captured by the mesh: ";
 
+/// How the runtime names the plugin whose complaint it passes on.
+const PLUGIN: &str = "plugin type=\"ztunnel\"";
+
 /// A node.
 pub fn node(node: k8s::Node) -> Node {
     let status = node.status.unwrap_or_default();
@@ -59,7 +62,8 @@ pub fn pod(pod: k8s::Pod, system_namespace: &str) -> Result<Part, Pod> {
             image: spec.containers.into_iter().next().and_then(|container| container.image).unwrap_or_default(),
             ready: conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"),
             not_running: not_running(&phase, containers.first()),
-            ends,
+            // One that was evicted stays until somebody deletes it; another has taken its place.
+            ends: ends || matches!(phase.as_str(), "Succeeded" | "Failed"),
         });
     }
     Err(Pod {
@@ -95,14 +99,30 @@ fn not_running(phase: &str, container: Option<&k8s::ContainerStatus>) -> Option<
 
 /// What an agent complains of: the pod's UID, when it was said last, and why.
 pub fn complaint(event: Event) -> Option<(String, String, String)> {
+    said(event, |note| Some(note.strip_prefix(COMPLAINT).unwrap_or(note).to_owned()))
+}
+
+/// That a pod was not started because the mesh's CNI plugin refused to make its network, as the kubelet tells: the pod's UID,
+/// when it was said last, and why.
+pub fn refused_start(event: Event) -> Option<(String, String, String)> {
+    said(event, |note| {
+        let (_, plugin) = note.split_once(PLUGIN)?;
+        let why = plugin.strip_prefix(" failed (add): ").unwrap_or(plugin);
+        Some(why.trim().to_owned())
+    })
+}
+
+fn said(event: Event, read: impl Fn(&str) -> Option<String>) -> Option<(String, String, String)> {
     let regarding = event.regarding?;
     if regarding.kind.as_deref() != Some("Pod") {
         return None;
     }
-    let note = event.note?;
-    let reason = note.strip_prefix(COMPLAINT).unwrap_or(&note).to_owned();
+    let reason = read(&event.note?)?;
+    // In whichever way its author counts.
     let series = event.series.map(|series| series.last_observed_time.0.to_string());
-    let at = series.or_else(|| event.event_time.map(|time| time.0.to_string())).unwrap_or_default();
+    let counted = || event.deprecated_last_timestamp.map(|time| time.0.to_string());
+    let once = || event.event_time.map(|time| time.0.to_string());
+    let at = series.or_else(counted).or_else(once).unwrap_or_default();
     Some((regarding.uid?, at, reason))
 }
 
@@ -185,6 +205,26 @@ mod tests {
         let (uid, _, why) = event("Pod").unwrap();
         assert_eq!((uid.as_str(), why.as_str()), ("u", "no rule"));
         assert_eq!(event("ReplicaSet"), None);
+    }
+
+    #[test]
+    fn a_start_that_the_plugin_refused_is_told_from_others() {
+        let event = |note: &str| {
+            let event = json!({
+                "eventTime": null, "deprecatedLastTimestamp": "2026-01-01T00:00:00Z", "note": note,
+                "regarding": {"kind": "Pod", "uid": "u"}, "metadata": {},
+            });
+            refused_start(serde_json::from_value(event).unwrap())
+        };
+        let failed =
+            "Failed to create pod sandbox: rpc error: code = Unknown desc = failed to setup network for sandbox";
+        let by = |plugin: &str| {
+            format!("{failed} \"ab\": plugin type=\"{plugin}\" failed (add): its class has a kernel of its own")
+        };
+        let (uid, at, why) = event(&by("ztunnel")).unwrap();
+        assert_eq!((uid.as_str(), why.as_str()), ("u", "its class has a kernel of its own"));
+        assert!(at.starts_with("2026-01-01"), "{at}");
+        assert_eq!(event(&by("bridge")), None);
     }
 
     #[test]

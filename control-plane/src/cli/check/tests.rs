@@ -1,5 +1,5 @@
 use super::*;
-use crate::cli::facts::{Certificate, Root};
+use crate::cli::facts::{Certificate, Client, ClientType, Nack, Root};
 use crate::cli::testing::healthy;
 
 fn around() -> Surroundings {
@@ -98,6 +98,7 @@ fn what_the_mesh_does_not_hold_is_named() {
     let strange = only(true, |facts, _| {
         facts.roots = Some(Ok(vec![Root { fingerprint: "aa".into(), ..Root::default() }]));
         let under = |roots: &[&str]| Certificate {
+            state: "Valid".into(),
             roots: Some(roots.iter().map(|&root| root.to_owned()).collect()),
             ..Certificate::default()
         };
@@ -118,6 +119,76 @@ fn a_pod_that_is_not_captured_fails_the_check_although_its_annotation_says_so() 
     let text = check.text(Style::default());
     assert!(text.contains("\u{2717} pod shop/web: not captured, although its annotation says so: no rule"), "{text}");
     assert!(text.contains("\u{2717} 1 of 2 enrolled pods captured") && text.ends_with("2 failed, 0 may be wrong.\n"));
+}
+
+#[test]
+fn parts_that_run_and_do_not_do_what_they_are_for_are_named() {
+    let cut = only(true, |facts, _| {
+        let discovery = &mut facts.proxies[1].answer.as_mut().unwrap().discovery;
+        discovery.connected_since = None;
+        discovery.disconnected_since = Some("2026-01-02T00:00:00Z".into());
+        discovery.last_error = Some("no route".into());
+    });
+    assert!(cut.verdict == Verdict::Failed && cut.what.contains("b (since 2026-01-02T00:00:00Z: no route)"), "{cut:?}");
+    let with = |state: &str, last_error: Option<&str>| Certificate {
+        identity: "spiffe://a/ns/b/sa/c".into(),
+        state: state.into(),
+        last_error: last_error.map(str::to_owned),
+        ..Certificate::default()
+    };
+    let certificate = |one: Certificate| {
+        only(true, |facts, _| facts.proxies[0].answer.as_mut().unwrap().certificates = vec![with("Pending", None), one])
+    };
+    for (state, error) in [("Expired", None), ("Expired", Some("no answer")), ("Pending", Some("no answer"))] {
+        let line = certificate(with(state, error));
+        assert!(line.verdict == Verdict::Failed && line.what.contains("sa/c on a"), "{line:?}");
+    }
+    let stale = certificate(with("Valid", Some("no answer")));
+    assert!(stale.verdict == Verdict::Doubtful && stale.what.contains("no answer"), "{stale:?}");
+    let refused = only(true, |facts, _| {
+        let nack = Nack { resource: "ns/policy".into(), reason: "too new".into(), ..Nack::default() };
+        let types = vec![ClientType { nacks: vec![nack], ..ClientType::default() }];
+        let clients = [(); 3].map(|()| Client { types: types.clone(), ..Client::default() });
+        facts.culvertd[0].answer.as_mut().unwrap().clients = clients.into();
+    });
+    assert!(
+        refused.verdict == Verdict::Failed && refused.what.contains("ns/policy by 3 clients: too new"),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn what_this_user_may_not_ask_is_not_called_broken() {
+    let forbidden = |resource| AskError::Forbidden { resource, reason: "403".to_owned() };
+    let mut closed = facts();
+    closed.proxies.iter_mut().for_each(|one| one.answer = Err(forbidden("pods/portforward")));
+    closed.culvertd.iter_mut().for_each(|one| one.answer = Err(forbidden("pods/portforward")));
+    closed.agents.iter_mut().for_each(|one| one.answer = Err(forbidden("pods/exec")));
+    closed.roots = None;
+    closed.unknown.insert("the ConfigMap culvert-ca-root-cert".into(), "403".into());
+    let check = Check::new(&closed, &around(), true);
+    assert!(check.healthy, "{check:#?}");
+    let text = check.text(Style::default());
+    for line in
+        ["2 pods are captured is not known", "ztunnel: 2 pods may not be asked", "culvertd: 1 pod may not be asked"]
+    {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    for claim in ["one version", "every proxy trusts", "captured, as the kernel"] {
+        assert!(!text.contains(claim), "{claim}: {text}");
+    }
+    // What is really amiss is said all the same.
+    closed.proxies[0].part.ready = false;
+    closed.proxies[0].answer = Err(AskError::NotRunning("gone".into()));
+    assert!(!Check::new(&closed, &around(), true).healthy);
+}
+
+#[test]
+fn nobody_enrolled_is_well_and_says_how_to_go_on() {
+    let mut facts = facts();
+    facts.namespaces.clear();
+    let check = Check::new(&facts, &around(), true);
+    assert!(check.healthy && check.lines.iter().any(|line| line.what.contains("no pod is enrolled")), "{check:#?}");
 }
 
 #[test]
