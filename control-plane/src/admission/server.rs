@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::StatusCode;
 use mesh_runtime::drain;
 use mesh_runtime::http::{Limits, Reply, Router, connection};
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::StreamExt;
 
@@ -53,19 +55,31 @@ pub async fn serve(listener: TcpListener, tls: &ServerConfig, watcher: drain::Wa
 
 fn routes() -> Router {
     let mut routes = Router::new().at_most(MAX_REVIEWS);
-    routes.post(PATH, "answers an AdmissionReview", |request| async move {
-        // Large objects take their time, and discovery has the same workers.
-        match tokio::task::spawn_blocking(move || review::answer(&request.body)).await {
-            Ok(Ok(answer)) => {
-                tracing::debug!(allowed = answer.is_allowed(), "object reviewed");
-                Reply::json(&answer)
-            }
-            Ok(Err(error)) => Reply::text(format!("{error}\n")).with_status(StatusCode::BAD_REQUEST),
-            Err(error) => {
-                tracing::error!(%error, "a review did not end");
-                Reply::text("the review did not end\n".to_owned()).with_status(StatusCode::INTERNAL_SERVER_ERROR)
-            }
-        }
+    // A review goes on when whoever asked for it has gone: it counts until it has ended.
+    let turns = Arc::new(Semaphore::new(MAX_REVIEWS));
+    routes.post(PATH, "answers an AdmissionReview", move |request| {
+        let turn = Arc::clone(&turns).acquire_owned();
+        async move { answer(request.body, turn.await).await }
     });
     routes
+}
+
+/// The answer to a review of `body`, which has the turn `turn`.
+async fn answer(body: Bytes, turn: Result<OwnedSemaphorePermit, AcquireError>) -> Reply {
+    // Large objects take their time, and discovery has the same workers.
+    let reviewed = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        review::answer(&body)
+    });
+    match reviewed.await {
+        Ok(Ok(answer)) => {
+            tracing::debug!(allowed = answer.is_allowed(), "object reviewed");
+            Reply::json(&answer)
+        }
+        Ok(Err(error)) => Reply::text(format!("{error}\n")).with_status(StatusCode::BAD_REQUEST),
+        Err(error) => {
+            tracing::error!(%error, "a review did not end");
+            Reply::text("the review did not end\n".to_owned()).with_status(StatusCode::INTERNAL_SERVER_ERROR)
+        }
+    }
 }

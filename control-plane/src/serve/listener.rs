@@ -247,7 +247,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (signal, watcher) = drain::channel();
-        let bounds = Bounds { all: 2, of_one: 2, patience: Duration::from_secs(1) };
+        let bounds = Bounds { all: 2, of_one: 2, patience: Duration::from_secs(4) };
         let mut incoming = accept(listener, acceptor, bounds, watcher);
         tokio::spawn(async move {
             while let Some(Ok(mut connection)) = incoming.next().await {

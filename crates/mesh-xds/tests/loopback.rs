@@ -356,33 +356,64 @@ async fn a_client_that_is_slower_than_patience_but_reads_is_waited_for() {
 }
 
 #[tokio::test]
-async fn silent_and_stalling_clients_keep_no_large_request_from_its_turn() {
+async fn large_requests_are_read_one_after_another_and_nobody_holds_a_turn_for_long() {
+    /// What is blocked is so however long one waits.
+    const MOMENT: Duration = Duration::from_millis(300);
+
     let catalog = Arc::new(Catalog::new());
     let many: Vec<Resource> = (0..5_000).map(|n| thing(&format!("w{n}"), &[], "1")).collect();
     set(&catalog, &many);
-    let options = server::Options { max_reading: 1, patience: Duration::from_secs(3600), ..server::Options::default() };
-    // It says nothing at all, for as long as it likes.
-    let patient = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
-    let _silent = raw(patient.address, &[]).await;
-    poll("the silent one", || patient.service.clients().len() == 1).await;
     let large = versions(&many);
-    let mut synced = raw(patient.address, &large).await;
-    let head = tokio::time::timeout(BOUND, synced.data()).await.expect("an answer to a large request").unwrap();
-    assert!(!head.unwrap().is_empty());
+    assert!(large.len() > 64 << 10, "more than a window");
+    let (begin, rest) = large.split_at(30_000);
+    let small = framed(&DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..DeltaDiscoveryRequest::default() });
+    let long = Duration::from_secs(3600);
+    let options = server::Options { max_reading: 1, patience: long, reading: long, ..server::Options::default() };
+    let patient = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
+    // One that says nothing has no turn; one that stalls has it; another's waits, and small ones need none.
+    let (_silent, _) = raw(patient.address, TOKEN, &[]).await;
+    let (mut first, mut sender) = raw(patient.address, TOKEN, begin).await;
+    poll("those two", || patient.service.clients().len() == 2).await;
+    let (mut second, _second) = raw(patient.address, OTHER_TOKEN, &large).await;
+    let (mut other, _other) = raw(patient.address, OTHER_TOKEN, &small).await;
+    assert!(answered(&mut other).await);
+    assert!(tokio::time::timeout(MOMENT, second.data()).await.is_err(), "it is not its turn");
+    sender.send_data(Bytes::copy_from_slice(rest), false).unwrap();
+    assert!(answered(&mut first).await && answered(&mut second).await);
 
-    // It says that much is to come, and no more. Small requests need not wait for it, and large ones no longer than it has.
-    let short = server::Options { patience: Duration::from_secs(2), ..options };
-    let strict = control(catalog, "127.0.0.1:0", short).await;
-    let mut stalling = raw(strict.address, large.get(..9_000).unwrap()).await;
+    let options = server::Options { reading: Duration::from_secs(2), ..options };
+    let strict = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
+    let (mut stalling, _stalling) = raw(strict.address, TOKEN, begin).await;
     poll("the stalling one", || strict.service.clients().len() == 1).await;
-    let mut small =
-        raw(strict.address, &framed(&DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..Default::default() }))
-            .await;
-    assert!(tokio::time::timeout(BOUND, small.data()).await.expect("an answer to a small request").unwrap().is_ok());
-    let end = tokio::time::timeout(BOUND, stalling.trailers()).await.expect("its end").unwrap().unwrap();
-    assert_eq!(end["grpc-status"], (tonic::Code::DeadlineExceeded as i32).to_string());
-    let mut next = raw(strict.address, &large).await;
-    assert!(tokio::time::timeout(BOUND, next.data()).await.expect("an answer to a large request").unwrap().is_ok());
+    // Of the same client: one turn is its own.
+    let (mut next, _next) = raw(strict.address, TOKEN, &large).await;
+    let (mut last, _last) = raw(strict.address, OTHER_TOKEN, &large).await;
+    assert_eq!(end(&mut stalling).await, tonic::Code::DeadlineExceeded);
+    assert!(answered(&mut next).await && answered(&mut last).await);
+
+    let options = server::Options { patience: Duration::from_millis(500), reading: long, ..options };
+    let busy = control(catalog, "127.0.0.1:0", options).await;
+    let (_stalling, _held) = raw(busy.address, TOKEN, begin).await;
+    poll("the stalling one", || busy.service.clients().len() == 1).await;
+    let (mut late, _late) = raw(busy.address, OTHER_TOKEN, &large).await;
+    assert_eq!(end(&mut late).await, tonic::Code::Unavailable, "it may try another replica");
+}
+
+#[tokio::test]
+async fn what_comes_while_a_first_sync_waits_is_read_all_the_same() {
+    let catalog = Arc::new(Catalog::new());
+    let many: Vec<Resource> = (0..5_000).map(|n| thing(&format!("w{n}"), &[], "1")).collect();
+    set(&catalog, &many);
+    catalog.update(AUTHORIZATION_TYPE, [thing("policy", &[], "1")], NOTHING);
+    let small =
+        framed(&DeltaDiscoveryRequest { type_url: AUTHORIZATION_TYPE.into(), ..DeltaDiscoveryRequest::default() });
+    let both = [&small[..], &versions(&many)].concat();
+    // Nobody has a place to sync for a while, and a large request less time than that.
+    let (patience, reading) = (Duration::from_secs(4), Duration::from_secs(1));
+    let options = server::Options { max_syncing: 0, patience, reading, ..server::Options::default() };
+    let control = control(catalog, "127.0.0.1:0", options).await;
+    let (mut client, _sender) = raw(control.address, TOKEN, &both).await;
+    assert!(answered(&mut client).await);
 }
 
 #[tokio::test]
@@ -424,31 +455,42 @@ fn framed(request: &DeltaDiscoveryRequest) -> Vec<u8> {
     framed
 }
 
-/// The body of an answer to a request for everything, read as the caller likes, with the windows of HTTP/2's defaults.
-async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
-    raw(address, &framed(&DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..DeltaDiscoveryRequest::default() }))
-        .await
+/// Whether a response comes.
+async fn answered(body: &mut h2::RecvStream) -> bool {
+    tokio::time::timeout(BOUND, body.data()).await.expect("an answer").is_some_and(|data| data.is_ok())
 }
 
-/// The body of an answer to whoever says `bytes` and no more, but does not end.
-async fn raw(address: SocketAddr, bytes: &[u8]) -> h2::RecvStream {
-    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    let path = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
-    let request = http::Request::post(format!("http://{address}{path}"))
-        .header("content-type", "application/grpc")
-        .header("authorization", format!("Bearer {TOKEN}"))
-        .header("clusterid", "Kubernetes")
-        .body(())
-        .unwrap();
-    let (response, mut requests) = sender.ready().await.unwrap().send_request(request, false).unwrap();
-    requests.send_data(Bytes::copy_from_slice(bytes), false).unwrap();
-    let body = response.await.unwrap().into_body();
+/// How it ends.
+async fn end(body: &mut h2::RecvStream) -> tonic::Code {
+    let trailers = tokio::time::timeout(BOUND, body.trailers()).await.expect("its end").unwrap().unwrap();
+    tonic::Code::from_bytes(trailers["grpc-status"].as_bytes())
+}
+
+/// The body of an answer to a request for everything, read as the caller likes, with the windows of HTTP/2's defaults.
+async fn slow_reader(address: SocketAddr) -> h2::RecvStream {
+    let everything = DeltaDiscoveryRequest { type_url: WORKLOAD_TYPE.into(), ..DeltaDiscoveryRequest::default() };
+    let (body, requests) = raw(address, TOKEN, &framed(&everything)).await;
     // It stays open as long as the body is read.
     tokio::spawn(async move {
         std::future::pending::<()>().await;
         drop(requests);
     });
     body
+}
+
+/// The body of an answer to whoever says `bytes`, and where it may say more.
+async fn raw(address: SocketAddr, token: &str, bytes: &[u8]) -> (h2::RecvStream, h2::SendStream<Bytes>) {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let path = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+    let request = http::Request::post(format!("http://{address}{path}"))
+        .header("content-type", "application/grpc")
+        .header("authorization", format!("Bearer {token}"))
+        .header("clusterid", "Kubernetes")
+        .body(())
+        .unwrap();
+    let (response, mut requests) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    requests.send_data(Bytes::copy_from_slice(bytes), false).unwrap();
+    (response.await.unwrap().into_body(), requests)
 }

@@ -349,6 +349,21 @@ mod tests {
         assert_eq!(glance(&token, &audiences(), now + minute + LEEWAY), Err(TokenError::Expired));
         assert_eq!(glance(&token, &["other".to_owned()], now), Err(TokenError::Audience));
         assert!(matches!(glance(&"x".repeat(9000), &audiences(), now), Err(TokenError::TooLong { .. })));
+        // Ends that no clock reaches, with which anybody may come.
+        let ends = |end: u64| {
+            let claims = base64::Engine::encode(
+                &base64::prelude::BASE64_URL_SAFE_NO_PAD,
+                format!(r#"{{"exp":{end},"aud":"{AUDIENCE}"}}"#),
+            );
+            let (head, rest) = token.split_once('.').unwrap();
+            let (_, signature) = rest.split_once('.').unwrap();
+            format!("{head}.{claims}.{signature}")
+        };
+        let last = u64::try_from(i64::MAX).unwrap();
+        for end in [last, last - 1, last - 60, u64::MAX] {
+            let seen = glance(&ends(end), &audiences(), now);
+            assert!(seen.is_ok() || matches!(seen, Err(TokenError::Malformed(_))), "{end}: {seen:?}");
+        }
         for text in ["", "a.b.c", "not a token", "e30.e30.e30"] {
             assert!(matches!(glance(text, &audiences(), now), Err(TokenError::Malformed(_))), "{text}");
         }

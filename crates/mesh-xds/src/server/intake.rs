@@ -17,7 +17,17 @@ const SMALL: u32 = 16 << 10;
 /// What stands before each message (gRPC over HTTP/2, Length-Prefixed-Message): a flag, and the length in four bytes.
 const PREFIX: usize = 5;
 
-type Acquire = dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send;
+type Permits = [OwnedSemaphorePermit; 2];
+type Acquire = dyn Future<Output = Result<Permits, AcquireError>> + Send;
+
+/// Who may read a large request.
+#[derive(Clone)]
+pub(super) struct Turns {
+    /// Of the streams of one client.
+    pub(super) own: Arc<Semaphore>,
+    /// Of all clients.
+    pub(super) all: Arc<Semaphore>,
+}
 
 /// The body of one stream's requests.
 pub(super) struct Intake<B> {
@@ -26,8 +36,11 @@ pub(super) struct Intake<B> {
     /// Where a large request begins: nobody has seen it yet.
     held: Option<Frame<Bytes>>,
     turn: Turn,
-    turns: Arc<Semaphore>,
+    turns: Turns,
+    /// Until something must have come; none when it has.
+    silence: Option<Pin<Box<Sleep>>>,
     patience: Duration,
+    reading: Duration,
 }
 
 /// To read a large request.
@@ -35,19 +48,23 @@ enum Turn {
     NotNeeded,
     Awaited(Pin<Box<Acquire>>, Pin<Box<Sleep>>),
     /// As long as the request is read, and until it was decoded and acted upon.
-    Taken(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit, Pin<Box<Sleep>>),
+    Taken(#[expect(dead_code, reason = "held")] Permits, Pin<Box<Sleep>>),
 }
 
 impl<B> Intake<B> {
-    /// What `body` brings; its large requests are read when `turns` lets them, within `patience` from their beginning.
-    pub(super) fn new(body: B, turns: Arc<Semaphore>, patience: Duration) -> Self {
-        Self { body: Box::pin(body), progress: Progress::default(), held: None, turn: Turn::NotNeeded, turns, patience }
+    /// What `body` brings, which begins within `patience`; its large requests have their turn within `patience` from their
+    /// beginning, and are there within `reading` from then. Needs a tokio runtime.
+    pub(super) fn new(body: B, turns: Turns, patience: Duration, reading: Duration) -> Self {
+        let silence = Some(Box::pin(tokio::time::sleep(patience)));
+        let (body, progress, held, turn) = (Box::pin(body), Progress::default(), None, Turn::NotNeeded);
+        Self { body, progress, held, turn, turns, silence, patience, reading }
     }
 
     fn begin(&mut self) {
         // Where one large request follows upon another, the time for the first is that for both.
         if matches!(self.turn, Turn::NotNeeded) {
-            let acquire = Arc::clone(&self.turns).acquire_owned();
+            let Turns { own, all } = self.turns.clone();
+            let acquire = async move { Ok([own.acquire_owned().await?, all.acquire_owned().await?]) };
             self.turn = Turn::Awaited(Box::pin(acquire), Box::pin(tokio::time::sleep(self.patience)));
         }
     }
@@ -57,10 +74,8 @@ impl<B> Intake<B> {
         if let Turn::Awaited(acquire, _) = &mut self.turn
             && let Poll::Ready(acquired) = acquire.as_mut().poll(cx)
         {
-            let permit = acquired.map_err(|_| Status::unavailable("shutting down: reconnect"))?;
-            if let Turn::Awaited(_, deadline) = std::mem::replace(&mut self.turn, Turn::NotNeeded) {
-                self.turn = Turn::Taken(permit, deadline);
-            }
+            let permits = acquired.map_err(|_| Status::unavailable("shutting down: reconnect"))?;
+            self.turn = Turn::Taken(permits, Box::pin(tokio::time::sleep(self.reading)));
         }
         match &mut self.turn {
             Turn::NotNeeded => Poll::Ready(Ok(())),
@@ -95,7 +110,14 @@ where
             if let Some(frame) = this.held.take() {
                 return Poll::Ready(Some(Ok(frame)));
             }
-            let frame = match ready!(this.body.as_mut().poll_frame(cx)) {
+            let polled = this.body.as_mut().poll_frame(cx);
+            if polled.is_ready() {
+                this.silence = None;
+            } else if let Some(silence) = &mut this.silence {
+                ready!(silence.as_mut().poll(cx));
+                return Poll::Ready(Some(Err(Status::deadline_exceeded("no request came"))));
+            }
+            let frame = match ready!(polled) {
                 None => return Poll::Ready(None),
                 Some(Err(error)) => return Poll::Ready(Some(Err(Status::from_error(error.into())))),
                 Some(Ok(frame)) => frame,

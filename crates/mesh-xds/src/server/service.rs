@@ -21,7 +21,7 @@ use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 
 use super::body::{self, Transfer};
-use super::intake::Intake;
+use super::intake::{Intake, Turns};
 use super::stream::Stream;
 use super::{Catalog, ClientStatus, Limits};
 
@@ -38,15 +38,17 @@ pub struct Options {
     /// Streams of one client at a time, by its name; more are refused. A client needs one, and some more as long as those that
     /// it lost do not show.
     pub max_streams: usize,
-    /// Large requests that are read at a time, such as the first one with its versions; more wait, but no longer than
-    /// `patience`.
+    /// Large requests that are read at a time, such as the first one with its versions, one of each client; more wait, but no
+    /// longer than `patience`.
     pub max_reading: usize,
     /// Clients that are sent their first state at a time, so that each has it sooner; more wait, but no longer than
     /// `patience`.
     pub max_syncing: usize,
     /// Largest request, in bytes.
     pub max_request: usize,
-    /// Time for the first request; for a large one, from its beginning; for an ACK, from when the client last took something of the response.
+    /// Time for a large request, from when it has its turn.
+    pub reading: Duration,
+    /// Time for the first request to begin; for a large one to have its turn; for an ACK, from when the client last took something of the response.
     pub patience: Duration,
     /// Time for an ACK, however slowly the client takes the response.
     pub max_transfer: Duration,
@@ -63,6 +65,7 @@ impl Default for Options {
             max_reading: 16,
             max_syncing: 32,
             max_request: 64 << 20,
+            reading: Duration::from_secs(10),
             patience: Duration::from_secs(60),
             max_transfer: Duration::from_secs(600),
             max_age: Duration::from_secs(3600),
@@ -122,9 +125,16 @@ pub(super) struct Inner {
     refused: AtomicU64,
     sent: Mutex<BTreeMap<Arc<str>, Sent>>,
     clients: Mutex<BTreeMap<u64, Arc<Mutex<ClientStatus>>>>,
-    /// Streams of each client, by its name.
-    streams: Mutex<HashMap<String, usize>>,
+    /// What each client has, by its name.
+    own: Mutex<HashMap<String, Own>>,
     pub(super) closing: watch::Sender<bool>,
+}
+
+/// What one client has.
+struct Own {
+    streams: usize,
+    /// To read a large request, before it asks for a turn among all.
+    turn: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Service {
@@ -157,7 +167,7 @@ impl Service {
             refused: AtomicU64::new(0),
             sent: Mutex::new(BTreeMap::new()),
             clients: Mutex::new(BTreeMap::new()),
-            streams: Mutex::new(HashMap::new()),
+            own: Mutex::new(HashMap::new()),
             closing: watch::Sender::new(false),
         }))
     }
@@ -189,7 +199,11 @@ impl Service {
     }
 
     /// Lets the client in: the body of the answer, which a task of its own fills.
-    async fn open(&self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Result<body::Body, Status> {
+    async fn open<B>(&self, request: Request<B>) -> Result<body::Body, Status>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let client = (self.0.authenticate)(request.metadata(), request.remote_addr()).await?;
         let place = Arc::new(Place::take(&self.0, &client.name)?);
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
@@ -206,9 +220,21 @@ impl Service {
         lock(&self.0.clients).insert(id, status.clone());
         // Each type has one response in flight.
         let transfer = Arc::new(Transfer::new(self.0.limits.max_types));
+        let request = request.map(|body| self.requests(body, &place));
         let stream = Stream::new(Arc::clone(&self.0), id, status, transfer.clone(), place.clone());
         tokio::spawn(stream.run(request.into_inner()));
         Ok(body::Body::new(transfer, place))
+    }
+
+    fn requests<B>(&self, body: B, place: &Place) -> Streaming<DeltaDiscoveryRequest>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Options { max_request, patience, reading, .. } = self.0.options;
+        let turns = Turns { own: Arc::clone(&place.turn), all: Arc::clone(&self.0.reading) };
+        let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
+        Streaming::new_request(decoder, Intake::new(body, turns, patience, reading), None, Some(max_request))
     }
 
     async fn answer<B>(self, request: http::Request<B>) -> http::Response<Body>
@@ -219,13 +245,7 @@ impl Service {
         if request.uri().path() != METHOD {
             return Status::unimplemented("there is no such method").into_http();
         }
-        let Options { max_request, patience, .. } = self.0.options;
-        let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
-        let request = Request::from_http(request).map(|body| {
-            let body = Intake::new(body, Arc::clone(&self.0.reading), patience);
-            Streaming::new_request(decoder, body, None, Some(max_request))
-        });
-        match self.open(request).await {
+        match self.open(Request::from_http(request)).await {
             Ok(body) => {
                 let mut response = http::Response::new(Body::new(body));
                 response.headers_mut().insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
@@ -267,6 +287,7 @@ impl Inner {
 pub(super) struct Place {
     service: Arc<Inner>,
     client: String,
+    turn: Arc<Semaphore>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -275,23 +296,25 @@ impl Place {
         let full = |text: &str| Status::resource_exhausted(text);
         let permit = Arc::clone(&service.places).try_acquire_owned();
         let permit = permit.map_err(|_| full("too many discovery clients"))?;
-        let mut streams = lock(&service.streams);
-        let own = streams.entry(client.to_owned()).or_default();
-        if *own >= service.options.max_streams {
+        let mut all = lock(&service.own);
+        let new = || Own { streams: 0, turn: Arc::new(Semaphore::new(1)) };
+        let own = all.entry(client.to_owned()).or_insert_with(new);
+        if own.streams >= service.options.max_streams {
             return Err(full("too many discovery streams of this client"));
         }
-        *own += 1;
-        Ok(Self { service: Arc::clone(service), client: client.to_owned(), _permit: permit })
+        own.streams += 1;
+        let turn = Arc::clone(&own.turn);
+        Ok(Self { service: Arc::clone(service), client: client.to_owned(), turn, _permit: permit })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut streams = lock(&self.service.streams);
-        if let Some(own) = streams.get_mut(&self.client) {
-            *own -= 1;
-            if *own == 0 {
-                streams.remove(&self.client);
+        let mut all = lock(&self.service.own);
+        if let Some(own) = all.get_mut(&self.client) {
+            own.streams -= 1;
+            if own.streams == 0 {
+                all.remove(&self.client);
             }
         }
     }

@@ -77,11 +77,22 @@ impl Stream {
         }
         let mut permit = None;
         if self.machine.is_syncing() {
-            let syncing = Arc::clone(&self.service.syncing).acquire_owned();
-            tokio::select! {
-                // Without one it goes on as well: it has waited long enough.
-                acquired = tokio::time::timeout(patience, syncing) => permit = acquired.ok().and_then(Result::ok),
-                () = closed(&mut closing) => {}
+            let syncing = tokio::time::timeout(patience, Arc::clone(&self.service.syncing).acquire_owned());
+            tokio::pin!(syncing);
+            loop {
+                tokio::select! {
+                    // Without one it goes on as well: it has waited long enough.
+                    acquired = &mut syncing => {
+                        permit = acquired.ok().and_then(Result::ok);
+                        break;
+                    }
+                    // What has begun to come may hold a turn that others wait for. What has ended says so again.
+                    request = requests.message() => match request? {
+                        Some(request) => self.take(request, &mut requests)?,
+                        None => break,
+                    },
+                    () = closed(&mut closing) => break,
+                }
             }
         }
         loop {
@@ -118,9 +129,11 @@ impl Stream {
 
     /// Takes the first request; false if there is none.
     async fn begin(&mut self, requests: &mut Streaming<DeltaDiscoveryRequest>) -> Result<bool, Status> {
-        // The versions in it are compared at once, and then forgotten.
-        let first = tokio::time::timeout(self.service.options.patience, requests.message());
-        match first.await.map_err(|_| Status::deadline_exceeded("no request came"))?? {
+        let Options { patience, reading, .. } = self.service.options;
+        // What reads it has bounds of its own, for its beginning and if it is large; here is all of that together. The versions
+        // in it are compared at once, and then forgotten.
+        let first = tokio::time::timeout(patience * 3 + reading, requests.message());
+        match first.await.map_err(|_| Status::deadline_exceeded("the first request did not come in time"))?? {
             Some(first) => self.take(first, requests)?,
             None => return Ok(false),
         }

@@ -317,6 +317,10 @@ fn a_nack_in_other_words_is_remembered_whole() {
     let nacks = &peer.machine.status()[0].nacks;
     assert_eq!(nacks[0].resource, "");
     assert_eq!(nacks[0].reason.len(), MAX_REASON);
+    // It names nothing that could be sent again, so it is over with the next response that is accepted.
+    peer.set(&[thing("b", &[], "1")]);
+    assert!(!peer.take().is_empty());
+    assert!(peer.machine.status()[0].nacks.is_empty());
 }
 
 #[test]
