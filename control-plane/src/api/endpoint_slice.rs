@@ -1,4 +1,4 @@
-//! EndpointSlice: endpoints of a service that no selector finds.
+//! EndpointSlice: endpoints of a service, also those that no selector finds.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,6 +16,8 @@ pub struct EndpointSlice {
     pub name: Name,
     /// The service it belongs to, in the same namespace (label `kubernetes.io/service-name`).
     pub service: Option<Name>,
+    /// Kubernetes made it from the service's selector: it says nothing that the pods do not.
+    pub is_derived: bool,
     /// Its endpoints; none when the slice holds DNS names.
     pub endpoints: Vec<Endpoint>,
     /// Its TCP ports.
@@ -56,6 +58,9 @@ pub struct SlicePort {
 }
 
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// Who keeps a slice, and its value for those that Kubernetes keeps for selectors.
+const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+const CONTROLLER: &str = "endpointslice-controller.k8s.io";
 /// The API server's own limit.
 const MAX_ENDPOINTS: usize = 1000;
 
@@ -76,6 +81,7 @@ pub(super) fn validate(object: &k8s::EndpointSlice) -> Result<EndpointSlice, Vec
         }
         Name::new(name.namespace.clone(), service.as_str())
     });
+    let is_derived = labels.get(MANAGED_BY).is_some_and(|manager| manager == CONTROLLER);
     let listed = object.endpoints.as_deref().unwrap_or_default();
     if listed.len() > MAX_ENDPOINTS {
         problems.add(
@@ -108,7 +114,7 @@ pub(super) fn validate(object: &k8s::EndpointSlice) -> Result<EndpointSlice, Vec
             ports.push(SlicePort { name: port.name.clone().unwrap_or_default(), port: port_number });
         }
     }
-    problems.finish(EndpointSlice { name, service, endpoints, ports })
+    problems.finish(EndpointSlice { name, service, is_derived, endpoints, ports })
 }
 
 fn endpoint(index: usize, endpoint: &k8s::Endpoint, wants_v6: bool, slice: &Name, problems: &mut Problems) -> Endpoint {

@@ -2,7 +2,7 @@
 
 mod stand_in;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -308,7 +308,7 @@ fn endpoints(spec: &Spec, resolution: Resolution, problems: &mut Problems) -> Ve
         let message = "is not for resolution NONE, whose connections go where they are addressed";
         problems.add("spec.endpoints", message, "use resolution: STATIC, or remove the endpoints");
     }
-    let (mut known, mut endpoints) = (BTreeSet::new(), Vec::new());
+    let (mut known, mut endpoints) = (BTreeMap::new(), Vec::<EntryEndpoint>::new());
     for (index, spec) in given.iter().take(MAX_ENDPOINTS).enumerate() {
         let field = format!("spec.endpoints[{index}]");
         let Some(endpoint) = workload_entry::endpoint(&field, spec, Labels::new(), problems) else { continue };
@@ -316,10 +316,17 @@ fn endpoints(spec: &Spec, resolution: Resolution, problems: &mut Problems) -> Ve
             let message = "is not an IP address, as resolution STATIC asks for";
             problems.add(format!("{field}.address"), message, "write it like 192.0.2.1, or use resolution: DNS");
         }
-        if known.insert(endpoint.address.clone()) {
-            endpoints.push(endpoint);
-        } else {
-            problems.add(format!("{field}.address"), "is there twice", "keep one of the two");
+        match known.get(&endpoint.address).and_then(|at: &usize| endpoints.get(*at)) {
+            None => {
+                known.insert(endpoint.address.clone(), endpoints.len());
+                endpoints.push(endpoint);
+            }
+            // Said twice, as Istio takes it.
+            Some(same) if *same == endpoint => {}
+            Some(_) => {
+                let message = "is there twice, and not the same of it both times";
+                problems.add(format!("{field}.address"), message, "keep one of the two, or use two entries");
+            }
         }
     }
     endpoints

@@ -398,7 +398,7 @@ fn mistakes_of_entries_are_found() {
         (endpoint("address: 192.0.2.1, weight: -1"), "spec.endpoints[0].weight"),
         (endpoint("address: 192.0.2.1, serviceAccount: 'a b'"), "spec.endpoints[0].serviceAccount"),
         (endpoint("address: 192.0.2.1, adress: 192.0.2.2"), "spec.endpoints[0].adress"),
-        (endpoint("address: 192.0.2.1}, {address: 192.0.2.1"), "spec.endpoints[1].address"),
+        (endpoint("address: 192.0.2.1}, {address: 192.0.2.1, ports: {http: 81}"), "spec.endpoints[1].address"),
         (endpoint("address: 192.0.2.1") + ", workloadSelector: {labels: {a: b}}", "spec.workloadSelector"),
         (format!("{hosts}, {ports}, resolution: STATIC, workloadSelector: {{}}"), "spec.workloadSelector.labels"),
         (format!("{hosts}, {ports}, workloadSelector: {{labels: {{a: b}}}}"), "spec.workloadSelector"),
@@ -438,6 +438,10 @@ fn entries_are_read_as_they_are_written() {
         assert_eq!(read.endpoints[0].address, EntryAddress::Host("b.example.org".to_owned()));
         assert_eq!(read.endpoints[0].weight, None);
     }
+    let twice = "hosts: [a.example.com], ports: [{number: 80, name: http}], resolution: STATIC, \
+                 endpoints: [{address: 192.0.2.1}, {address: 192.0.2.2}, {address: 192.0.2.1}]";
+    let Object::ServiceEntry(read) = accepted(&entry("ServiceEntry", twice)) else { panic!() };
+    assert_eq!(read.endpoints.len(), 2);
     let labelled = entry("WorkloadEntry", "address: 'fd00::7', labels: {a: spec, b: spec}")
         .replace("namespace: ns}", "namespace: ns, labels: {a: own}}");
     let Object::WorkloadEntry(read) = accepted(&labelled) else { panic!() };

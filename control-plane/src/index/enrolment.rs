@@ -47,6 +47,12 @@ impl Waiting {
         self.from_start.contains(pod)
     }
 
+    /// What cannot be told from the objects that are there now.
+    #[cfg(test)]
+    pub(super) fn take_starts_of(&mut self, other: &Self) {
+        self.from_start.clone_from(&other.from_start);
+    }
+
     /// The pod waits no longer.
     pub(super) fn forget(&mut self, pod: &Name, bound: Duration) {
         self.from_start.remove(pod);
@@ -73,6 +79,9 @@ impl Waiting {
             let within = since.checked_add(bound).is_none_or(|end| self.deadlines.contains(&(end, pod.clone())));
             let reason = if within {
                 "enrolled, but its node's agent has not confirmed that its traffic is captured; gets no traffic until then"
+            } else if self.from_start.contains(pod) {
+                "enrolled, but its node's agent did not confirm in time that its traffic is captured; is reached by tunnel, as it \
+                 was enrolled from its start"
             } else {
                 "enrolled, but its node's agent did not confirm in time that its traffic is captured; gets plaintext traffic"
             };

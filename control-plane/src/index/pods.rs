@@ -182,7 +182,7 @@ impl Index {
                 locality: self.nodes.locality(&pod.node),
                 policies: self.policies_of(&pod.name.namespace, &pod.labels),
                 is_waiting,
-                is_from_start: is_waiting && self.waiting.is_from_start(name),
+                is_from_start: is_unconfirmed && self.waiting.is_from_start(name),
                 is_in_doubt,
                 is_refused: false,
             },

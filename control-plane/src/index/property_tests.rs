@@ -340,6 +340,7 @@ proptest! {
             }
         }
         let mut fresh = Index::new(options());
+        fresh.waiting.take_starts_of(&index.waiting);
         fresh.apply(objects.into_values().map(Event::Apply), time(0));
         prop_assert_eq!(resources(&fresh), followed);
         prop_assert_eq!(policies(&fresh), followed_policies);

@@ -86,10 +86,12 @@ impl Services {
         candidates.filter(|service| selects(&service.selector, labels)).collect()
     }
 
-    /// The service of a slice, if its endpoints come from slices: it is known to have no selector, and is no alias.
+    /// The service of a slice, if the slice says something of its endpoints: a selector finds the same as the slices that are
+    /// derived from it, and finds it sooner. Others add to what it finds. An alias has no endpoints.
     pub(super) fn of_slice(&self, slice: &EndpointSlice) -> Option<&Arc<Service>> {
         let service = self.all.get(slice.service.as_ref()?)?;
-        (service.selector.is_empty() && is_carried(service) && !service.is_stand_in).then_some(service)
+        let counts = service.selector.is_empty() || !slice.is_derived;
+        (counts && is_carried(service) && !service.is_stand_in).then_some(service)
     }
 
     /// What to tell people, by name.

@@ -354,6 +354,9 @@ fn a_pod_that_is_enrolled_from_the_start_is_never_reached_in_plaintext() {
         }
         let workload = workload(&index, "a");
         assert_eq!((workload.tunnel_protocol(), workload.status()), (protocol, unhealthy), "{name}");
+        index.apply([], time(1000));
+        let late = self::workload(&index, "a");
+        assert_eq!((late.tunnel_protocol(), late.status()), (protocol, wire::WorkloadStatus::Healthy), "{name}");
     }
     // Another of the same name, which was not seen before it ran.
     let mut index = index(ENROLLED);
@@ -524,15 +527,53 @@ endpoints:
     assert_eq!(touched(&changes), ["10.0.0.1", "-a"]);
     let changes = index.apply(apply(&pod("a", "10.0.0.1", "app: a", "")), time(1));
     assert_eq!(touched(&changes), ["a", "-10.0.0.1"]);
-    // With a selector the service's slices are not read.
-    let changes = index.apply(
-        apply(
-            &text[..text.find("---\napiVersion: discovery").unwrap()]
-                .replace("{clusterIP", "{selector: {x: y}, clusterIP"),
-        ),
+    // With a selector what somebody wrote counts still, and what is derived from the selector does not.
+    let (service, slice) = text.split_at(text.find("---\napiVersion: discovery").unwrap());
+    let selecting = service.replace("{clusterIP", "{selector: {x: y}, clusterIP");
+    assert!(touched(&index.apply(apply(&selecting), time(1))).is_empty());
+    let managed = "service-name: db, endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io}";
+    let changes = index.apply(apply(&slice.replace("service-name: db}", managed)), time(1));
+    assert_eq!(touched(&changes), ["a", "-192.0.2.1", "-192.0.2.2"]);
+    // What the selector finds has the service's ports; a slice beside it adds those that the pod does not serve otherwise.
+    let both = selecting
+        .replace("x: y", "app: a")
+        .replace("targetPort: 5432}", "targetPort: 5432}, {name: web, port: 80, targetPort: http}");
+    index.apply(apply(&both), time(1));
+    assert_eq!(services(&index, "a"), ["db -> 5432:5432"]);
+    index.apply(
+        apply(&slice.replace("db-1", "db-2").replace("{name: sql, port: 15432}", "{name: web, port: 8000}")),
         time(1),
     );
-    assert_eq!(touched(&changes), ["a", "-192.0.2.1", "-192.0.2.2"]);
+    assert_eq!(services(&index, "a"), ["db -> 5432:5432, 80:8000"]);
+}
+
+#[test]
+fn several_slices_of_one_pod_add_up() {
+    let service = "---\n{apiVersion: v1, kind: Service, metadata: {name: db, namespace: ns},
+        spec: {clusterIP: 10.96.0.9, ports: [{name: sql, port: 5432}, {name: admin, port: 9000}]}}\n";
+    let slice = |name: &str, port: &str, number: u16, target: &str| {
+        format!(
+            "---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4,
+                metadata: {{name: {name}, namespace: ns, labels: {{kubernetes.io/service-name: db}}}},
+                ports: [{{name: {port}, port: {number}}}], endpoints: [{{addresses: [10.0.0.1]{target}}}]}}\n"
+        )
+    };
+    let referring = |name: &str| format!(", targetRef: {{kind: Pod, namespace: ns, name: {name}}}");
+    let one = slice("db-1", "sql", 15432, &referring("a"));
+    let other = slice("db-2", "admin", 19000, "");
+    let mut index = index(&(service.to_owned() + &one + &other + &pod("a", "10.0.0.1", "", "")));
+    assert_eq!(services(&index, "a"), ["db -> 5432:15432, 9000:19000"]);
+    index.apply([delete(Kind::EndpointSlice, "ns", "db-1")], time(1));
+    assert_eq!(services(&index, "a"), ["db -> 9000:19000"]);
+    // Another pod's endpoint is not this one's, though it has the address; nor is it anybody's before that pod is known.
+    let strange = slice("db-2", "admin", 19000, &referring("gone"));
+    index.apply(apply(&strange), time(2));
+    assert!(services(&index, "a").is_empty(), "{:?}", services(&index, "a"));
+    let endpoint = "Kubernetes/discovery.k8s.io/EndpointSlice/ns/db-2/10.0.0.1";
+    index.apply([delete(Kind::Pod, "ns", "a")], time(3));
+    assert!(find(&index, endpoint).is_none(), "of a pod that is not known it is not known whether it is enrolled");
+    index.apply(apply(&other), time(4));
+    assert!(find(&index, endpoint).is_some(), "nobody says that it is a pod");
 }
 
 #[test]

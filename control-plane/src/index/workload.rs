@@ -30,7 +30,7 @@ pub(super) struct Surroundings {
     pub(super) policies: Vec<String>,
     /// Nobody has confirmed yet that it is captured.
     pub(super) is_waiting: bool,
-    /// So it does, but it was captured before it had an address.
+    /// Nobody has confirmed it, but it was captured before it had an address.
     pub(super) is_from_start: bool,
     /// It is not known whether it is enrolled: so it is reached by a tunnel or not at all.
     pub(super) is_in_doubt: bool,
@@ -49,8 +49,8 @@ impl Index {
 
 /// The workload of a pod, except for the services it belongs to.
 pub(super) fn of_pod(options: &Options, pod: &Pod, around: Surroundings) -> wire::Workload {
-    // Who is enrolled while it runs is reached as before until its capture is confirmed; who is enrolled from the start is not
-    // reached in plaintext, as by its own address it might be before it is healthy.
+    // Who is enrolled while it runs is reached as before until its capture is confirmed. Who was seen to be enrolled from the
+    // start is never reached in plaintext, as by its own address it might be before it is healthy.
     let is_hbone =
         !pod.host_network && (pod.captured || pod.native_tunnel || around.is_in_doubt || around.is_from_start);
     // By tunnel or not at all: so not before the tunnel is there.
