@@ -79,7 +79,7 @@ impl Agent {
     /// # Errors
     /// The agent does not answer.
     pub fn list(&self) -> Result<Vec<PodState>, Error> {
-        let request = PodRequest { kind: Some(Kind::List(ListPods {})) };
+        let request = PodRequest { kind: Some(Kind::List(ListPods::default())) };
         self.ask(&request, None, "(list)").map(|answer| answer.pods)
     }
 

@@ -59,7 +59,7 @@ pub fn alive(options: &Options) -> Result<(), ClientError> {
 /// # Errors
 /// When the agent is not there or does not answer.
 pub fn pods(options: &Options) -> Result<String, ClientError> {
-    let mut pods = ask(options, pod_request::Kind::List(node::ListPods {}))?.pods;
+    let mut pods = connect(options)?.list()?;
     let key = |state: &node::PodState| state.pod.as_ref().map(|pod| (pod.namespace.clone(), pod.name.clone()));
     pods.sort_by_key(key);
     Ok(match options.output {
@@ -69,7 +69,11 @@ pub fn pods(options: &Options) -> Result<String, ClientError> {
 }
 
 fn ask(options: &Options, kind: pod_request::Kind) -> Result<node::PodResponse, ClientError> {
-    Client::connect(&options.run_dir.join("cni.sock"), PATIENCE)?.request(kind)
+    connect(options)?.request(kind)
+}
+
+fn connect(options: &Options) -> Result<Client, ClientError> {
+    Client::connect(&options.run_dir.join("cni.sock"), PATIENCE)
 }
 
 fn object(state: &node::PodState) -> Value {
@@ -82,6 +86,7 @@ fn object(state: &node::PodState) -> Value {
         "addresses": addresses(&pod),
         "enrolled": state.not_enrolled_reason.is_empty(),
         "reason": state.not_enrolled_reason,
+        "weaker": state.weaker_reason,
     })
 }
 
@@ -89,7 +94,8 @@ fn table(pods: &[node::PodState]) -> String {
     let row = |state: &node::PodState| {
         let pod = state.pod.clone().unwrap_or_default();
         let state = match state.not_enrolled_reason.as_str() {
-            "" => String::from("enrolled"),
+            "" if state.weaker_reason.is_empty() => String::from("enrolled"),
+            "" => format!("enrolled, held less firmly: {}", state.weaker_reason),
             reason => format!("not enrolled: {reason}"),
         };
         [pod.namespace.clone(), pod.name.clone(), addresses(&pod).join(","), state]
@@ -138,6 +144,9 @@ mod tests {
              shop       web        10.1.2.3   enrolled\n\
              shop       long-name  10.1.2.3   not enrolled: no rule\n"
         );
+        let weaker = node::PodState { weaker_reason: "no guard".into(), ..state("web", "") };
+        assert!(table(std::slice::from_ref(&weaker)).ends_with("enrolled, held less firmly: no guard\n"));
+        assert_eq!(object(&weaker)["weaker"], "no guard");
         assert_eq!(object(&pods[0])["enrolled"], true);
         assert_eq!(object(&pods[1])["reason"], "no rule");
     }

@@ -63,6 +63,8 @@ pub struct Enrolled {
     pub state: &'static str,
     /// Why it is not captured, or not known to be; none if it is.
     pub reason: Option<String>,
+    /// Why it is captured less firmly than others are; none if it is not.
+    pub weaker: Option<String>,
     /// Its annotation `ambient.istio.io/redirection` says that it is captured.
     pub annotated: bool,
 }
@@ -70,6 +72,11 @@ pub struct Enrolled {
 /// Every pod that its labels put into the mesh, in the order of the pods.
 pub fn enrolled(facts: &Facts) -> Vec<Enrolled> {
     let agents = answers(facts);
+    let weaker = |pod: &Pod| {
+        let agent = agents.get(pod.node.as_str())?.as_ref().ok()?;
+        let listed = pod.uids.iter().find_map(|uid| agent.get(uid.as_str()))?;
+        (!listed.weaker.is_empty()).then(|| listed.weaker.clone())
+    };
     let judged = facts.pods.iter().map(|pod| (pod, judge(facts, &agents, pod)));
     judged
         .filter(|(_, capture)| !matches!(capture, Capture::Outside(_)))
@@ -79,6 +86,7 @@ pub fn enrolled(facts: &Facts) -> Vec<Enrolled> {
             node: pod.node.clone(),
             state: capture.as_str(),
             annotated: pod.annotated,
+            weaker: weaker(pod).filter(|_| capture == Capture::Captured),
             reason: match capture {
                 Capture::NotCaptured(why) | Capture::Unknown(why) => Some(why),
                 Capture::Outside(_) | Capture::Captured | Capture::Starting => None,
@@ -121,7 +129,8 @@ fn judge(facts: &Facts, agents: &Answers<'_>, pod: &Pod) -> Capture {
         Some(Err(_)) | None => {
             let annotated = if pod.annotated { "; its annotation says that it was captured" } else { "" };
             let why = said().map(|said| format!("; it said last: {said}")).unwrap_or_default();
-            let why = refused().map_or(why, |refused| format!("; it is not started: {refused}"));
+            let refused = refused().filter(|_| !pod.has_address);
+            let why = refused.map_or(why, |refused| format!("; it is not started: {refused}"));
             return Capture::Unknown(format!("its node's agent does not answer{annotated}{why}"));
         }
     };

@@ -240,7 +240,8 @@ fn network(facts: &Facts, around: &Surroundings) -> Vec<Line> {
     if has(around, "cilium").is_some() {
         lines.push(doubtful(
             "Cilium's programs may turn services into pods before the mesh sees them",
-            "install Cilium with socketLB.hostNamespaceOnly=true; pods are refused otherwise, and `culvert status` says so",
+            "install Cilium with socketLB.hostNamespaceOnly=true, or pods are refused, and `culvert status` says so; and with \
+             cni.exclusive=false, or it takes the mesh's CNI configuration away again and again",
         ));
     }
     lines
@@ -438,9 +439,15 @@ fn captured(facts: &Facts) -> Vec<Line> {
     let (mut lines, mut unasked) = (Vec::new(), 0);
     for pod in &pods {
         let name = format!("{}/{}", pod.namespace, pod.name);
+        if let Some(why) = &pod.weaker {
+            lines.push(doubtful(
+                format!("pod {name} is captured, but held less firmly than others: {why}"),
+                "a CNI whose pods have an end of their interface on the node, as a veth pair has, lets it be held there",
+            ));
+        }
         match (pod.state, &pod.reason) {
             ("captured", _) if !pod.annotated => lines.push(doubtful(
-                format!("pod {name} is captured, and its annotation does not say so: peers send it plaintext"),
+                format!("pod {name} is captured, and its annotation does not say so: peers may send it plaintext"),
                 "the agent writes it within seconds; if it does not, look at its log and its right to patch pods/status",
             )),
             ("captured" | "starting", _) => {}

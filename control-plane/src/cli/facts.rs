@@ -163,6 +163,8 @@ pub struct AgentPod {
     pub enrolled: bool,
     /// Why it is not.
     pub reason: String,
+    /// Why it is held less firmly than others are; empty if it is not.
+    pub weaker: String,
 }
 
 /// culvertd's `/status`, as far as it is judged.

@@ -70,11 +70,11 @@ pub async fn everything(cluster: &Cluster, namespace: &str, kubernetes: String) 
         events.sort_by(|a, b| a.1.cmp(&b.1));
         events.into_iter().map(|(uid, _, why)| (uid, why)).collect()
     };
-    match (events, sandboxes) {
-        (Ok(events), Ok(sandboxes)) => {
-            (facts.complaints, facts.refused_starts) = (latest(events), latest(sandboxes));
+    for (events, told) in [(events, &mut facts.complaints), (sandboxes, &mut facts.refused_starts)] {
+        match events {
+            Ok(events) => *told = latest(events),
+            Err(error) => drop(facts.unknown.insert("events".to_owned(), error.to_string())),
         }
-        (Err(error), _) | (_, Err(error)) => drop(facts.unknown.insert("events".to_owned(), error.to_string())),
     }
     for (component, found) in desired {
         match found {

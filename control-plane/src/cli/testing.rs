@@ -35,7 +35,7 @@ pub fn healthy() -> Facts {
             name: pod.into(),
             uid: format!("uid-{pod}"),
             enrolled: true,
-            reason: String::new(),
+            ..AgentPod::default()
         }]),
     };
     let proxy = |node: &str| {

@@ -150,7 +150,7 @@ fn the_cni_socket_takes_requests_of_root_alone_and_of_the_right_shape() {
             let answer = PodResponse::decode(answer.as_slice()).unwrap();
             assert!(!answer.error.is_empty(), "{name} is taken: {answer:?}");
             // The same connection is still good for what is right.
-            send(&own, &PodRequest { kind: Some(pod_request::Kind::List(ListPods {})) }.encode_to_vec(), &[]);
+            send(&own, &PodRequest { kind: Some(pod_request::Kind::List(ListPods::default())) }.encode_to_vec(), &[]);
             let list = PodResponse::decode(receive(&own).expect(name).as_slice()).unwrap();
             assert_eq!(list.pods.len(), listed, "{name}");
         }

@@ -21,6 +21,8 @@ use super::pod_network;
 const VERSION: u32 = 2;
 /// Largest request.
 const MAX_MESSAGE: usize = seqpacket::MAX_MESSAGE;
+/// Most bytes that the pods of a list take, so that there is room for the rest of the answer.
+const MAX_LIST: usize = MAX_MESSAGE - 192;
 /// Longest path of a namespace.
 const MAX_PATH: usize = 4096;
 /// Longest id of a sandbox; runtimes use 64 digits.
@@ -98,8 +100,8 @@ async fn respond(
                 Err(error) => refusal(error.to_string()),
             }
         }
-        Some(pod_request::Kind::List(node::ListPods {})) => match enrolment.manager().list().await {
-            Ok(pods) => response(pods.into_iter().map(Into::into).collect()),
+        Some(pod_request::Kind::List(request)) => match enrolment.manager().list().await {
+            Ok(pods) => list(&request, pods.into_iter().map(Into::into).collect()),
             Err(error) => refusal(error.to_string()),
         },
         Some(pod_request::Kind::Admit(request)) => admit(request, fds, enrolment).await,
@@ -192,12 +194,85 @@ fn response(pods: Vec<node::PodState>) -> node::PodResponse {
     node::PodResponse { pods, version: VERSION, ..node::PodResponse::default() }
 }
 
+/// What is asked for of all pods.
+fn list(request: &node::ListPods, mut pods: Vec<node::PodState>) -> node::PodResponse {
+    /// More than a field's tag and length take.
+    const FRAME: usize = 16;
+    if !request.in_pages {
+        return response(pods);
+    }
+    pods.retain(|state| uid(state) > request.after.as_str());
+    pods.sort_by(|a, b| uid(a).cmp(uid(b)));
+    let mut size = 0;
+    let fits = pods.iter().take_while(|state| {
+        size += state.encoded_len() + FRAME;
+        size <= MAX_LIST
+    });
+    let fits = fits.count();
+    let more = fits < pods.len();
+    pods.truncate(fits);
+    node::PodResponse { more, ..response(pods) }
+}
+
+fn uid(state: &node::PodState) -> &str {
+    state.pod.as_ref().map(|pod| pod.uid.as_str()).unwrap_or_default()
+}
+
 /// A list that is too long for one message is cut, and says so.
 fn fit(mut response: node::PodResponse) -> node::PodResponse {
     let all = response.pods.len();
-    while response.encoded_len() > seqpacket::MAX_MESSAGE - 128 && !response.pods.is_empty() {
+    while response.encoded_len() > MAX_LIST + 64 && !response.pods.is_empty() {
         response.pods.truncate(response.pods.len() * 9 / 10);
         response.error = format!("the list is cut: {} of {all} pods", response.pods.len());
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pods(count: usize) -> Vec<node::PodState> {
+        let pod = |number: usize| node::Pod {
+            uid: format!("{:08x}-0000-4000-8000-{:012x}", number.wrapping_mul(0x9e37_79b1) & 0xffff_ffff, number),
+            name: format!("web-5d4f8c7b9-{number:05}"),
+            namespace: "a-namespace-of-some-length".into(),
+            service_account: "an-account-of-some-length".into(),
+            addresses: vec![vec![10; 4], vec![0xfd; 16]],
+            ..node::Pod::default()
+        };
+        let state = |number| node::PodState {
+            pod: Some(pod(number)),
+            not_enrolled_reason: if number % 7 == 0 { "no rule ".repeat(60) } else { String::new() },
+            ..node::PodState::default()
+        };
+        (0..count).map(state).collect()
+    }
+
+    #[test]
+    fn pages_show_each_pod_once_and_fit_into_a_message() {
+        for count in [0, 1, 250, 5_000] {
+            let all = pods(count);
+            let (mut found, mut request) = (Vec::new(), node::ListPods { in_pages: true, after: String::new() });
+            loop {
+                let page = fit(list(&request, all.clone()));
+                assert!(page.encoded_len() <= seqpacket::MAX_MESSAGE && page.error.is_empty(), "{}", page.error);
+                assert!(!page.pods.is_empty() || !page.more);
+                found.extend(page.pods.iter().map(|state| uid(state).to_owned()));
+                let Some(last) = found.last().filter(|_| page.more) else { break };
+                request.after.clone_from(last);
+            }
+            let mut expected: Vec<_> = all.iter().map(|state| uid(state).to_owned()).collect();
+            expected.sort();
+            assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn who_knows_no_pages_is_told_that_the_list_is_cut() {
+        let request = node::ListPods::default();
+        assert_eq!(fit(list(&request, pods(100))).pods.len(), 100);
+        let cut = fit(list(&request, pods(5_000)));
+        assert!(cut.encoded_len() <= seqpacket::MAX_MESSAGE && cut.error.contains("of 5000 pods"), "{}", cut.error);
+    }
 }

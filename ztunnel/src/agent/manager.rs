@@ -18,7 +18,7 @@ use rounds::Schedule;
 use super::adopt::{self, Stranded};
 use super::host::Host;
 use super::netns::{Netns, NetnsError, inode_at, is_without_processes};
-use super::pod::{EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
+use super::pod::{self, EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
 use super::state::{State, StateError};
@@ -302,6 +302,9 @@ impl Task {
         if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
             return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
         }
+        if self.get(&uid).is_none() && !self.stranded.contains_key(&uid) {
+            self.rediscover(&info, &netns, &sandbox).await?;
+        }
         if let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(&uid) {
             // Another by now, or withdrawn and not wholly released, which comes first.
             if *leaving || saved.netns_cookie != netns.cookie() || saved.pod != info {
@@ -338,6 +341,21 @@ impl Task {
         self.lock().insert(uid, Arc::clone(&pod));
         self.announce(&pod);
         Ok(Enrolling::Ended)
+    }
+
+    /// A pod that is captured and of which nothing is known is stranded: enrolling it like one that is not would take its capture
+    /// back where it fails, as it does while a proxy has its ports.
+    async fn rediscover(&mut self, info: &PodInfo, netns: &Netns, sandbox: &Sandbox) -> Result<(), ManagerError> {
+        let (host, state) = (Arc::clone(&self.host), self.state.clone());
+        let (of, sandbox) = (info.clone(), sandbox.clone());
+        let netns = netns.try_clone().map_err(EnrolError::from)?;
+        let found = blocking(move || pod::rediscover(&host, &state, &of, &netns, &sandbox)).await?;
+        if let Some(saved) = found {
+            tracing::warn!(pod = info.uid, "captured by an earlier agent whose word of it is lost; it is taken over");
+            let reason = String::from("captured, and not served yet: an earlier agent's word of it is lost");
+            self.stranded.insert(info.uid.clone(), Stranded { reason, ..Stranded::new(saved) });
+        }
+        Ok(())
     }
 
     /// A pod that is enrolled was announced once more. Whatever is missing, its capture is never given up here.

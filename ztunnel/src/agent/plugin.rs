@@ -47,6 +47,9 @@ pub struct Plugin {
     pub own: Value,
 }
 
+/// Plugins of Multus, which delegates to other configurations.
+const MULTUS: [&str; 2] = ["multus", "multus-shim"];
+
 /// Why the plugin could not be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
@@ -92,6 +95,14 @@ pub enum PluginError {
         /// The folder that was looked through.
         folder: PathBuf,
     },
+    /// Multus takes the first configuration that is not its own for that of the default network: it and the plugin would copy
+    /// each other without end.
+    #[error(
+        "{} is that of Multus, which is not supported: take Multus off the nodes of the mesh, or keep the agent off nodes with \
+         Multus (nodeAffinity of the DaemonSet culvert-node)",
+        .0.display()
+    )]
+    Multus(PathBuf),
     /// There is none yet: the node's CNI has still to write it.
     #[error("{} holds no network configuration; the plugin waits for the node's CNI to write one", .0.display())]
     NoNetwork(PathBuf),
@@ -135,6 +146,9 @@ impl Plugin {
         let (text, mode) = read(&path)?;
         let bad = |source| PluginError::Chain { path: path.clone(), source };
         let wanted = chain::chained(&text, &self.own).map_err(bad)?;
+        if wanted.types.iter().any(|kind| MULTUS.contains(&kind.as_str())) {
+            return Err(PluginError::Multus(path));
+        }
         self.check_folder(&path, &wanted.types)?;
         let program = self.copy_program()?;
         let is_same = match read(&ours) {
@@ -154,9 +168,11 @@ impl Plugin {
     /// # Errors
     /// When a file cannot be read or written; what comes after it is not tried.
     pub fn remove(&self) -> Result<(), PluginError> {
-        remove(&self.conf_dir.join(FILE))?;
+        let (list, program) = (self.conf_dir.join(FILE), self.bin_dir.join(TYPE));
+        remove(&list)?;
         self.leave_others(&names(&self.conf_dir)?)?;
-        remove(&self.bin_dir.join(TYPE))
+        remove(&program)?;
+        [list, program].iter().try_for_each(|path| remove(&partial(path)))
     }
 
     /// One of the CNI's plugins is where ours is put. Not all need be: some runtimes look through several folders.
@@ -323,10 +339,11 @@ fn remove(path: &Path) -> Result<(), PluginError> {
     }
 }
 
-/// Beside the file, with a name that no runtime takes.
+/// Beside the file, with a name that no runtime takes; always the same, so that a half that a killed agent left is written over.
+/// There is one agent on a node at a time.
 fn partial(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.culvert-{}", std::process::id()))
+    path.with_file_name(format!(".{name}.culvert-part"))
 }
 
 fn create(path: &Path, mode: u32) -> io::Result<File> {
@@ -430,8 +447,29 @@ mod tests {
         node.plugin.remove().unwrap();
         assert_eq!(node.plugins("10-net.conflist"), ["bridge"]);
         assert!(!program.exists());
+        for (folder, name) in [("bin", format!(".{TYPE}.culvert-part")), ("net.d", format!(".{FILE}.culvert-part"))] {
+            fs::write(node.folder.path().join(folder).join(name), "half, of an agent that was killed").unwrap();
+        }
+        node.plugin.remove().unwrap();
         assert_eq!(fs::read_dir(node.folder.path().join("net.d")).unwrap().count(), 2, "nothing half-written stays");
         node.plugin.remove().unwrap();
+    }
+
+    #[test]
+    fn multus_is_refused_with_the_way_out() {
+        let node = Node::new();
+        let delegates = json!([{ "cniVersion": "1.0.0", "name": "net", "plugins": [{ "type": "bridge" }] }]);
+        node.write(
+            "00-multus.conf",
+            &json!({ "cniVersion": "0.3.1", "name": "m", "type": "multus", "delegates": delegates }),
+        );
+        node.write("10-net.conflist", &network());
+        let error = node.plugin.install().unwrap_err();
+        assert!(matches!(error, PluginError::Multus(_)) && error.to_string().contains("take Multus off"), "{error}");
+        assert!(node.plugins(FILE).is_empty());
+        fs::remove_file(node.plugin.conf_dir.join("00-multus.conf")).unwrap();
+        node.plugin.install().unwrap();
+        assert_eq!(node.plugins(FILE), ["bridge", TYPE]);
     }
 
     #[test]

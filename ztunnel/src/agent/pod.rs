@@ -276,6 +276,28 @@ impl Pod {
     }
 }
 
+/// What there is to know of a pod whose namespace is captured although nobody knows whose it is: its file is lost, or cannot be
+/// read. `None`: the namespace is not captured. What was set in it before capture is not known any more, and stays as it is when
+/// the pod leaves. Blocks shortly.
+///
+/// # Errors
+/// When the kernel cannot be asked, or the file cannot be written.
+pub fn rediscover(
+    host: &Host,
+    state: &State,
+    info: &PodInfo,
+    netns: &Netns,
+    sandbox: &Sandbox,
+) -> Result<Option<Saved>, EnrolError> {
+    if host.capture.enrolled(netns.cookie())?.is_none() {
+        return Ok(None);
+    }
+    let before = pod_network::before(netns, &needs(host, info))?;
+    let saved = Saved::new(info, netns, sandbox, before);
+    state.save(&saved)?;
+    Ok(Some(saved))
+}
+
 /// First part of leaving: from now on nothing new is captured, and what was captured has ended. Blocks shortly.
 ///
 /// # Errors

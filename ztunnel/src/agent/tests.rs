@@ -130,7 +130,7 @@ impl Announcer {
     }
 
     fn states(&self) -> Vec<node::PodState> {
-        self.ask(pod_request::Kind::List(node::ListPods {}), &[]).pods
+        self.ask(pod_request::Kind::List(node::ListPods::default()), &[]).pods
     }
 }
 

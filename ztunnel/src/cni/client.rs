@@ -110,6 +110,24 @@ impl Client {
         self.ask(kind, &[])
     }
 
+    /// All pods that the agent knows, each checked in the kernel; by UID.
+    ///
+    /// # Errors
+    /// When the agent refuses or cannot be asked.
+    pub fn list(&self) -> Result<Vec<node::PodState>, ClientError> {
+        let mut pods: Vec<node::PodState> = Vec::new();
+        loop {
+            let last = pods.last().and_then(|state| state.pod.as_ref());
+            let after = last.map(|pod| pod.uid.clone()).unwrap_or_default();
+            let page = self.request(pod_request::Kind::List(node::ListPods { in_pages: true, after }))?;
+            let is_last = !page.more || page.pods.is_empty();
+            pods.extend(page.pods);
+            if is_last {
+                return Ok(pods);
+            }
+        }
+    }
+
     fn ask(&self, kind: pod_request::Kind, fds: &[BorrowedFd<'_>]) -> Result<node::PodResponse, ClientError> {
         let unanswered = |source| ClientError::Unanswered { path: self.path.clone(), source };
         let request = node::PodRequest { kind: Some(kind) }.encode_to_vec();

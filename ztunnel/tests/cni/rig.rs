@@ -17,6 +17,10 @@ use serde_json::{Value, json};
 
 /// Bound of every wait; the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// For how long the plugin asks the agent, where nothing needs more.
+const BRIEF: Duration = Duration::from_secs(6);
+/// As long as an agent may take to start on a machine that is busy.
+pub const PATIENT: Duration = Duration::from_secs(60);
 const ZTUNNEL: &str = env!("CARGO_BIN_EXE_ztunnel");
 
 /// One node's folders.
@@ -125,29 +129,28 @@ impl Rig {
     }
 
     pub fn add(&self, namespace: &str, name: &str, uid: &str, sandbox: &str, net: &PodNet) -> Done {
-        self.plugin("ADD", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), 6)
+        self.plugin("ADD", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), BRIEF)
     }
 
-    /// As long as an agent may take to start on a machine that is busy.
     pub fn add_patiently(&self, namespace: &str, name: &str, uid: &str, sandbox: &str, net: &PodNet) -> Done {
-        self.plugin("ADD", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), 60)
+        self.plugin("ADD", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), PATIENT)
     }
 
     pub fn delete(&self, namespace: &str, name: &str, uid: &str, sandbox: &str, net: &PodNet) -> Done {
-        self.plugin("DEL", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), 6)
+        self.plugin("DEL", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), BRIEF)
     }
 
     pub fn check(&self, namespace: &str, name: &str, uid: &str, sandbox: &str, net: &PodNet) -> Done {
-        self.plugin("CHECK", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), 6)
+        self.plugin("CHECK", &pod_arguments(namespace, name, uid), sandbox, Some(net), &json!({}), BRIEF)
     }
 
     pub fn gc(&self, valid: &[&str]) -> Done {
         let valid: Vec<Value> = valid.iter().map(|id| json!({ "containerID": id, "ifname": "eth0" })).collect();
-        self.plugin("GC", "", "", None, &json!({ "cni.dev/valid-attachments": valid }), 6)
+        self.plugin("GC", "", "", None, &json!({ "cni.dev/valid-attachments": valid }), BRIEF)
     }
 
     pub fn status(&self) -> Done {
-        self.plugin("STATUS", "", "", None, &json!({}), 6)
+        self.plugin("STATUS", "", "", None, &json!({}), BRIEF)
     }
 
     fn plugin(
@@ -157,11 +160,11 @@ impl Rig {
         sandbox: &str,
         net: Option<&PodNet>,
         more: &Value,
-        patience: u32,
+        patience: Duration,
     ) -> Done {
         let mut configuration = json!({
             "cniVersion": "1.1.0", "name": "net", "type": "ztunnel",
-            "culvert": { "agentSocket": self.path("run/cni.sock"), "patienceSeconds": patience },
+            "culvert": { "agentSocket": self.path("run/cni.sock"), "patienceSeconds": patience.as_secs() },
         });
         let fields = configuration.as_object_mut().unwrap();
         if let Some(net) = net {
@@ -188,7 +191,7 @@ impl Rig {
     /// UID and service account of the pods that are enrolled, as checked in the kernel.
     pub fn enrolled(&self) -> Vec<(String, String)> {
         let socket = BlockingSocket::connect(&self.path("run/cni.sock"), PATIENCE).unwrap();
-        let request = node::PodRequest { kind: Some(pod_request::Kind::List(node::ListPods {})) };
+        let request = node::PodRequest { kind: Some(pod_request::Kind::List(node::ListPods::default())) };
         socket.send(&request.encode_to_vec(), &[]).unwrap();
         let answer = node::PodResponse::decode(socket.recv(64 << 10).unwrap().0).unwrap();
         let in_force = answer.pods.into_iter().filter(|state| state.not_enrolled_reason.is_empty());

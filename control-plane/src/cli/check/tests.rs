@@ -58,7 +58,8 @@ fn what_is_missing_before_the_mesh_is_named() {
     let mesh = only(false, |_, around| around.workloads.push("istio-system/istiod".into()));
     assert!(mesh.what.contains("istio-system/istiod"), "{mesh:?}");
     let cilium = only(false, |_, around| around.workloads = vec!["kube-system/cilium".into()]);
-    assert!(cilium.remedy.is_some_and(|remedy| remedy.contains("socketLB.hostNamespaceOnly=true")));
+    let settings = ["socketLB.hostNamespaceOnly=true", "cni.exclusive=false"];
+    assert!(cilium.remedy.is_some_and(|remedy| settings.iter().all(|setting| remedy.contains(setting))));
     let level = only(false, |_, around| around.pod_security = Some(Some("restricted".into())));
     assert_eq!(level.verdict, Verdict::Failed);
     let unasked = only(false, |_, around| drop(around.unknown.insert(WEBHOOKS, "forbidden".into())));
@@ -89,6 +90,8 @@ fn what_the_mesh_does_not_hold_is_named() {
     assert!(skew.verdict == Verdict::Doubtful && skew.what.contains("0.0.9: proxy-a"), "{skew:?}");
     let late = only(true, |facts, _| facts.pods[0].annotated = false);
     assert!(late.verdict == Verdict::Doubtful && late.what.contains("shop/web"), "{late:?}");
+    let weaker = only(true, |facts, _| facts.agents[0].answer.as_mut().unwrap()[0].weaker = "no guard".into());
+    assert!(weaker.verdict == Verdict::Doubtful && weaker.what.ends_with("than others: no guard"), "{weaker:?}");
     for (name, what, file) in REGISTRATIONS {
         let hook = only(true, |_, around| around.own_webhooks.extend([(name, false)]));
         assert!(hook.verdict == Verdict::Failed && hook.what.contains(what), "{hook:?}");

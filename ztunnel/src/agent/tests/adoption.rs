@@ -1,5 +1,7 @@
 //! Agents that find what an earlier one left, and pods that are announced again.
 
+use std::fs;
+
 use super::drift::Drift;
 use super::pod_network::Before;
 use super::*;
@@ -61,6 +63,36 @@ fn listeners_of_a_proxy_without_dns_get_those_for_dns_beside_them() {
     let inside_b = process_in(&b);
     eventually(|| reason("uid-b").is_empty().then_some(())).expect("adopted with listeners for DNS");
     drop((inside, inside_b));
+}
+
+#[test]
+fn pod_whose_file_is_lost_stays_captured_and_is_taken_over() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    drop(agent);
+    let files = scratch.path("run").join("pods");
+    for file in fs::read_dir(&files).unwrap() {
+        fs::write(file.unwrap().path(), "{\"version\": 999}").unwrap();
+    }
+
+    // The proxy still has the ports; whatever becomes of the enrolment, nothing passes it by.
+    let agent = Agent::start(&scratch);
+    assert_eq!(agent.announcer().list(), [], "nothing is known of it");
+    agent.announcer().enrol(UID, &a, "").expect_err("its listeners are not returned yet");
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
+    let kept = listeners.iter().map(|socket| socket.try_clone().unwrap()).collect();
+    let proxy = agent.proxy(vec![(UID, kept)]);
+    proxy.added();
+    proxy.snapshot();
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
 }
 
 #[test]

@@ -15,8 +15,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{ENABLED, Kubernetes, REDIRECTION};
-use crate::agent::enrolment::{Known, Origin, Problems, Running};
+use crate::agent::enrolment::{Known, NOBODY, Origin, Problems, Running};
 use crate::agent::manager::Manager;
+use crate::cni::decide::Decision;
+use crate::cni::knowledge::PodName;
 
 /// How often the kernel is asked although nothing is known to have changed.
 const ROUND: Duration = Duration::from_secs(5);
@@ -24,6 +26,8 @@ const ROUND: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(50);
 /// Longest that one call of the API may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// After how long something is said again that still holds: API servers keep events for an hour (`--event-ttl`).
+const REPEAT: Duration = Duration::from_mins(30);
 /// Longest text of an event's note, in bytes (events.k8s.io/v1).
 const MAX_NOTE: usize = 1000;
 
@@ -61,8 +65,8 @@ impl Report {
         let reporter =
             Reporter { controller: COMPONENT.into(), instance: Some(format!("{COMPONENT}-{}", self.kubernetes.node)) };
         let recorder = Recorder::new(self.kubernetes.client.clone(), reporter);
-        // What was said of whom, so that it is said once.
-        let mut said: HashMap<String, String> = HashMap::new();
+        // What was said of whom and when, so that it is said once as long as it can be read.
+        let mut said: HashMap<String, (String, Instant)> = HashMap::new();
         loop {
             let Ok(listed) = self.manager.list().await else { return };
             let reasons: BTreeMap<&str, &str> =
@@ -70,7 +74,11 @@ impl Report {
             let known = Arc::clone(&self.known.borrow_and_update());
             let problems = self.problems.borrow_and_update().clone();
             if known.origin == Origin::Source {
-                let plan = plan(&known.running, &reasons, &problems);
+                let is_wanted = |pod: &Running| {
+                    let named = PodName { namespace: &pod.namespace, name: &pod.name, uid: Some(&pod.uid) };
+                    matches!(known.knowledge.decide(named, &NOBODY), Decision::Enrol(_))
+                };
+                let plan = plan(&known.running, &reasons, &problems, is_wanted);
                 // What cannot be said of a capture that is gone matters more than what can of one that is there.
                 for pod in plan.revoke {
                     self.annotate(pod, Value::Null).await;
@@ -80,9 +88,10 @@ impl Report {
                 }
                 said.retain(|uid, _| plan.complain.iter().any(|(pod, _)| pod.uid == *uid));
                 for (pod, reason) in plan.complain {
-                    if said.get(&pod.uid).is_none_or(|before| before != reason) && publish(&recorder, pod, reason).await
-                    {
-                        said.insert(pod.uid.clone(), reason.to_owned());
+                    let before = said.get(&pod.uid);
+                    let is_due = before.is_none_or(|(before, at)| before != reason || at.elapsed() > REPEAT);
+                    if is_due && publish(&recorder, pod, reason).await {
+                        said.insert(pod.uid.clone(), (reason.to_owned(), Instant::now()));
                     }
                 }
             }
@@ -120,15 +129,21 @@ impl Report {
 }
 
 /// Pure.
-fn plan<'a>(running: &'a [Running], reasons: &BTreeMap<&str, &'a str>, problems: &'a Problems) -> Plan<'a> {
+fn plan<'a>(
+    running: &'a [Running],
+    reasons: &BTreeMap<&str, &'a str>,
+    problems: &'a Problems,
+    is_wanted: impl Fn(&Running) -> bool,
+) -> Plan<'a> {
     let mut plan = Plan::default();
     for pod in running {
         let reason = pod.uids.iter().find_map(|uid| reasons.get(uid.as_str()));
         let is_captured = reason.is_some_and(|reason| reason.is_empty());
         if is_captured && !pod.is_confirmed && !pod.ends {
             plan.confirm.push(pod);
-        } else if reason.is_none() && pod.is_confirmed {
-            // Not where something of an enrolled pod is amiss: without the annotation peers would send it plaintext.
+        } else if reason.is_none() && pod.is_confirmed && !is_wanted(pod) {
+            // Not where something of an enrolled pod is amiss, or it is not known to this agent yet: without the annotation peers
+            // would send it plaintext.
             plan.revoke.push(pod);
         }
         let not_wholly = reason.copied().filter(|reason| !reason.is_empty());
@@ -209,6 +224,7 @@ mod tests {
             pod("broken, confirmed", true),
             pod("not enrolled", false),
             pod("not enrolled, confirmed", true),
+            pod("wanted, confirmed", true),
             Running { ends: true, ..pod("captured, ends", false) },
         ];
         let reasons = [
@@ -219,7 +235,7 @@ mod tests {
             ("broken, confirmed", "no rule"),
         ];
         let problems = Problems::from([(String::from("not enrolled"), String::from("no namespace"))]);
-        let plan = plan(&running, &reasons.into(), &problems);
+        let plan = plan(&running, &reasons.into(), &problems, |pod| pod.uid.starts_with("wanted"));
         assert_eq!(names(&plan.confirm), ["captured"]);
         assert_eq!(names(&plan.revoke), ["not enrolled, confirmed"], "peers would send plaintext to the others");
         let complaints: Vec<_> = plan.complain.iter().map(|(pod, why)| (pod.uid.as_str(), *why)).collect();
@@ -233,7 +249,7 @@ mod tests {
     fn static_pod_is_known_by_its_other_uid() {
         let running = [Running { uids: vec!["mirror".into(), "hash".into()], ..pod("mirror", false) }];
         let problems = Problems::new();
-        let plan = plan(&running, &[("hash", "")].into(), &problems);
+        let plan = plan(&running, &[("hash", "")].into(), &problems, |_| true);
         assert_eq!(names(&plan.confirm), ["mirror"]);
     }
 }
