@@ -182,6 +182,13 @@ fn the_command_holds_a_cluster_and_removes_one_whose_holder_was_killed() {
 
     let loaded = command(&name, &["load-images"]);
     assert!(loaded.status.success(), "{loaded:?}");
+    let archive = std::env::temp_dir().join(format!("{name}.tar"));
+    let written = command(&name, &["images", "--output", archive.to_str().unwrap()]);
+    let size = fs::metadata(&archive).map(|file| file.len());
+    fs::remove_file(&archive).unwrap();
+    let said = String::from_utf8_lossy(&written.stdout).into_owned();
+    assert!(written.status.success() && said.contains("culvert/ztunnel:dev\nculvert/culvertd:dev\n"), "{written:?}");
+    assert!(size.unwrap() > 1 << 20);
     let status = command(&name, &["status"]);
     let said = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(status.status.success() && said.contains("node1/kubelet") && said.contains(" Ready "), "{status:?}");

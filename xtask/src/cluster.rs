@@ -24,12 +24,18 @@ pub fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     } else {
         None
     };
-    let built = build::folder(root, Profile::Dev);
+    // What leaves this machine is as it is shipped.
+    let asks_for_help = args.iter().any(|arg| arg == "--help" || arg == "-h");
+    let profile = if action == "images" && !asks_for_help { Profile::Release } else { Profile::Dev };
+    let built = build::folder(root, profile);
     // What takes a cluster down must not depend on whether the checkout compiles.
     let needs_build = !["down", "status"].contains(&action) || !built.join("culvert-cluster").exists();
-    let programs = if needs_build { build::programs(root, Profile::Dev)? } else { built };
+    let programs = if needs_build { build::programs(root, profile)? } else { built };
     let mut command = Command::new(programs.join("culvert-cluster"));
-    command.args(args).arg("--bin-dir").arg(&programs);
+    command.args(args);
+    if !args.iter().any(|arg| arg == "--bin-dir" || arg.starts_with("--bin-dir=")) {
+        command.arg("--bin-dir").arg(&programs);
+    }
     command.envs(kubernetes.map(|folder| (kubernetes::VARIABLE, folder)));
     call(&mut command)
 }

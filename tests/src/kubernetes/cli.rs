@@ -4,7 +4,7 @@
 
 mod state;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -56,6 +56,7 @@ Examples:
   cargo xtask cluster up --nodes 3
   export KUBECONFIG=/run/culvert-cluster/culvert/kubeconfig
   cargo xtask cluster load-images
+  cargo xtask cluster images --output culvert-images.tar
   kubectl run echo --image culvert/app:dev --image-pull-policy Never -- echo --listen 0.0.0.0:7000
   cargo xtask cluster down";
 
@@ -74,6 +75,13 @@ enum Action {
     /// Makes images of the programs that were built (culvert/app:dev, culvert/ztunnel:dev, culvert/culvertd:dev, and those of
     /// manifests/samples) and gives them to every node
     LoadImages,
+    /// Writes the same images into one OCI archive, for a cluster of your own: `kind load image-archive`, `k3s ctr images import`,
+    /// `ctr -n k8s.io images import`, or `skopeo copy oci-archive:FILE:NAME docker://...` take it
+    Images {
+        /// The archive; a file that is there is replaced.
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+    },
     /// Holds a cluster.
     #[command(hide = true)]
     Serve {
@@ -98,6 +106,7 @@ pub fn run(options: &Options) -> ExitCode {
         Action::Down => down(&place),
         Action::Status => status(&place),
         Action::LoadImages => load_images(options, &place),
+        Action::Images { output } => write_images(options, output),
         Action::Serve { nodes } => serve(options, &place, *nodes),
     };
     match done {
@@ -244,10 +253,31 @@ fn up_state(place: &Place) -> Result<State, Error> {
     place.read()?.ok_or_else(none)
 }
 
+fn recipes(bins: &Path) -> Vec<Recipe> {
+    [Recipe::basic(bins), Recipe::mesh(bins), Recipe::samples(bins)].concat()
+}
+
+fn write_images(options: &Options, output: &Path) -> Result<(), Error> {
+    let recipes = recipes(&bins(options)?);
+    let images = Images::build(&recipes)?;
+    // Beside it first: nobody takes a half for the whole.
+    let beside = output.with_extension("part");
+    let written = File::create(&beside).and_then(|file| images.write(file)).and_then(|()| fs::rename(&beside, output));
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    written.during(|| format!("writing {}", output.display()))?;
+    for recipe in recipes {
+        println!("{}", recipe.name);
+    }
+    println!("written to {}", output.display());
+    Ok(())
+}
+
 fn load_images(options: &Options, place: &Place) -> Result<(), Error> {
     let state = up_state(place)?;
     let bins = bins(options)?;
-    let recipes = [Recipe::basic(&bins), Recipe::mesh(&bins), Recipe::samples(&bins)].concat();
+    let recipes = recipes(&bins);
     let start = Instant::now();
     let images = Images::build(&recipes)?;
     let programs = Programs::at(&state.programs, &[CLUSTER])?;

@@ -2,6 +2,7 @@
 //! Each time everything comes up, and no enrolled pod is seen in clear between the nodes.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -35,7 +36,11 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
         nodes.iter().try_for_each(tests::kubernetes::Node::power_off).unwrap();
         before
     };
-    let on = || nodes.iter().try_for_each(tests::kubernetes::Node::power_on).unwrap();
+    // The CNI writes its configuration anew before anything else runs, as many do; whoever had changed that file starts over.
+    let on = || {
+        nodes.iter().for_each(rewrite_cni);
+        nodes.iter().try_for_each(tests::kubernetes::Node::power_on).unwrap();
+    };
 
     let before = off();
     server.component.restart().unwrap();
@@ -67,6 +72,21 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
     assert_eq!(started("busy"), 0, "enrolled pods wait for the agent\n{}", mesh.state());
     mesh.place("culvert-node", None);
     up_again(&mesh, &before, "with the agents after everybody");
+}
+
+/// Writes the CNI's own configuration, with the plugins that it wants and no other, in another form than before.
+fn rewrite_cni(node: &tests::kubernetes::Node) {
+    const FILE: &str = "/etc/cni/net.d/10-ptp.conflist";
+    node.mounts()
+        .run(|| {
+            let mut list: Value = serde_json::from_slice(&fs::read(FILE).unwrap()).unwrap();
+            let turned = list["disableCheck"] != true;
+            list["disableCheck"] = turned.into();
+            let plugins = list["plugins"].as_array_mut().unwrap();
+            plugins.retain(|plugin| plugin["type"] != "ztunnel");
+            fs::write(FILE, list.to_string()).unwrap();
+        })
+        .unwrap();
 }
 
 /// Ids of all containers that there are.
