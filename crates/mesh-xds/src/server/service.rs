@@ -11,17 +11,14 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
-use mesh_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::body::Body;
-use tonic::codec::{Codec as _, Streaming};
 use tonic::metadata::{GRPC_CONTENT_TYPE, MetadataMap};
 use tonic::server::NamedService;
 use tonic::{Request, Status};
-use tonic_prost::ProstCodec;
 
 use super::body::{self, Transfer};
-use super::intake::{Intake, Turns};
+use super::intake::{Bounds, Intake, Turns};
 use super::stream::Stream;
 use super::{Catalog, ClientStatus, Limits};
 
@@ -220,21 +217,13 @@ impl Service {
         lock(&self.0.clients).insert(id, status.clone());
         // Each type has one response in flight.
         let transfer = Arc::new(Transfer::new(self.0.limits.max_types));
-        let request = request.map(|body| self.requests(body, &place));
-        let stream = Stream::new(Arc::clone(&self.0), id, status, transfer.clone(), place.clone());
-        tokio::spawn(stream.run(request.into_inner()));
-        Ok(body::Body::new(transfer, place))
-    }
-
-    fn requests<B>(&self, body: B, place: &Place) -> Streaming<DeltaDiscoveryRequest>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    {
         let Options { max_request, patience, reading, .. } = self.0.options;
         let turns = Turns { own: Arc::clone(&place.turn), all: Arc::clone(&self.0.reading) };
-        let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
-        Streaming::new_request(decoder, Intake::new(body, turns, patience, reading), None, Some(max_request))
+        let bounds = Bounds { max: max_request, patience, reading };
+        let requests = Intake::new(request.into_inner(), turns, bounds);
+        let stream = Stream::new(Arc::clone(&self.0), id, status, transfer.clone(), place.clone());
+        tokio::spawn(stream.run(requests));
+        Ok(body::Body::new(transfer, place))
     }
 
     async fn answer<B>(self, request: http::Request<B>) -> http::Response<Body>

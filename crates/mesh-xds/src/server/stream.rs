@@ -1,15 +1,17 @@
 //! One client's stream: a task and a [`Machine`].
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use futures_util::FutureExt as _;
 use mesh_proto::discovery::DeltaDiscoveryRequest;
 use tokio::sync::watch;
-use tokio::time::Instant;
-use tonic::{Code, Status, Streaming};
+use tokio::time::{Instant, Sleep};
+use tonic::{Code, Status};
 
 use super::body::{self, Transfer};
+use super::intake::Intake;
 use super::service::{Inner, Options, Place, lock};
 use super::{ClientStatus, Machine};
 
@@ -48,7 +50,7 @@ impl Stream {
         Self { service, id, machine, status, transfer, wait: None, _place: place }
     }
 
-    pub(super) async fn run(mut self, requests: Streaming<DeltaDiscoveryRequest>) {
+    pub(super) async fn run(mut self, requests: Intake) {
         let transfer = Arc::clone(&self.transfer);
         let end = tokio::select! {
             end = self.exchange(requests) => end,
@@ -65,7 +67,7 @@ impl Stream {
         }
     }
 
-    async fn exchange(&mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Result<(), Status> {
+    async fn exchange(&mut self, mut requests: Intake) -> Result<(), Status> {
         let Options { patience, max_age, .. } = self.service.options;
         let mut changes = self.service.catalog.changes();
         let mut closing = self.service.closing.subscribe();
@@ -79,6 +81,7 @@ impl Stream {
         if self.machine.is_syncing() {
             let syncing = tokio::time::timeout(patience, Arc::clone(&self.service.syncing).acquire_owned());
             tokio::pin!(syncing);
+            let mut is_over = false;
             loop {
                 tokio::select! {
                     // Without one it goes on as well: it has waited long enough.
@@ -86,10 +89,10 @@ impl Stream {
                         permit = acquired.ok().and_then(Result::ok);
                         break;
                     }
-                    // What has begun to come may hold a turn that others wait for. What has ended says so again.
-                    request = requests.message() => match request? {
+                    // What has begun to come may hold a turn that others wait for.
+                    request = requests.message(), if !is_over => match request? {
                         Some(request) => self.take(request, &mut requests)?,
-                        None => break,
+                        None => is_over = true,
                     },
                     () = closed(&mut closing) => break,
                 }
@@ -102,7 +105,7 @@ impl Stream {
             tokio::select! {
                 request = requests.message() => match request? {
                     Some(request) => self.take(request, &mut requests)?,
-                    None => return self.finish().await,
+                    None => return self.finish(&mut closing, end_of_life.as_mut()).await,
                 },
                 changed = changes.changed() => {
                     if changed.is_err() {
@@ -117,18 +120,24 @@ impl Stream {
     }
 
     /// The client asks for nothing more, but may read what is on its way.
-    async fn finish(&mut self) -> Result<(), Status> {
+    async fn finish(
+        &mut self,
+        closing: &mut watch::Receiver<bool>,
+        mut end_of_life: Pin<&mut Sleep>,
+    ) -> Result<(), Status> {
         let transfer = Arc::clone(&self.transfer);
         loop {
             tokio::select! {
                 () = transfer.drained() => return Ok(()),
+                () = closed(closing) => return Err(Status::unavailable("shutting down: reconnect")),
+                () = &mut end_of_life => return Err(Status::unavailable("the stream is old: reconnect")),
                 () = until(self.wait) => self.look()?,
             }
         }
     }
 
     /// Takes the first request; false if there is none.
-    async fn begin(&mut self, requests: &mut Streaming<DeltaDiscoveryRequest>) -> Result<bool, Status> {
+    async fn begin(&mut self, requests: &mut Intake) -> Result<bool, Status> {
         let Options { patience, reading, .. } = self.service.options;
         // What reads it has bounds of its own, for its beginning and if it is large; here is all of that together. The versions
         // in it are compared at once, and then forgotten.
@@ -142,11 +151,7 @@ impl Stream {
 
     /// Takes a request, and others that are there already: so that of several types asked for at once none is answered
     /// before its turn.
-    fn take(
-        &mut self,
-        request: DeltaDiscoveryRequest,
-        requests: &mut Streaming<DeltaDiscoveryRequest>,
-    ) -> Result<(), Status> {
+    fn take(&mut self, request: DeltaDiscoveryRequest, requests: &mut Intake) -> Result<(), Status> {
         let catalog = self.service.catalog.snapshot();
         let now = SystemTime::now();
         self.note_nack(&request);
