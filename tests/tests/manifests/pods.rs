@@ -99,7 +99,9 @@ fn containers_say_what_they_take_and_whether_they_live() {
                 let requested = &container["resources"]["requests"][resource];
                 assert!(requested.is_string(), "{own}: no request of {resource}");
             }
-            assert!(container["resources"]["limits"]["memory"].is_string(), "{own}");
+            // What the proxy's sockets hold counts as the agent's, which made them: a limit would end it under load.
+            let limited = container["resources"]["limits"]["memory"].is_string();
+            assert_eq!(limited, own != "culvert-node/agent", "{own}");
             // With a limit it would stand still amid its work.
             assert!(container["resources"]["limits"]["cpu"].is_null(), "{own}");
             for kind in ["startupProbe", "readinessProbe", "livenessProbe"] {

@@ -59,7 +59,7 @@ fn every_part_and_the_root_are_replaced_under_load_and_no_connection_fails() {
         hung_control_plane(&mesh, &target);
         without_control_plane(&mesh, &target);
         let begun = Instant::now();
-        rotate(&mesh);
+        rotate(&mesh, &target);
         eprintln!("another root after {:.1?}", begun.elapsed());
         kill(storm_to(&target).expect("the load runs"), Signal::SIGTERM).unwrap();
         serde_json::from_value(storm.join().expect("no panic")).unwrap()

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -10,14 +11,15 @@ use tests::kubernetes::pki::Pki;
 use tests::wait;
 
 use crate::cli;
-use crate::mesh::{BOUND, Mesh, SYSTEM, text};
+use crate::mesh::{BOUND, Mesh, REDIRECTION, SYSTEM, is_ready, text};
 
 const SECRET: &str = "/api/v1/namespaces/culvert-system/secrets/culvert-ca-root";
 const PUBLISHED: &str = "/api/v1/namespaces/culvert-system/configmaps/culvert-ca-root-cert";
 
 /// Both roots are trusted, then the new one signs, then the old one is forgotten. After each step every proxy, as it runs, gets new
 /// certificates once its kubelet has brought it the roots.
-pub fn rotate(mesh: &Mesh) {
+/// Throughout, identities that are new make tunnels that are new to `target`.
+pub fn rotate(mesh: &Mesh, target: &str) {
     let stored = mesh.cluster.api().get(SECRET).unwrap().expect("the root's Secret");
     let old = String::from_utf8(BASE64.decode(text(&stored, "/data/root-cert.pem")).unwrap()).unwrap();
     let next = Pki::create(&mesh.cluster.folder().join("next-root")).unwrap();
@@ -27,12 +29,18 @@ pub fn rotate(mesh: &Mesh) {
     let proxies = running(mesh);
 
     let [before] = published(mesh).try_into().expect("one root");
-    step(mesh, &json!({"root-cert.pem": both}), &both);
+    let step = |edit: &Value, roots: &str| {
+        replace(mesh, edit);
+        stranger(mesh, target);
+        followed(mesh, roots);
+        stranger(mesh, target);
+    };
+    step(&json!({"root-cert.pem": both}), &both);
     let two = published(mesh);
     assert!(two.len() == 2 && two.contains(&before), "{two:?}");
     // The one that signs is told of first.
-    step(mesh, &json!({"ca-cert.pem": new, "ca-key.pem": key}), &turned);
-    step(mesh, &json!({"root-cert.pem": new}), new);
+    step(&json!({"ca-cert.pem": new, "ca-key.pem": key}), &turned);
+    step(&json!({"root-cert.pem": new}), new);
     let after = published(mesh);
     assert!(after.len() == 1 && after[0] != before, "{after:?}");
     assert_eq!(running(mesh), proxies, "no proxy was replaced or restarted");
@@ -44,8 +52,30 @@ fn running(mesh: &Mesh) -> BTreeSet<String> {
     mesh.pods(SYSTEM).iter().filter(is_proxy).map(|pod| text(pod, "/status/containerStatuses/0/containerID")).collect()
 }
 
-/// One edit, followed by new certificates for everybody, under the roots that are to be trusted then.
-fn step(mesh: &Mesh, edit: &Value, roots: &str) {
+/// A pod under an account that nobody had before: nothing that is open already carries what it sends, and both ends prove to each
+/// other who they are, whatever each has of the new roots.
+fn stranger(mesh: &Mesh, target: &str) {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let name = format!("stranger-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    let account =
+        format!("{{apiVersion: v1, kind: ServiceAccount, metadata: {{name: {name}, namespace: shop}}}}\n---\n");
+    let pod = include_str!("newcomer.yaml").replace("newcomer", &name);
+    let pod = pod.replace("spec:\n", &format!("spec:\n  serviceAccountName: {name}\n"));
+    mesh.cluster.apply("stranger.yaml", &(account + &pod)).unwrap();
+    wait::until("a stranger that is captured", BOUND, || {
+        let pods = mesh.pods("shop");
+        let pod = pods.iter().find(|pod| pod["metadata"]["name"] == *name)?;
+        (is_ready(pod) && pod.pointer(REDIRECTION).is_some_and(|value| value == "enabled")).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    let before = mesh.unproven("shop");
+    let seen = mesh.run("shop", &name, &["connect", "--to", target]);
+    assert_eq!(seen["ok"], true, "{name}: {seen}\n{}", mesh.state());
+    assert_eq!(mesh.unproven("shop"), before, "it proved who it is");
+}
+
+/// One edit, which every replica takes over.
+fn replace(mesh: &Mesh, edit: &Value) {
     let is_culvertd = |pod: &Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "culvertd";
     let replicas: Vec<String> =
         mesh.pods(SYSTEM).iter().filter(|pod| is_culvertd(pod)).map(|pod| text(pod, "/metadata/name")).collect();
@@ -58,9 +88,16 @@ fn step(mesh: &Mesh, edit: &Value, roots: &str) {
     let answer = mesh.cluster.api().request("PATCH", SECRET, patch).unwrap();
     assert_eq!(answer.status, 200, "{}", answer.body);
     wait::until("every replica of culvertd follows", BOUND, || {
-        let follows = replicas.iter().zip(&before).all(|(replica, before)| changes(replica) > *before);
+        replicas.iter().zip(&before).all(|(replica, before)| changes(replica) > *before).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+}
+
+/// Waits for these roots to be told of, and for new certificates for everybody, under them.
+fn followed(mesh: &Mesh, roots: &str) {
+    wait::until("the roots are told of", BOUND, || {
         let told = mesh.cluster.api().get(PUBLISHED).unwrap().expect("the roots");
-        (follows && told["data"]["root-cert.pem"] == *roots).then_some(())
+        (told["data"]["root-cert.pem"] == *roots).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
 

@@ -239,7 +239,6 @@ mod tests {
             namespace: "a-namespace-of-some-length".into(),
             service_account: "an-account-of-some-length".into(),
             addresses: vec![vec![10; 4], vec![0xfd; 16]],
-            ..node::Pod::default()
         };
         let state = |number| node::PodState {
             pod: Some(pod(number)),

@@ -257,7 +257,10 @@ fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Resu
         // Whoever waits for it learns that this connection ends.
         Some((pod, Some(_))) if !error.is_empty() => Err(HandoverError::NotRemoved { pod, error }),
         Some((uid, Some(removed))) => {
-            unacked.refused.remove(&uid);
+            // The refusal may have come after the manager forgot the pod: one of the same UID is not to be taken for refused.
+            if unacked.refused.remove(&uid) {
+                manager.answered(unacked.proxy, uid, String::new());
+            }
             // The manager may have lost patience.
             let _ = removed.send(());
             Ok(())

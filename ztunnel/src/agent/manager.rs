@@ -302,6 +302,11 @@ impl Task {
         if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
             return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
         }
+        let of_it =
+            |(other, stranded): &(&String, &Stranded)| stranded.saved.netns_cookie == netns.cookie() && **other != uid;
+        if let Some((other, _)) = self.stranded.iter().find(of_it) {
+            return Err(EnrolError::SameNamespace(other.clone()).into());
+        }
         if self.get(&uid).is_none() && !self.stranded.contains_key(&uid) {
             self.rediscover(&info, &netns, &sandbox).await?;
         }

@@ -172,7 +172,12 @@ impl Plugin {
         remove(&list)?;
         self.leave_others(&names(&self.conf_dir)?)?;
         remove(&program)?;
-        [list, program].iter().try_for_each(|path| remove(&partial(path)))
+        [&self.conf_dir, &self.bin_dir].into_iter().try_for_each(|folder| {
+            // A folder that is not there holds none.
+            let all = names(folder).unwrap_or_default();
+            let halves = all.into_iter().filter(|name| name.starts_with('.') && name.contains(".culvert-"));
+            halves.map(|name| folder.join(name)).try_for_each(|path| remove(&path))
+        })
     }
 
     /// One of the CNI's plugins is where ours is put. Not all need be: some runtimes look through several folders.
@@ -449,6 +454,8 @@ mod tests {
         assert!(!program.exists());
         for (folder, name) in [("bin", format!(".{TYPE}.culvert-part")), ("net.d", format!(".{FILE}.culvert-part"))] {
             fs::write(node.folder.path().join(folder).join(name), "half, of an agent that was killed").unwrap();
+            let former = format!(".{TYPE}.culvert-4711");
+            fs::write(node.folder.path().join(folder).join(former), "of one of before").unwrap();
         }
         node.plugin.remove().unwrap();
         assert_eq!(fs::read_dir(node.folder.path().join("net.d")).unwrap().count(), 2, "nothing half-written stays");

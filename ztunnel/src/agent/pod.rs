@@ -289,9 +289,11 @@ pub fn rediscover(
     netns: &Netns,
     sandbox: &Sandbox,
 ) -> Result<Option<Saved>, EnrolError> {
-    if host.capture.enrolled(netns.cookie())?.is_none() {
+    if !host.capture.captures(netns.cookie())? {
         return Ok(None);
     }
+    // As when it is enrolled: an address that is not the pod's.
+    pod_network::find_interface(netns, info.primary()?, host.home())?;
     let before = pod_network::before(netns, &needs(host, info))?;
     let saved = Saved::new(info, netns, sandbox, before);
     state.save(&saved)?;

@@ -1,5 +1,6 @@
 //! The TCP connections of a pod's namespace, as the kernel lists them, and how they are ended: sock_diag(7).
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -129,9 +130,12 @@ fn destroy_all(
 ) -> Result<usize, SockDiagError> {
     let mut netlink = open(netns)?;
     let deadline = Instant::now() + PATIENCE;
-    let mut ended = 0;
+    let (mut ended, mut emptied) = (0, HashSet::new());
     loop {
-        let found = list(&mut netlink, map, &wanted)?;
+        // Kernels before Linux 6.11 do not end a connection that its process has closed: they empty its queue alone, which leaves
+        // nothing that could be sent, and no timer either. It stays listed as long as its peer says nothing.
+        let is_empty = |connection: &Connection| connection.is_closed && emptied.contains(&connection.cookie());
+        let found = list(&mut netlink, map, |connection| wanted(connection) && !is_empty(connection))?;
         if found.is_empty() {
             return Ok(ended);
         }
@@ -140,7 +144,12 @@ fn destroy_all(
         }
         for connection in &found {
             match netlink.change(request(DESTROY, connection.family, Some(&connection.id), None)) {
-                Ok(()) => ended += 1,
+                Ok(()) => {
+                    ended += 1;
+                    if connection.is_closed {
+                        emptied.insert(connection.cookie());
+                    }
+                }
                 // Gone by itself.
                 Err(error) if error.is(libc::ENOENT) => {}
                 Err(source) => return Err(SockDiagError::Netlink { what: "end", source }),
@@ -261,7 +270,7 @@ impl NetlinkDeserializable for Raw {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
+    use std::io::{Read as _, Write as _};
     use std::net::{TcpListener, TcpStream};
 
     use socket2::{Domain, SockRef, Socket, Type};
@@ -309,6 +318,32 @@ mod tests {
         assert!(connections(netns).unwrap().len() >= COUNT);
         assert_eq!(destroy(netns, &[0x601]).unwrap(), 1, "though the list is long");
         drop((listener, marked));
+    }
+
+    #[test]
+    fn connection_that_its_process_closed_and_its_peer_does_not_read_holds_nobody_up() {
+        let (a, b) = pair();
+        let listener = b.netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8080))).unwrap().unwrap();
+        let mut marked = a.netns.run(|| TcpStream::connect((B, 8080))).unwrap().unwrap();
+        SockRef::from(&marked).set_mark(0x601).unwrap();
+        let peer = listener.accept().unwrap().0;
+        // Until the peer's window is shut and what is sent waits here.
+        marked.set_nonblocking(true).unwrap();
+        let mut full = 0;
+        while full < 50 {
+            // What was taken of it does not matter.
+            if marked.write_all(&[0; 64 << 10]).is_ok() {
+                full = 0;
+            } else {
+                full += 1;
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
+        drop(marked);
+        let closed = |found: &[Connection]| found.iter().any(|one| one.mark == 0x601 && one.is_closed);
+        assert!(closed(&connections(&a.netns).unwrap()), "{:?}", connections(&a.netns));
+        assert!(destroy(&a.netns, &[0x601]).unwrap() >= 1);
+        drop(peer);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapData, SkStorage};
+use aya::maps::{MapData, MapError, SkStorage};
 use ztunnel_ebpf as abi;
 
 use super::error::{CaptureError, at, map_error};
@@ -49,6 +49,18 @@ impl Former {
     pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let Some(pods) = &mut self.pods else { return Ok(()) };
         remove_pod(pods, cookie)
+    }
+
+    /// Whether it captures a namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn holds(&self, cookie: u64) -> Result<bool, CaptureError> {
+        match self.pods.as_ref().map(|pods| pods.get(&cookie, 0)) {
+            None | Some(Err(MapError::KeyNotFound)) => Ok(false),
+            Some(Ok(_)) => Ok(true),
+            Some(Err(error)) => Err(map_error(abi::MAP_PODS)(error)),
+        }
     }
 
     /// What its programs know of all pods.

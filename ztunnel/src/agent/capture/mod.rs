@@ -159,6 +159,17 @@ impl NodeCapture {
         }
     }
 
+    /// Whether a namespace is captured, in this layout or in another.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn captures(&self, cookie: u64) -> Result<bool, CaptureError> {
+        if self.enrolled(cookie)?.is_some() {
+            return Ok(true);
+        }
+        lock(&self.former).iter().try_fold(false, |found, former| Ok(found || former.holds(cookie)?))
+    }
+
     /// Cookies of all enrolled namespaces, as the kernel holds them.
     ///
     /// # Errors
