@@ -381,7 +381,7 @@ async fn large_requests_are_read_one_after_another_and_nobody_holds_a_turn_for_l
     sender.send_data(Bytes::copy_from_slice(rest), false).unwrap();
     assert!(answered(&mut first).await && answered(&mut second).await);
 
-    let options = server::Options { reading: Duration::from_secs(2), ..options };
+    let options = server::Options { reading: Duration::from_secs(5), ..options };
     let strict = control(Arc::clone(&catalog), "127.0.0.1:0", options.clone()).await;
     let (mut stalling, _stalling) = raw(strict.address, TOKEN, begin).await;
     poll("the stalling one", || strict.service.clients().len() == 1).await;
@@ -409,7 +409,7 @@ async fn what_comes_while_a_first_sync_waits_is_read_all_the_same() {
         framed(&DeltaDiscoveryRequest { type_url: AUTHORIZATION_TYPE.into(), ..DeltaDiscoveryRequest::default() });
     let both = [&small[..], &versions(&many)].concat();
     // Nobody has a place to sync for a while, and a large request less time than that.
-    let (patience, reading) = (Duration::from_secs(4), Duration::from_secs(1));
+    let (patience, reading) = (Duration::from_secs(8), Duration::from_secs(3));
     let options = server::Options { max_syncing: 0, patience, reading, ..server::Options::default() };
     let control = control(catalog, "127.0.0.1:0", options).await;
     let (mut client, _sender) = raw(control.address, TOKEN, &both).await;
