@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::{StreamExt, pin_mut};
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -52,13 +53,18 @@ pub async fn up(handle: &Handle, name: &str) -> Result<(), Error> {
     handle.link().set(change).execute().await.map_err(Error::netlink(format!("setting the link {name} up")))
 }
 
-/// Adds an address to a link.
+/// Adds an address to a link. It is usable at once: without this the kernel says so of one of IPv6 in the background, even where
+/// it looks for no duplicates.
 ///
 /// # Errors
 /// No such link, or the address is there already.
 pub async fn address(handle: &Handle, name: &str, address: IpAddr, prefix: u8) -> Result<(), Error> {
     let link = index(handle, name).await?;
-    let added = handle.address().add(link, address, prefix).execute().await;
+    let mut request = handle.address().add(link, address, prefix);
+    if address.is_ipv6() {
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+    }
+    let added = request.execute().await;
     added.map_err(Error::netlink(format!("adding {address}/{prefix} to {name}")))
 }
 

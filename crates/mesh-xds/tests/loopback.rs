@@ -399,6 +399,15 @@ async fn large_requests_are_read_one_after_another_and_nobody_holds_a_turn_for_l
     assert_eq!(end(&mut late).await, tonic::Code::Unavailable, "it may try another replica");
 }
 
+/// Else those that stand last in a long queue give up, and stand behind all others again.
+#[test]
+fn a_client_waits_longer_than_a_server_lets_it_wait() {
+    let (client, server) = (client::Options::default(), server::Options::default());
+    // A turn to read its versions, the reading, and a turn for its first state.
+    let longest = server.patience + server.reading + server.patience;
+    assert!(client.first_response > longest, "{:?}, and a server may take {longest:?}", client.first_response);
+}
+
 #[tokio::test]
 async fn what_comes_while_a_first_sync_waits_is_read_all_the_same() {
     let catalog = Arc::new(Catalog::new());

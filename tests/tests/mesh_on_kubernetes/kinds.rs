@@ -79,15 +79,33 @@ fn of_names(mesh: &Mesh) {
             let local = format!("{}:7000", object.pointer("/status/podIP")?.as_str()?);
             let banner = last.insert(banner(mesh, &at(index))).as_ref()?;
             let is_it = object["metadata"]["uid"] != *uid && banner["pod"] == *pod && banner["local"] == *local;
-            is_it.then(|| text(&object, "/metadata/uid"))
+            is_it.then_some(object)
         });
-        done.unwrap_or_else(|error| panic!("{error}: {last:?}\n{}", mesh.state()))
+        let pod = done.unwrap_or_else(|error| panic!("{error}: {last:?}\n{}", mesh.state()));
+        proves_who_comes(mesh, &pod);
+        text(&pod, "/metadata/uid")
     };
     let uids: BTreeSet<String> = (0..2).map(|index| reached(index, "")).collect();
     assert_eq!(uids.len(), 2);
     let pod = mesh.cluster.api().get("/api/v1/namespaces/kinds/pods/stable-0").unwrap().expect("stable-0");
     mesh.kubectl(&["delete", "pod", "stable-0", "--namespace", "kinds", "--wait"]).unwrap();
     reached(0, &text(&pod, "/metadata/uid"));
+}
+
+/// The pod is captured, and everybody who was let in to it was the client, by its certificate.
+fn proves_who_comes(mesh: &Mesh, pod: &Value) {
+    let path = format!("/api/v1/namespaces/kinds/pods/{}", text(pod, "/metadata/name"));
+    let enabled =
+        |pod: &Value| pod.pointer(crate::mesh::REDIRECTION).is_some_and(|value| value == "enabled").then_some(());
+    mesh.cluster.api().until("it is captured", &path, BOUND, enabled).unwrap();
+    let client = "src.identity=\"spiffe://cluster.local/ns/kinds/sa/of-client\"";
+    let mut seen = Vec::new();
+    wait::until("a record of the client", BOUND, || {
+        seen = inbound(mesh, pod);
+        (!seen.is_empty()).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
+    assert!(seen.iter().all(|record| record.contains(client)), "{seen:#?}");
 }
 
 /// A service sends nobody to a pod whose gate is closed.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -16,6 +17,8 @@ use tests::families::Families;
 use tests::kubernetes::Kubernetes;
 use tests::kubernetes::image::Recipe;
 use tests::metrics::{self, Sample};
+use tests::netns::NetNs;
+use tests::picture::{Picture, differences};
 use tests::{Error, http, wait};
 
 pub const BOUND: Duration = Duration::from_secs(120);
@@ -143,6 +146,16 @@ impl Mesh {
         settled.unwrap_or_else(|error| panic!("{error}\n{}", self.state()));
     }
 
+    /// The network of each pod of a namespace, by the label `app`.
+    pub fn networks(&self, namespace: &str) -> Vec<(String, NetNs)> {
+        let network = |pod: &Value| {
+            let (app, uid) = (text(pod, "/metadata/labels/app"), text(pod, "/metadata/uid"));
+            let process = processes_of(&uid).first().copied().unwrap_or_else(|| panic!("no process of {app} ({uid})"));
+            (app.clone(), NetNs::of_process(process.cast_unsigned(), app).unwrap())
+        };
+        self.pods(namespace).iter().map(network).collect()
+    }
+
     /// The name of the one pod of a namespace with that label `app`.
     pub fn pod_of(&self, namespace: &str, app: &str) -> Value {
         let path = format!("/api/v1/namespaces/{namespace}/pods?labelSelector=app%3D{app}");
@@ -248,6 +261,17 @@ impl Mesh {
         }
         said + &self.kubectl(&["get", "events", "--all-namespaces"]).unwrap_or_default()
     }
+}
+
+/// A picture that stays as it is: links that are new get addresses and routes for a while.
+pub fn lasting(look: impl Fn() -> Picture) -> Picture {
+    let still = || {
+        let one = look();
+        thread::sleep(Duration::from_secs(3));
+        let two = look();
+        differences(&one, &two).is_empty().then_some(two)
+    };
+    wait::until("a state that stays", BOUND, still).unwrap()
 }
 
 /// The processes of a pod, found by their cgroup.

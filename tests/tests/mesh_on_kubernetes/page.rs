@@ -8,9 +8,11 @@ use std::path::Path;
 use serde_json::Value;
 use tests::capture::Report;
 use tests::kubernetes::image::Recipe;
+use tests::netns::NetNs;
+use tests::picture::{self, Picture, differences};
 use tests::{cluster::bin_dir, http, wait};
 
-use crate::mesh::{BOUND, Mesh, SYSTEM, manifests, text};
+use crate::mesh::{BOUND, Mesh, SYSTEM, lasting, manifests, text};
 
 const MARKER: &str = "marker-on-kubernetes";
 const OPEN: &str = "marker-in-the-open";
@@ -52,6 +54,8 @@ fn a_label_encrypts_a_namespace_and_its_removal_leaves_nothing() {
     mesh.until_pods("shop", false);
     let seen = exchange(&mesh, "shop", OPEN);
     assert!(seen["ok"] == true && seen["received"].as_str().unwrap().contains(OPEN), "{seen}");
+    let networks = mesh.networks("shop");
+    let bare = lasting(|| inside_of(&networks));
     let before = names(&mesh, "shop");
     mesh.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
     mesh.until_pods("shop", true);
@@ -67,6 +71,10 @@ fn a_label_encrypts_a_namespace_and_its_removal_leaves_nothing() {
     .unwrap();
     let seen = exchange(&mesh, "shop", MARKER);
     assert!(seen["ok"] == true && seen["received"].as_str().unwrap().contains(MARKER), "{seen}");
+
+    let changed = differences(&bare, &inside_of(&networks));
+    let places: BTreeSet<_> = changed.iter().filter_map(|line| line.split(':').next()).collect();
+    assert!(places.len() >= 4, "rules and sockets of both pods differ while they are enrolled: {changed:#?}");
 
     // Everything that the agents say is in force was asked of the kernel.
     for node in ["node1", "node2"] {
@@ -88,8 +96,19 @@ fn a_label_encrypts_a_namespace_and_its_removal_leaves_nothing() {
     mesh.until_pods("shop", false);
     mesh.kubectl(&["delete", "namespace", "bookinfo", "--wait"]).unwrap();
     wait::until("nothing of the pods is left", BOUND, || (pins(&mesh) == nothing).then_some(())).unwrap();
+    let mut left = Vec::new();
+    wait::until("the pods' networks as they were before", BOUND, || {
+        left = differences(&bare, &inside_of(&networks));
+        left.is_empty().then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}, but for {left:#?}\n{}", mesh.state()));
     let seen = exchange(&mesh, "shop", OPEN);
     assert!(seen["ok"] == true, "the pods go on without the mesh: {seen}");
+}
+
+/// Rules, routes, disciplines, sysctls and sockets in the networks of pods.
+fn inside_of(networks: &[(String, NetNs)]) -> Picture {
+    networks.iter().flat_map(|(name, network)| picture::of_network(name, network).unwrap()).collect()
 }
 
 /// All that went between two pods of the application on the wire was TLS to or from the tunnel's port.

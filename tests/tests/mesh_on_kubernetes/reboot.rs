@@ -1,5 +1,5 @@
-//! Both nodes lose their power and come back, with the API server before them, after them, and with the agents held back.
-//! Each time everything comes up, and no enrolled pod is seen in clear between the nodes.
+//! Both nodes lose their power and come back, with the API server before them, after them, with the agents held back, and with
+//! culvertd. Each time everything comes up, and no enrolled pod is seen in clear, between the nodes or on one of them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -72,6 +72,49 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
     assert_eq!(started("busy"), 0, "enrolled pods wait for the agent\n{}", mesh.state());
     mesh.place("culvert-node", None);
     up_again(&mesh, &before, "with the agents after everybody");
+
+    // Without the control plane pods start captured all the same, and have nobody's word that they may talk until it is back.
+    let before = off();
+    replicas(&mesh, 0);
+    on();
+    wait::until("enrolled pods start captured without culvertd", BOUND, || {
+        nodes.iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
+        let (all, fresh) = (mesh.pods("busy"), fresh(&mesh, "busy", &before));
+        (all.len() == fresh.len() && not_captured(&mesh).is_empty()).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}: not captured: {:?}\n{}", not_captured(&mesh), mesh.state()));
+    replicas(&mesh, 2);
+    up_again(&mesh, &before, "with culvertd after everybody");
+}
+
+/// Has so many replicas of culvertd; of those that were there before none is left where there are to be none.
+fn replicas(mesh: &Mesh, count: usize) {
+    let count = format!("--replicas={count}");
+    mesh.kubectl(&["scale", "deployment/culvertd", "--namespace", SYSTEM, &count]).unwrap();
+}
+
+/// Names of enrolled pods that the kernels do not say are captured.
+fn not_captured(mesh: &Mesh) -> Vec<String> {
+    let enrolled: Vec<Value> = ["node1", "node2"].iter().filter_map(|node| mesh.enrolled_on(node)).flatten().collect();
+    let captured =
+        |pod: &Value| enrolled.iter().any(|one| one["uid"] == pod["metadata"]["uid"] && one["enrolled"] == true);
+    mesh.pods("busy").iter().filter(|pod| !captured(pod)).map(|pod| text(pod, "/metadata/name")).collect()
+}
+
+/// What the proxies let in, since they run, that came from a pod of `busy` and proved no identity: in clear on a node of its own,
+/// where no wire is. Connections that somebody else made, in the open, are known by their address.
+fn in_clear_on_a_node(mesh: &Mesh) -> Vec<String> {
+    let addresses: Vec<String> = mesh.pods("busy").iter().map(|pod| text(pod, "/status/podIP")).collect();
+    let is_theirs = |line: &str| addresses.iter().any(|address| line.contains(&format!("src.addr={address}:")));
+    let of_node = |node: &str| {
+        let log = mesh.kubectl(&["logs", &mesh.part_on("ztunnel", node), "--namespace", SYSTEM]).unwrap();
+        let unproven = |line: &&str| line.contains("direction=\"inbound\"") && !line.contains("src.identity=");
+        log.lines().filter(unproven).filter(|line| is_theirs(line)).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let samples = mesh.unproven("busy").into_iter();
+    let counted = samples.filter(|sample| sample.label("source_workload_namespace") == Some("busy"));
+    let counted = counted.map(|sample| format!("{sample:?}"));
+    [of_node("node1"), of_node("node2")].concat().into_iter().chain(counted).collect()
 }
 
 /// Writes the CNI's own configuration, with the plugins that it wants and no other, in another form than before.
@@ -124,12 +167,7 @@ fn up_again(mesh: &Mesh, before: &BTreeSet<String>, how: &str) {
                 return None;
             }
         }
-        let enrolled: Vec<Value> =
-            ["node1", "node2"].iter().filter_map(|node| mesh.enrolled_on(node)).flatten().collect();
-        let captured =
-            |pod: &Value| enrolled.iter().any(|one| one["uid"] == pod["metadata"]["uid"] && one["enrolled"] == true);
-        let busy = mesh.pods("busy");
-        let missing: Vec<_> = busy.iter().filter(|pod| !captured(pod)).map(|pod| text(pod, "/metadata/name")).collect();
+        let missing = not_captured(mesh);
         waits_for = format!("not captured: {missing:?}");
         missing.is_empty().then_some(())
     })
@@ -157,5 +195,7 @@ fn up_again(mesh: &Mesh, before: &BTreeSet<String>, how: &str) {
     let report = mesh.wire.report();
     report.complete().unwrap();
     assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes {how}");
+    let found = in_clear_on_a_node(mesh);
+    assert!(found.is_empty(), "in clear on a node {how}: {found:#?}");
     eprintln!("up {how}: after {took:.1?}");
 }

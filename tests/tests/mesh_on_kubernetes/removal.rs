@@ -4,15 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::thread;
-use std::time::Duration;
 
 use tests::families::Families;
 use tests::netns::NetNs;
 use tests::picture::{self, Picture, differences, files};
 use tests::wait;
 
-use crate::mesh::{BOUND, Mesh, manifests, processes_of, text};
+use crate::mesh::{BOUND, Mesh, lasting, manifests, text};
 
 /// Folders of a node that the mesh writes into.
 const FOLDERS: [&str; 4] = ["/etc/cni/net.d", "/opt/cni/bin", "/run/culvert", "/sys/fs/bpf/culvert"];
@@ -23,15 +21,8 @@ fn deleting_the_manifests_releases_every_pod_and_leaves_nothing_on_the_nodes() {
     let shop = include_str!("shop.yaml").replace("NAMESPACE", "shop").replace("SERVER", "echo");
     mesh.cluster.apply("shop.yaml", &shop).unwrap();
     mesh.until_pods("shop", false);
-    let networks = networks(&mesh, "shop");
-    // Links that are new get addresses and routes for a while.
-    let before = wait::until("a state that stays", BOUND, || {
-        let one = picture(&mesh, &networks);
-        thread::sleep(Duration::from_secs(3));
-        let two = picture(&mesh, &networks);
-        differences(&one, &two).is_empty().then_some(two)
-    })
-    .unwrap();
+    let networks = mesh.networks("shop");
+    let before = lasting(|| picture(&mesh, &networks));
 
     mesh.put_in_place();
     mesh.kubectl(&["label", "namespace", "shop", "istio.io/dataplane-mode=ambient"]).unwrap();
@@ -69,16 +60,6 @@ fn exchange(mesh: &Mesh, app: &str) -> Result<(), String> {
     let to = format!("{}:7000", text(&mesh.pod_of("shop", app), "/status/podIP"));
     let seen = mesh.run("shop", "client", &["connect", "--to", &to, "--send", "hello", "--read", "5"]);
     if seen["ok"] == true { Ok(()) } else { Err(seen.to_string()) }
-}
-
-/// The network of each pod of a namespace, by the label `app`.
-fn networks(mesh: &Mesh, namespace: &str) -> Vec<(String, NetNs)> {
-    let network = |pod: &serde_json::Value| {
-        let (app, uid) = (text(pod, "/metadata/labels/app"), text(pod, "/metadata/uid"));
-        let process = processes_of(&uid).first().copied().unwrap_or_else(|| panic!("no process of {app} ({uid})"));
-        (app.clone(), NetNs::of_process(process.cast_unsigned(), app).unwrap())
-    };
-    mesh.pods(namespace).iter().map(network).collect()
 }
 
 /// What the mesh touches on the nodes and in these networks.

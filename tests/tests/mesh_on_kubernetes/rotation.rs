@@ -44,6 +44,16 @@ pub fn rotate(mesh: &Mesh, target: &str) {
     let after = published(mesh);
     assert!(after.len() == 1 && after[0] != before, "{after:?}");
     assert_eq!(running(mesh), proxies, "no proxy was replaced or restarted");
+
+    // The API server believes the webhooks' certificates still; one that it does not believe is passed over.
+    let label =
+        ["label", "namespace", "kube-public", "istio.io/dataplane-mode=perhaps", "--overwrite", "--dry-run=server"];
+    let mut last = String::new();
+    wait::until("a label that means nothing is refused under the new root", BOUND, || {
+        last = mesh.kubectl(&label).err()?.to_string();
+        last.contains("istio.io/dataplane-mode").then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error}: {last}\n{}", mesh.state()));
 }
 
 /// The proxies that run, by the ids of their containers.

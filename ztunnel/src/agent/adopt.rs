@@ -1,12 +1,13 @@
 //! Taking over what an earlier agent left: the kernel's state is the truth, the pods' files say what it means.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::capture::{PodCapture, folder_name};
+use super::enrolment::found;
 use super::host::Host;
-use super::netns::Netns;
-use super::pod::{EnrolError, Pod};
+use super::netns::{Netns, NetnsError};
+use super::pod::{self, EnrolError, Pod, PodInfo, Sandbox};
 use super::sockets::ListenerSet;
 use super::state::{Saved, State, StateError};
 
@@ -24,6 +25,9 @@ pub struct Stranded {
     pub leaving: bool,
     /// Its namespace, if it was open when the pod was withdrawn: its path may be gone by now.
     pub netns: Option<Netns>,
+    /// Whether its file is lost: then nothing is known of it but its UID and its namespace, until somebody announces it. No proxy
+    /// is told of it meanwhile, since it has no identity.
+    pub unnamed: bool,
 }
 
 impl Stranded {
@@ -31,7 +35,24 @@ impl Stranded {
     pub fn new(saved: Saved) -> Self {
         let leaving = saved.leaving;
         let reason = String::from("it was withdrawn and is not released yet");
-        Self { saved, reason, listeners: None, leaving, netns: None }
+        Self { saved, reason, listeners: None, leaving, netns: None, unnamed: false }
+    }
+
+    /// One that the kernel holds and no file tells of.
+    ///
+    /// # Errors
+    /// When its namespace cannot be asked.
+    fn unnamed(uid: String, netns: &Netns, path: PathBuf) -> Result<Self, EnrolError> {
+        let nothing = String::new;
+        let info =
+            PodInfo { uid, name: nothing(), namespace: nothing(), service_account: nothing(), addresses: Vec::new() };
+        let before = pod::before_unknown(netns)?;
+        let saved = Saved::new(&info, netns, &Sandbox { id: nothing(), path }, before);
+        let reason = String::from(
+            "captured, but what an earlier agent wrote down of it is lost; it is taken over when it is announced again \
+             (as by its labels), or restart the pod",
+        );
+        Ok(Self { reason, unnamed: true, ..Self::new(saved) })
     }
 
     /// Takes listeners that a proxy returned, if they are of this pod and it has none. One that leaves needs
@@ -63,20 +84,19 @@ type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>, bool);
 /// When the folder of the pods' files cannot be read.
 pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
     let (mut pods, mut stranded) = (HashMap::new(), BTreeMap::new());
-    let (mut folders, mut cookies) = (BTreeSet::new(), BTreeSet::new());
-    // Whether every pod that may be captured is known.
-    let mut complete = true;
+    let (mut known, mut cookies) = (BTreeSet::new(), BTreeSet::new());
+    let mut all_read = true;
     for saved in state.load()? {
         let saved = match saved {
             Ok(saved) => saved,
             Err(error) => {
                 tracing::error!(%error, "cannot read the state of a pod; its capture stays as it is");
-                complete = false;
+                all_read = false;
                 continue;
             }
         };
         let uid = saved.pod.uid.clone();
-        folders.insert(folder_name(&uid));
+        known.insert(uid.clone());
         cookies.insert(saved.netns_cookie);
         if saved.leaving {
             tracing::info!(
@@ -101,18 +121,20 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
             }
         }
     }
-    let complete = complete & sweep_pins(host, &folders);
-    if complete {
+    let (unnamed, all_known) = search(host, &known);
+    cookies.extend(unnamed.iter().map(|found| found.saved.netns_cookie));
+    if all_known && all_read {
         sweep_map(host, &cookies);
     }
+    let complete = all_known && all_read;
+    stranded.extend(unnamed.into_iter().map(|found| (found.saved.pod.uid.clone(), found)));
     Ok((pods, stranded, complete))
 }
 
 /// Takes over one pod, with the listeners that a proxy returned, if one did. Blocks shortly.
 pub fn one(host: &Host, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Adoption {
     let Some(netns) = Netns::find(&saved.netns_path, saved.netns_inode, saved.netns_cookie) else {
-        let is_dead = || host.capture.adopt_pod(&saved.pod.uid).is_none_or(|pod| pod.is_dead().unwrap_or(false));
-        return if saved.is_gone() || is_dead() {
+        return if is_gone(host, saved) {
             Adoption::Gone
         } else {
             Adoption::Failed(String::from("its network namespace was not found"))
@@ -124,28 +146,61 @@ pub fn one(host: &Host, saved: &Saved, returned: Option<Arc<ListenerSet>>) -> Ad
     }
 }
 
-/// Removes the pins of namespaces that are gone. Returns whether no other is pinned than those that are known.
-fn sweep_pins(host: &Host, known: &BTreeSet<String>) -> bool {
-    let Ok(pinned) = host.capture.pinned() else { return false };
+/// Whether a pod's namespace is gone: it left its path and its processes ended, or the kernel says so. Blocks shortly.
+pub fn is_gone(host: &Host, saved: &Saved) -> bool {
+    saved.is_gone() || host.capture.is_dead(&saved.pod.uid)
+}
+
+/// Looks in the kernel for pods that are captured, in whichever layout, and that are none of these UIDs. Removes the pins of
+/// namespaces that are gone. Returns those that were found, and whether there are no others. Blocks: looks at every process if
+/// there are any.
+pub fn search(host: &Host, known: &BTreeSet<String>) -> (Vec<Stranded>, bool) {
+    let held = match host.capture.held() {
+        Ok(held) => held,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look for what is pinned");
+            return (Vec::new(), false);
+        }
+    };
+    let mut found = BTreeMap::new();
     let mut complete = true;
-    for folder in pinned.into_iter().filter(|folder| !known.contains(folder)) {
-        let capture = PodCapture::named(&host.capture, &folder);
-        match capture.is_dead() {
-            Ok(false) => {
-                tracing::warn!(folder, "pinned for a pod that this agent knows nothing of; left in force");
+    for held in held.into_iter().filter(|held| held.uid.as_ref().is_none_or(|uid| !known.contains(uid))) {
+        let folder = held.folder.display();
+        match (&held.uid, &held.netns_inode) {
+            (_, Ok(None)) => {
+                if let Err(error) = host.capture.unpin(&held) {
+                    tracing::warn!(%folder, %error, "cannot remove what is left of a namespace that is gone");
+                }
+            }
+            (_, Err(error)) => {
+                tracing::warn!(%folder, %error, "cannot ask what is pinned here; left as it is");
                 complete = false;
             }
-            Err(error) if !error.is_absence() => {
-                tracing::warn!(folder, %error, "cannot ask what is pinned here; left as it is");
-                complete = false;
-            }
-            // An earlier agent was ended before it attached anything.
-            Ok(true) | Err(_) => {
-                let _ = capture.unpin();
-            }
+            (Some(uid), Ok(Some(_))) if found.contains_key(uid) => {}
+            (uid, Ok(Some(inode))) => match uid.as_ref().and_then(|uid| unnamed(uid, *inode)) {
+                Some(stranded) => drop(found.insert(stranded.saved.pod.uid.clone(), stranded)),
+                None => complete = false,
+            },
         }
     }
-    complete
+    (found.into_values().collect(), complete)
+}
+
+/// A pod that is captured and of which no file tells, if its namespace is to be found.
+fn unnamed(uid: &str, inode: u64) -> Option<Stranded> {
+    let found = found::of_inode(inode)?;
+    let open = || Netns::new(std::fs::File::open(&found.open).map_err(NetnsError::Enter)?.into());
+    let netns = open().ok().filter(|netns| netns.inode() == inode)?;
+    match Stranded::unnamed(uid.to_owned(), &netns, found.path) {
+        Ok(stranded) => {
+            tracing::warn!(pod = uid, "captured, and nothing is written down of it; its capture stays");
+            Some(stranded)
+        }
+        Err(error) => {
+            tracing::warn!(pod = uid, %error, "captured, and nothing is written down of it, nor can it be asked");
+            None
+        }
+    }
 }
 
 /// Removes namespaces from the map of pods that belong to none: cookies are not used twice, but the map has an end.

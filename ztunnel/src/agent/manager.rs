@@ -36,10 +36,33 @@ const NOTICES: usize = 2 * ztunnel_ebpf::PODS_CAPACITY;
 pub struct Manager {
     commands: mpsc::Sender<Command>,
     pods: Shared,
+    stranded: Arc<Mutex<Vec<Held>>>,
 }
 
 /// Pods by UID, for those who only look.
 type Shared = Arc<Mutex<HashMap<String, Arc<Pod>>>>;
+
+/// A pod that is captured, whether it can be served or not.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// The pod. Of one whose file is lost only the UID is known; the rest is empty.
+    pub info: PodInfo,
+    /// Where it runs.
+    pub sandbox: Sandbox,
+    /// Its namespace.
+    pub netns_inode: u64,
+}
+
+impl Held {
+    fn of(pod: &Pod) -> Self {
+        Self { info: pod.info.clone(), sandbox: pod.sandbox(), netns_inode: pod.netns().inode() }
+    }
+
+    fn of_stranded(Stranded { saved, .. }: &Stranded) -> Self {
+        let sandbox = Sandbox { id: saved.sandbox.clone(), path: saved.netns_path.clone() };
+        Self { info: saved.pod.clone(), sandbox, netns_inode: saved.netns_inode }
+    }
+}
 
 /// What a proxy's connection has to tell it.
 #[derive(Debug)]
@@ -124,12 +147,14 @@ impl Manager {
         // They were there before any list that this agent will see.
         let listed = adopted.keys().chain(stranded.keys()).cloned().collect();
         *pods.lock().unwrap_or_else(PoisonError::into_inner) = adopted;
+        let shown = Arc::default();
         let (commands, queue) = mpsc::channel(QUEUE);
         let task = Task {
             host,
             state,
             pods: Arc::clone(&pods),
             stranded,
+            shown: Arc::clone(&shown),
             proxies: HashMap::new(),
             refusals: Refusals::default(),
             schedule: Schedule::default(),
@@ -137,8 +162,9 @@ impl Manager {
             listed,
             complete,
         };
+        task.show_stranded();
         tokio::spawn(task.run(queue));
-        Ok(Self { commands, pods })
+        Ok(Self { commands, pods, stranded: shown })
     }
 
     /// Enrols a pod; when this returns it is in force, as checked in the kernel.
@@ -207,6 +233,13 @@ impl Manager {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// All pods that are captured and are to be: those that are enrolled, and those that cannot be served.
+    #[must_use]
+    pub fn held(&self) -> Vec<Held> {
+        let stranded = self.stranded.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.pods().iter().map(|pod| Held::of(pod)).chain(stranded).collect()
+    }
+
     /// How many pods are enrolled and held less firmly than others.
     #[must_use]
     pub fn count_weaker(&self) -> usize {
@@ -231,6 +264,8 @@ struct Task {
     state: State,
     pods: Shared,
     stranded: BTreeMap<String, Stranded>,
+    /// Those of them that do not leave, for those who only look.
+    shown: Arc<Mutex<Vec<Held>>>,
     proxies: HashMap<u64, Connected>,
     refusals: Refusals,
     schedule: Schedule,
@@ -258,7 +293,13 @@ impl Task {
                 _ = rounds.tick() => self.round().await,
                 _ = ticks.tick(), if self.has_pods() => self.tick().await,
             }
+            self.show_stranded();
         }
+    }
+
+    fn show_stranded(&self) {
+        let stranded = self.stranded.values().filter(|stranded| !stranded.leaving).map(Held::of_stranded).collect();
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = stranded;
     }
 
     /// An answer that nobody waits for any more is dropped: the work is done all the same.
@@ -307,12 +348,19 @@ impl Task {
         if let Some((other, _)) = self.stranded.iter().find(of_it) {
             return Err(EnrolError::SameNamespace(other.clone()).into());
         }
-        if self.get(&uid).is_none() && !self.stranded.contains_key(&uid) {
+        if self.get(&uid).is_none() {
             self.rediscover(&info, &netns, &sandbox).await?;
         }
         if let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(&uid) {
             // Another by now, or withdrawn and not wholly released, which comes first.
-            if *leaving || saved.netns_cookie != netns.cookie() || saved.pod != info {
+            if *leaving || saved.netns_cookie != netns.cookie() {
+                return Ok(Enrolling::AfterWithdrawal);
+            }
+            if saved.pod != info && listeners.is_none() {
+                // Withdrawn, it could not be enrolled again while a proxy has the ports.
+                return Err(EnrolError::NoListeners.into());
+            }
+            if saved.pod != info {
                 return Ok(Enrolling::AfterWithdrawal);
             }
             let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
@@ -348,17 +396,24 @@ impl Task {
         Ok(Enrolling::Ended)
     }
 
-    /// A pod that is captured and of which nothing is known is stranded: enrolling it like one that is not would take its capture
-    /// back where it fails, as it does while a proxy has its ports.
+    /// A pod that is captured and of which nothing is known, or nothing but its UID, is stranded from now on under what it was
+    /// announced as: enrolling it like one that is not captured would take its capture back where it fails, as it does while a
+    /// proxy has its ports.
     async fn rediscover(&mut self, info: &PodInfo, netns: &Netns, sandbox: &Sandbox) -> Result<(), ManagerError> {
+        let is_held = match self.stranded.get(&info.uid) {
+            // In another namespace it leaves first.
+            Some(known) if !known.unnamed || known.saved.netns_cookie != netns.cookie() => return Ok(()),
+            known => known.is_some(),
+        };
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
         let (of, sandbox) = (info.clone(), sandbox.clone());
         let netns = netns.try_clone().map_err(EnrolError::from)?;
-        let found = blocking(move || pod::rediscover(&host, &state, &of, &netns, &sandbox)).await?;
+        let found = blocking(move || pod::rediscover(&host, &state, &of, &netns, &sandbox, is_held)).await?;
         if let Some(saved) = found {
             tracing::warn!(pod = info.uid, "captured by an earlier agent whose word of it is lost; it is taken over");
             let reason = String::from("captured, and not served yet: an earlier agent's word of it is lost");
-            self.stranded.insert(info.uid.clone(), Stranded { reason, ..Stranded::new(saved) });
+            let listeners = self.stranded.remove(&info.uid).and_then(|unnamed| unnamed.listeners);
+            self.stranded.insert(info.uid.clone(), Stranded { reason, listeners, ..Stranded::new(saved) });
         }
         Ok(())
     }
@@ -393,21 +448,18 @@ impl Task {
     /// Withdraws a pod unless it is enrolled in another sandbox than this one by now. Of a pod that nobody announced the
     /// sandbox is not known; runtimes end what runs in one before they say that it ends.
     async fn withdraw_from(&mut self, uid: &str, sandbox: &str, done: leaving::Done) {
-        let pod = self.get(uid);
-        let enrolled = pod.as_ref().map(|pod| pod.sandbox().id);
-        let enrolled = enrolled.or_else(|| self.stranded.get(uid).map(|stranded| stranded.saved.sandbox.clone()));
-        let is_former = match (enrolled.as_deref(), pod) {
-            (Some("") | None, None) => false,
-            (Some(""), Some(pod)) if !sandbox.is_empty() => {
-                let inode = pod.netns().inode();
-                let is_empty = tokio::task::spawn_blocking(move || is_without_processes(inode));
+        let held = self.get(uid).map(|pod| Held::of(&pod));
+        let held = held.or_else(|| self.stranded.get(uid).filter(|pod| !pod.leaving).map(Held::of_stranded));
+        let is_former = match held {
+            Some(held) if !sandbox.is_empty() && held.sandbox.id.is_empty() => {
+                let is_empty = tokio::task::spawn_blocking(move || is_without_processes(held.netns_inode));
                 !is_empty.await.unwrap_or_default()
             }
-            (Some(enrolled), _) => !enrolled.is_empty() && !sandbox.is_empty() && enrolled != sandbox,
-            (None, Some(_)) => false,
+            Some(held) => !sandbox.is_empty() && held.sandbox.id != sandbox,
+            None => false,
         };
         if is_former {
-            tracing::info!(pod = uid, sandbox, enrolled, "a former sandbox ended; the pod stays enrolled");
+            tracing::info!(pod = uid, sandbox, "a former sandbox ended; the pod stays enrolled");
             let _ = done.send(Ok(()));
         } else {
             self.withdraw(uid, Some(done), None);
@@ -462,7 +514,8 @@ impl Task {
         let (notices, receiver) = mpsc::channel(NOTICES);
         let pods = self.all().into_iter().map(|pod| (pod.info.clone(), pod.listeners()));
         // A proxy that kept a stranded pod goes on serving it; left out here, it would be dropped.
-        let stranded = self.stranded.values().map(|stranded| (stranded.saved.pod.clone(), stranded.listeners.clone()));
+        let stranded = self.stranded.values().filter(|stranded| !stranded.unnamed);
+        let stranded = stranded.map(|stranded| (stranded.saved.pod.clone(), stranded.listeners.clone()));
         for (info, listeners) in pods.chain(stranded) {
             if let Some(listeners) = listeners {
                 // The channel holds more than all pods.

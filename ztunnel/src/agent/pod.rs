@@ -278,7 +278,7 @@ impl Pod {
 
 /// What there is to know of a pod whose namespace is captured although nobody knows whose it is: its file is lost, or cannot be
 /// read. `None`: the namespace is not captured. What was set in it before capture is not known any more, and stays as it is when
-/// the pod leaves. Blocks shortly.
+/// the pod leaves. `is_held`: the pod's programs are known to be attached there. Blocks shortly.
 ///
 /// # Errors
 /// When the kernel cannot be asked, or the file cannot be written.
@@ -288,8 +288,9 @@ pub fn rediscover(
     info: &PodInfo,
     netns: &Netns,
     sandbox: &Sandbox,
+    is_held: bool,
 ) -> Result<Option<Saved>, EnrolError> {
-    if !host.capture.captures(netns.cookie())? {
+    if !is_held && !host.capture.captures(netns.cookie())? {
         return Ok(None);
     }
     // As when it is enrolled: an address that is not the pod's.
@@ -298,6 +299,15 @@ pub fn rediscover(
     let saved = Saved::new(info, netns, sandbox, before);
     state.save(&saved)?;
     Ok(Some(saved))
+}
+
+/// What is restored in a namespace of which nobody knows how it was: what is set now stays, except for the mesh's own rules and
+/// routes. Blocks shortly.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn before_unknown(netns: &Netns) -> Result<Before, EnrolError> {
+    Ok(pod_network::before(netns, &Needs { addresses: &[], dns: false })?)
 }
 
 /// First part of leaving: from now on nothing new is captured, and what was captured has ended. Blocks shortly.

@@ -115,7 +115,7 @@ mod tests {
         let node = NodeCapture::open(&scratch.bpffs(), &cgroup_root(), None, false).unwrap();
         run(&node).unwrap();
         assert_eq!(node.cookies().unwrap(), Vec::<u64>::new());
-        assert_eq!(node.pinned().unwrap(), Vec::<String>::new());
+        assert!(node.held().unwrap().is_empty());
     }
 
     #[test]
@@ -123,8 +123,8 @@ mod tests {
         let scratch = Scratch::new();
         let elsewhere = Cgroup::new("self-test");
         let node = NodeCapture::open(&scratch.bpffs(), &elsewhere.0, None, false).unwrap();
-        let (result, pinned, cookies) = (run(&node), node.pinned(), node.cookies());
+        let (result, held, cookies) = (run(&node), node.held(), node.cookies());
         assert!(matches!(result, Err(SelfTestError::NotCaptured(_))), "{result:?}");
-        assert_eq!((pinned.unwrap().len(), cookies.unwrap().len()), (0, 0));
+        assert_eq!((held.unwrap().len(), cookies.unwrap().len()), (0, 0));
     }
 }

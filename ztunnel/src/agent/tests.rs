@@ -85,9 +85,10 @@ impl Drop for Agent {
     }
 }
 
-/// The defaults. A test of capture attaches a stranger, which is none of these tests' business.
+/// The defaults. Other tests attach a stranger, and the hooks of a former layout, which are none of these tests' business.
 fn choices() -> Choices {
-    Choices { allowed_programs: vec![String::from("stranger")], ..Choices::default() }
+    let allowed_programs = ["stranger", "connect4", "connect6"].map(String::from).into();
+    Choices { allowed_programs, ..Choices::default() }
 }
 
 struct Announcer(BlockingSocket);

@@ -70,6 +70,15 @@ impl Knowledge {
         same.then_some(found)
     }
 
+    /// What the pod with this UID is called.
+    #[must_use]
+    pub fn name_of<'a>(&'a self, uid: &'a str) -> Option<PodName<'a>> {
+        self.pods.iter().find_map(|(namespace, pods)| {
+            let (name, _) = pods.iter().find(|(_, pod)| pod.uids.iter().any(|known| known == uid))?;
+            Some(PodName { namespace, name, uid: Some(uid) })
+        })
+    }
+
     /// Whether this pod is known to run on a kernel of its own, by the name of its runtime class.
     #[must_use]
     pub fn foreign_kernel(&self, pod: PodName<'_>) -> Option<ForeignKernel> {

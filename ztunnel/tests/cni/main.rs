@@ -11,6 +11,29 @@ use std::time::{Duration, Instant};
 use rig::{PodNet, Rig};
 
 #[test]
+fn labels_are_followed_of_pods_of_which_nothing_is_written_down() {
+    let rig = Rig::new();
+    rig.namespace("shop", "ambient");
+    for (name, uid) in [("web-1", "u1"), ("web-2", "u2")] {
+        rig.pod("shop", name, uid, "");
+    }
+    let agent = rig.agent();
+    let (web, other) = (PodNet::new(&rig), PodNet::new(&rig));
+    rig.add("shop", "web-1", "u1", "box-1", &web).ok();
+    rig.add("shop", "web-2", "u2", "box-2", &other).ok();
+    drop(agent);
+    // While no agent runs, the word of one is lost, and both opt out.
+    rig.lose("u1");
+    rig.pod("shop", "web-1", "u1", "none");
+    rig.pod("shop", "web-2", "u2", "none");
+    let agent = rig.agent();
+    web.wait(false, "it opted out, as its object says");
+    other.wait(false, "so did the other");
+    assert_eq!(rig.captured(), 0);
+    drop(agent);
+}
+
+#[test]
 fn labels_decide_and_are_followed_while_the_pod_runs() {
     let rig = Rig::new();
     rig.namespace("shop", "ambient");

@@ -188,6 +188,17 @@ impl Rig {
         Done(plugin.wait_with_output().unwrap())
     }
 
+    /// Removes what an agent has written down of a pod.
+    pub fn lose(&self, uid: &str) {
+        fs::remove_file(self.path("run/pods").join(format!("{uid}.json"))).unwrap();
+    }
+
+    /// How many pods have anything pinned, in the present layout.
+    pub fn captured(&self) -> usize {
+        let layout = fs::read_dir(self.path("bpf")).unwrap().next().unwrap().unwrap().path();
+        fs::read_dir(layout.join("pods")).unwrap().count()
+    }
+
     /// UID and service account of the pods that are enrolled, as checked in the kernel.
     pub fn enrolled(&self) -> Vec<(String, String)> {
         let socket = BlockingSocket::connect(&self.path("run/cni.sock"), PATIENCE).unwrap();

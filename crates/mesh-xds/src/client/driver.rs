@@ -27,7 +27,10 @@ pub struct Options {
     pub min_backoff: Duration,
     /// Longest wait before connecting again.
     pub max_backoff: Duration,
-    /// Time for the connection and for a stream's first response.
+    /// Time for the connection, until the server has answered the call.
+    pub opening: Duration,
+    /// Time from then until a stream's first response: when many clients come at once, a server serves them one after the other, and
+    /// who comes again stands behind all others.
     pub first_response: Duration,
     /// Time for the server to take a request.
     pub send: Duration,
@@ -42,7 +45,8 @@ impl Default for Options {
         Self {
             min_backoff: Duration::from_millis(500),
             max_backoff: Duration::from_secs(15),
-            first_response: Duration::from_secs(30),
+            opening: Duration::from_secs(30),
+            first_response: Duration::from_secs(180),
             send: Duration::from_secs(30),
             max_response: 64 << 20,
             max_names: 65_536,
@@ -203,7 +207,7 @@ impl Driver {
 
     async fn session(&mut self, connect: &mut impl Connect, sink: &mut impl Sink) -> End {
         let (requests, outgoing) = mpsc::channel(REQUESTS);
-        let first = self.options.first_response;
+        let (patience, first) = (self.options.opening, self.options.first_response);
         // Before the call: some servers answer it only once they have read a request.
         self.machine.connected();
         while requests.capacity() > 0
@@ -212,10 +216,10 @@ impl Driver {
             let _ = requests.try_send(request);
         }
         let opening = open(connect, outgoing, self.options.max_response);
-        let mut responses = match self.until(opening, first).await {
+        let mut responses = match self.until(opening, patience).await {
             Ok(Ok(responses)) => responses,
             Ok(Err(end)) => return end,
-            Err(_) => return End::new("ConnectionError", format!("no connection within {first:?}"), false),
+            Err(_) => return End::new("ConnectionError", format!("no connection within {patience:?}"), false),
         };
         self.publish(|status| {
             status.connected_since = Some(SystemTime::now());

@@ -62,7 +62,8 @@ impl Default for Options {
             max_reading: 16,
             max_syncing: 32,
             max_request: 64 << 20,
-            reading: Duration::from_secs(10),
+            // 7 MB, the versions of 100,000 resources, over a window of 64 KiB and a way of 100 ms take 11 s.
+            reading: Duration::from_secs(30),
             patience: Duration::from_secs(60),
             max_transfer: Duration::from_secs(600),
             max_age: Duration::from_secs(3600),

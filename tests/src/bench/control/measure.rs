@@ -28,6 +28,11 @@ const CHANGE: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(5);
 /// Between two changes: more than what they are gathered for.
 const PAUSE: Duration = Duration::from_millis(30);
+/// Goals: most memory, in bytes; the 99th percentile of changes, in milliseconds; and how much more processor time a change may take
+/// with ten times the pods.
+const MEMORY: u64 = 1 << 30;
+const SOON_MS: f64 = 100.0;
+const RATIO: f64 = 1.5;
 /// Changes before those that are measured.
 const WARM_UP: usize = 5;
 
@@ -219,6 +224,34 @@ fn mebibytes(bytes: u64) -> String {
     format!("{} MiB", bytes >> 20)
 }
 
+/// The goals that were missed, each as a sentence.
+pub fn missed(runs: &[Run]) -> Vec<String> {
+    let mut missed = Vec::new();
+    for run in runs {
+        let most = run.synced.peak.max(run.changed.resident);
+        if most > MEMORY {
+            missed.push(format!("{} pods: {} of memory, more than {}", run.pods, mebibytes(most), mebibytes(MEMORY)));
+        }
+        // A figure that is none is not good.
+        if !run.changed.p99_ms.is_finite() || run.changed.p99_ms > SOON_MS {
+            let took = run.changed.p99_ms;
+            missed.push(format!("{} pods: 99th percentile of changes {took:.1} ms, more than {SOON_MS} ms", run.pods));
+        }
+    }
+    if let Some(ratio) = cost_ratio(runs).filter(|ratio| *ratio > RATIO) {
+        missed.push(format!("a change costs {ratio:.2} times as much with ten times the pods, more than {RATIO}"));
+    }
+    missed
+}
+
+/// What a change costs in the last of two runs, as a multiple of the first.
+fn cost_ratio(runs: &[Run]) -> Option<f64> {
+    match runs {
+        [few, many] if few.changed.cpu_ms > 0.0 => Some(many.changed.cpu_ms / few.changed.cpu_ms),
+        _ => None,
+    }
+}
+
 /// The figures for people.
 pub fn table(runs: &[Run]) -> String {
     let mut lines = Vec::new();
@@ -242,10 +275,7 @@ pub fn table(runs: &[Run]) -> String {
     row("  largest", &|run| format!("{:.1} ms", run.changed.max_ms));
     row("  processor time of culvertd", &|run| format!("{:.2} ms", run.changed.cpu_ms));
     row("memory, after the changes", &|run| mebibytes(run.changed.resident));
-    if let [few, many] = runs
-        && few.changed.cpu_ms > 0.0
-    {
-        let ratio = many.changed.cpu_ms / few.changed.cpu_ms;
+    if let Some(ratio) = cost_ratio(runs) {
         lines.push(format!("A change costs {ratio:.2} times as much with ten times the pods.\n"));
     }
     lines.concat()
@@ -254,6 +284,32 @@ pub fn table(runs: &[Run]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn run(peak: u64, p99_ms: f64, cpu_ms: f64) -> Run {
+        Run {
+            pods: 10,
+            services: 1,
+            nodes: 1,
+            clients: 1,
+            changes: 1,
+            loaded: Loaded { seconds: 1.0, resident: 1 },
+            synced: Synced { seconds: 1.0, cpu_seconds: 1.0, bytes: 1, resident: 1, peak, reconnects: 0 },
+            changed: Changed { p50_ms: 1.0, p99_ms, max_ms: p99_ms, cpu_ms, resident: 1 },
+        }
+    }
+
+    #[test]
+    fn goals_that_are_missed_are_named() {
+        assert_eq!(missed(&[run(1 << 30, 100.0, 2.0), run(1, 1.0, 3.0)]), Vec::<String>::new());
+        let [memory] = missed(&[run((1 << 30) + 1, 1.0, 1.0)]).try_into().unwrap();
+        assert!(memory.contains("of memory"), "{memory}");
+        for late in [100.1, f64::NAN] {
+            let [late] = missed(&[run(1, late, 1.0)]).try_into().unwrap();
+            assert!(late.contains("99th percentile"), "{late}");
+        }
+        let [cost] = missed(&[run(1, 1.0, 1.0), run(1, 1.0, 1.6)]).try_into().unwrap();
+        assert!(cost.contains("1.60 times"), "{cost}");
+    }
 
     #[test]
     fn ranks() {

@@ -9,6 +9,7 @@ mod clsact;
 mod error;
 mod former;
 mod guard;
+mod held;
 mod loader;
 mod logs;
 mod pins;
@@ -19,7 +20,7 @@ mod sockets;
 mod sys;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::fs;
 use std::io;
@@ -38,6 +39,7 @@ use routes::Routes;
 pub use cgroup::ForeignProgram;
 pub use error::CaptureError;
 pub use guard::Guard;
+pub use held::Held;
 pub use pod::{Attachment, Listeners, PodCapture};
 pub use routes::Route;
 pub use sys::netns_cookie;
@@ -215,14 +217,6 @@ impl NodeCapture {
     pub fn counter(&self, counter: abi::Counter) -> Result<u64, CaptureError> {
         let values = self.counters.get(&(counter as u32), 0).map_err(map_error(abi::MAP_COUNTERS))?;
         Ok(values.iter().sum())
-    }
-
-    /// Names of the folders of pods that are pinned.
-    ///
-    /// # Errors
-    /// When bpffs cannot be read.
-    pub fn pinned(&self) -> Result<Vec<String>, CaptureError> {
-        folders(&self.root.join("pods"))
     }
 
     /// Versions of other layouts that are pinned and in force: what agents of other versions left.

@@ -27,7 +27,7 @@ use crate::agent::sock_diag;
 const LATECOMERS: u32 = 64;
 
 /// The pinned link of the lookup program.
-const LINK: &str = "link";
+pub(super) const LINK: &str = "link";
 /// Maps of the pod that the lookup program uses.
 const MAPS: [&str; 2] = [abi::MAP_POD, abi::MAP_SOCKETS];
 /// Maps of the node that it uses.
@@ -335,16 +335,6 @@ impl PodCapture {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(mended),
             Err(error) => Err(at(&pin)(error)),
         }
-    }
-
-    /// Whether the namespace is gone: then nothing is captured and the pins are only litter.
-    ///
-    /// # Errors
-    /// When the link cannot be asked.
-    pub fn is_dead(&self) -> Result<bool, CaptureError> {
-        let pin = self.folder.join(LINK);
-        let link = sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&pin))?;
-        Ok(link.target == 0)
     }
 
     /// Detaches the programs and removes what is pinned. Nothing to do is no error.

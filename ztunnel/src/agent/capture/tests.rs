@@ -2,7 +2,7 @@
 
 mod edge;
 mod hooks;
-mod layouts;
+pub(in crate::agent) mod layouts;
 mod maps;
 
 use std::io::{self, Read as _, Write as _};
@@ -325,7 +325,7 @@ fn release_restores_everything() {
     pod_network::restore(&world.a.netns, world.before).unwrap();
     assert!(pod_network::verify(&world.a.netns, &NEEDS).is_err());
     assert_eq!(world.node.enrolled(world.a.netns.cookie()).unwrap(), None);
-    assert_eq!(world.node.pinned().unwrap(), Vec::<String>::new());
+    assert!(world.node.held().unwrap().is_empty());
     connect(&world.a.netns, at(B, PORT)).unwrap();
     assert_eq!(accept(&world.application).expect("left alone").1.ip(), A);
     let own = listen(&world.a.netns, PORT);
@@ -349,7 +349,7 @@ fn capture_outlives_the_agent_and_is_adopted() {
     assert!(verify(&a.netns, entry(0), guard).is_err(), "other flags");
     assert!(verify(&a.netns, PodEntry::new(&[B.into()], 0, FLAG_DNS).unwrap(), guard).is_err(), "another address");
     assert!(verify(&a.netns, entry(FLAG_DNS), Guard::HostEnd { index: 1 }).is_err(), "another device");
-    assert!(!capture.is_dead().unwrap());
+    assert!(!node.is_dead("uid/a"));
     assert_eq!(node.counter(Counter::Captured).unwrap(), 1, "the maps are the old ones");
     drop(application);
 }
@@ -470,7 +470,7 @@ fn purge_leaves_nothing() {
     purge(&world.scratch.bpffs()).unwrap();
     assert!(!layout(&world.scratch.bpffs(), abi::LAYOUT_VERSION).exists());
     connect(&world.a.netns, at(Ipv4Addr::LOCALHOST, PORT)).unwrap_err();
-    assert!(world.node.pinned().is_err());
+    assert!(world.node.held().unwrap().is_empty());
 }
 
 #[test]

@@ -58,6 +58,17 @@ pub fn find(uids: &[String]) -> Result<Found, NotFound> {
     choose(&found, &made_by_runtimes())
 }
 
+/// The network namespace with this inode: where a runtime keeps it, else where a process is in it. Blocks.
+#[must_use]
+pub fn of_inode(wanted: u64) -> Option<Found> {
+    if let Some(path) = made_by_runtimes().remove(&wanted) {
+        return Some(Found { open: path.clone(), path, inode: wanted });
+    }
+    let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    let open = processes.map(|process| process.path().join("ns/net")).find(|path| inode(path) == Some(wanted))?;
+    Some(Found { open, path: PathBuf::new(), inode: wanted })
+}
+
 /// Those that a runtime made are the pods'; of one alone there is no question.
 fn choose(found: &BTreeMap<u64, PathBuf>, made: &BTreeMap<u64, PathBuf>) -> Result<Found, NotFound> {
     let all = found.len();

@@ -3,7 +3,7 @@
 //! start and follows the labels afterwards.
 
 mod directory;
-mod found;
+pub(super) mod found;
 mod fresh;
 pub mod kubernetes;
 mod objects;

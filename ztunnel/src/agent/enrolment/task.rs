@@ -18,9 +18,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 use self::moving::{Moving, Then};
 use super::found::{self, Found};
 use super::{Admission, AdmissionError, Admitted, Checked, Known, NOBODY, Origin, Problems, Running, name};
-use crate::agent::manager::{Manager, ManagerError};
+use crate::agent::manager::{Held, Manager, ManagerError};
 use crate::agent::netns::{inode_at, is_gone};
-use crate::agent::pod::{EnrolError, Pod, PodInfo, Sandbox};
+use crate::agent::pod::{EnrolError, PodInfo, Sandbox};
 use crate::cni::decide::{Decision, Pass};
 use crate::cni::knowledge::{self, ForeignKernel, PodName};
 use crate::cni::passed::{Folder, Passed, PassedPod};
@@ -409,14 +409,21 @@ impl Task {
         if known.origin != Origin::Source {
             return;
         }
-        for pod in self.manager.pods() {
-            let info = &pod.info;
-            let uid = Some(info.uid.as_str()).filter(|uid| *uid != pod.sandbox().id);
-            let named = PodName { namespace: &info.namespace, name: &info.name, uid };
-            if let Decision::Pass(pass) = known.knowledge.decide(named, &NOBODY)
+        for held in self.manager.held() {
+            let info = &held.info;
+            let uid = Some(info.uid.as_str()).filter(|uid| *uid != held.sandbox.id);
+            let named = match (info.name.as_str(), uid) {
+                // Its file is lost, and its object, if there is one, tells the name.
+                ("", Some(uid)) => known.knowledge.name_of(uid),
+                (name, uid) => Some(PodName { namespace: &info.namespace, name, uid }),
+            };
+            if let Some(named) = named
+                && let Decision::Pass(pass) = known.knowledge.decide(named, &NOBODY)
                 && self.is_due(&info.uid)
             {
-                self.withdraw(&pod, pass);
+                let (name, namespace) = (named.name, named.namespace);
+                tracing::info!(pod = info.uid, name, namespace, why = %pass, "to be withdrawn while it runs");
+                self.withdraw(&held);
             }
         }
         for passed in self.passed.values().cloned().collect::<Vec<_>>() {
@@ -488,9 +495,7 @@ impl Task {
     }
 
     /// A pod that runs has lost its label.
-    fn withdraw(&mut self, pod: &Pod, pass: Pass) {
-        let (info, sandbox) = (&pod.info, pod.sandbox());
-        tracing::info!(pod = info.uid, name = info.name, namespace = info.namespace, why = %pass, "to be withdrawn while it runs");
+    fn withdraw(&mut self, Held { info, sandbox, netns_inode }: &Held) {
         let remembered = PassedPod {
             uid: info.uid.clone(),
             name: info.name.clone(),
@@ -502,7 +507,7 @@ impl Task {
             tracing::warn!(pod = info.uid, "its sandbox is not known; a later label needs a restart");
         } else {
             // First: an agent that is ended here finds it again, and finds it enrolled.
-            self.remember(Passed::new(remembered, &sandbox.id, &sandbox.path, pod.netns().inode()));
+            self.remember(Passed::new(remembered, &sandbox.id, &sandbox.path, *netns_inode));
         }
         let (uid, manager) = (info.uid.clone(), self.manager.clone());
         let withdrawn = async move { manager.withdraw(uid, String::new()).await.map_err(|error| error.to_string()) };

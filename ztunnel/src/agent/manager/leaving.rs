@@ -71,6 +71,11 @@ impl Leaving {
         self.pods.is_empty()
     }
 
+    /// Their UIDs.
+    pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
+        self.pods.keys().map(String::as_str)
+    }
+
     /// The next pod that has left, or not wholly; `None`: none leaves.
     pub(super) async fn next(&mut self) -> Option<Result<(Id, Left), JoinError>> {
         self.tasks.join_next_with_id().await

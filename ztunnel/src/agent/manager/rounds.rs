@@ -1,7 +1,7 @@
 //! What the manager does unasked: pods that are gone are withdrawn, those that lost something in the kernel are mended,
 //! stranded ones are tried again.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -137,9 +137,31 @@ impl Task {
                 let _ = notices.try_send(Notice::Added(info, listeners));
             }
         }
+        if !self.complete {
+            self.search().await;
+        }
         for uid in self.stranded.keys().cloned().collect::<Vec<_>>() {
             self.look_after_stranded(&uid).await;
         }
+    }
+
+    /// Looks again for pods that are captured and not known, while there may be any.
+    async fn search(&mut self) {
+        let known = self.all().into_iter().map(|pod| pod.info.uid.clone()).chain(self.stranded.keys().cloned());
+        let known: BTreeSet<String> = known.chain(self.leaving.uids().map(str::to_owned)).collect();
+        let (host, state) = (Arc::clone(&self.host), self.state.clone());
+        let searched = blocking(move || {
+            let all_read = state.load().is_ok_and(|files| files.iter().all(Result::is_ok));
+            let (found, all_known) = adopt::search(&host, &known);
+            Ok((found, all_known && all_read))
+        });
+        let Ok((found, complete)) = searched.await else { return };
+        for stranded in found {
+            let uid = stranded.saved.pod.uid.clone();
+            self.listed.insert(uid.clone());
+            self.stranded.insert(uid, stranded);
+        }
+        self.complete = complete;
     }
 
     /// Takes note of which pods exist. One that does not any more may still run, as when its object is deleted by force; and
@@ -204,9 +226,17 @@ impl Task {
     }
 
     async fn look_after_stranded(&mut self, uid: &str) {
-        let Some(Stranded { saved, listeners, leaving, .. }) = self.stranded.get(uid) else { return };
+        let Some(Stranded { saved, listeners, leaving, unnamed, .. }) = self.stranded.get(uid) else { return };
         if *leaving {
             return self.withdraw(uid, None, None);
+        }
+        if *unnamed {
+            let (host, saved) = (Arc::clone(&self.host), saved.clone());
+            if blocking(move || Ok(adopt::is_gone(&host, &saved))).await.unwrap_or(false) {
+                tracing::info!(pod = uid, "its network namespace is gone and nobody withdrew it");
+                self.withdraw(uid, None, None);
+            }
+            return;
         }
         let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
         match blocking(move || Ok(adopt::one(&host, &saved, listeners))).await {

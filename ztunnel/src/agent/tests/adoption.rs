@@ -2,8 +2,10 @@
 
 use std::fs;
 
+use super::capture::tests::layouts::Former;
 use super::drift::Drift;
 use super::pod_network::Before;
+use super::sockets::ListenerSet;
 use super::*;
 
 #[test]
@@ -95,6 +97,107 @@ fn pod_whose_file_is_lost_stays_captured_and_is_taken_over() {
     assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT));
 }
 
+/// Runs a whole round of the agent: when a pod that is gone was withdrawn, everything has been looked at.
+fn look_at_everything(agent: &Agent) {
+    let (other, _neighbour) = pair();
+    let dying = process_in(&other);
+    let announcer = agent.announcer();
+    announcer.enrol("uid-other", &other, &dying.path()).unwrap();
+    drop(dying);
+    eventually(|| announcer.list().iter().all(|(uid, _)| uid != "uid-other").then_some(())).expect("a gone pod goes");
+}
+
+#[test]
+fn pod_whose_file_is_missing_is_known_by_its_capture() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    drop((proxy, agent));
+    let inside = process_in(&a);
+    let lose = || std::fs::remove_file(scratch.path("run/pods").join(format!("{UID}.json"))).unwrap();
+    lose();
+
+    let agent = Agent::start(&scratch);
+    let (uid, reason) = agent.announcer().list().remove(0);
+    assert!(uid == UID && reason.contains("is lost"), "{uid}: {reason}");
+    // The end of a sandbox from before, which nobody can tell from the present one by now.
+    agent.announcer().withdraw_from(UID, "of before").expect("nothing to do is no error");
+    let kept = listeners.iter().map(|socket| socket.try_clone().unwrap()).collect();
+    let proxy = agent.proxy(vec![(UID, kept)]);
+    // Nobody knows whose identity it is to be served with.
+    proxy.snapshot();
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    assert_eq!(proxy.added().0, UID, "with the listeners that the proxy kept");
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
+    drop((proxy, agent, listeners));
+
+    // One that is not wanted any more leaves as every other does.
+    lose();
+    let agent = Agent::start(&scratch);
+    assert_eq!(agent.announcer().list().len(), 1);
+    agent.announcer().withdraw(UID).unwrap();
+    // How its switches were set is not known any more.
+    let needs = pod_network::Needs { addresses: &[A.into(), A6.into()], dns: true };
+    let missing = pod_network::inspect(&a.netns, &needs).unwrap();
+    assert_eq!((missing.rules.len(), missing.routes.len()), (12, 2));
+    assert_eq!(agent.host.capture.cookies().unwrap(), Vec::<u64>::new());
+    assert!(agent.host.capture.held().unwrap().is_empty());
+    drop(inside);
+}
+
+#[test]
+fn stranded_pod_that_is_announced_as_another_stays_captured() {
+    let scratch = Scratch::new();
+    let (a, _b) = pair();
+    let (agent, listeners) = stranded(&scratch, &a);
+    let mut other = wire(UID, A);
+    other.service_account = "other".into();
+    let request = node::EnrolPod { pod: Some(other), ..Default::default() };
+    let error = ok(agent.announcer().ask(pod_request::Kind::Enrol(request), &[a.netns.as_fd()])).unwrap_err();
+    assert!(error.contains("has not returned"), "{error}");
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
+    connect(&a, at(B, PORT)).unwrap();
+    assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
+}
+
+#[test]
+fn former_layout_stays_while_it_alone_holds_a_pod_of_which_nothing_is_known() {
+    let scratch = Scratch::new();
+    let (a, b) = pair();
+    pod_network::prepare(&a.netns, &pod_network::Needs { addresses: &[A.into()], dns: true }).unwrap();
+    let listeners = ListenerSet::open(&a.netns, true).unwrap();
+    let outbound = listeners.outbound.try_clone().unwrap();
+    let former = Former::new(&scratch, &a, &b.netns, &listeners);
+    let captured = |when: &str| {
+        connect(&a, at(B, PORT)).unwrap_or_else(|error| panic!("{when}: {error}"));
+        assert_eq!(accept(&outbound).expect(when).0, at(B, PORT), "{when}");
+    };
+    captured("no agent");
+    // Its namespace is not to be found, and then it is.
+    let agent = Agent::start(&scratch);
+    look_at_everything(&agent);
+    assert_eq!((agent.announcer().list(), agent.host.capture.former_layouts()), (Vec::new(), vec![2]));
+    captured("nobody knows of it");
+    let inside = process_in(&a);
+    let announcer = agent.announcer();
+    eventually(|| (!announcer.list().is_empty()).then_some(())).expect("it is looked for again");
+    look_at_everything(&agent);
+    assert_eq!((agent.announcer().list().len(), agent.host.capture.former_layouts()), (1, vec![2]));
+    captured("its UID is known");
+    drop((outbound, listeners));
+    eventually(|| announcer.enrol("uid/a", &a, "").ok()).expect("it is announced, and nobody has its ports");
+    eventually(|| agent.host.capture.former_layouts().is_empty().then_some(())).expect("nothing depends on it now");
+    assert!(!former.folder.exists());
+    assert_eq!(agent.announcer().list(), [("uid/a".into(), String::new())]);
+    drop(inside);
+}
+
 #[test]
 fn restarted_agent_opens_listeners_when_the_proxy_died_too() {
     let scratch = Scratch::new();
@@ -127,8 +230,9 @@ fn pod_whose_namespace_vanished_while_no_agent_ran_is_buried() {
     let announcer = agent.announcer();
     eventually(|| announcer.list().is_empty().then_some(())).unwrap_or_else(|| panic!("{:?}", announcer.list()));
     // What a pod leaves is taken away beside everything else.
-    let left = || (agent.host.capture.cookies().unwrap(), agent.host.capture.pinned().unwrap());
-    eventually(|| (left() == (Vec::new(), Vec::new())).then_some(())).unwrap_or_else(|| panic!("{:?} is left", left()));
+    let left = || (agent.host.capture.cookies().unwrap(), agent.host.capture.held().unwrap());
+    let is_clean = || left().0.is_empty() && left().1.is_empty();
+    eventually(|| is_clean().then_some(())).unwrap_or_else(|| panic!("{:?} is left", left()));
 }
 
 #[test]

@@ -8,13 +8,13 @@ use super::*;
 static OBJECT: &[u8] = aya::include_bytes_aligned!("layout2.bpf.o");
 
 /// What an agent of layout 2 leaves of an enrolled pod: its programs, attached and pinned, and their maps.
-struct Former {
+pub(in crate::agent) struct Former {
     node: PathBuf,
-    folder: PathBuf,
+    pub(in crate::agent) folder: PathBuf,
 }
 
 impl Former {
-    fn new(scratch: &Scratch, pod: &TestPod, host: &Netns, listeners: &ListenerSet) -> Self {
+    pub(in crate::agent) fn new(scratch: &Scratch, pod: &TestPod, host: &Netns, listeners: &ListenerSet) -> Self {
         let root = scratch.bpffs().join("v2");
         let (node, folder) = (root.join("node"), root.join("pods").join(folder_name("uid/a")));
         for path in [&node, &folder] {

@@ -1,0 +1,102 @@
+//! Whom the kernel holds captured, as the pins alone tell: in every layout, whether anybody knows of the pod or not.
+
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+
+use super::error::{CaptureError, at};
+use super::pod::LINK;
+use super::{NodeCapture, folder_name, folders, former, layout, sys};
+
+/// A pod's folder in one of the layouts.
+#[derive(Debug)]
+pub struct Held {
+    /// The pod's UID; `None` where the folder's name is none that an agent gives.
+    pub uid: Option<String>,
+    /// Where it is pinned.
+    pub folder: PathBuf,
+    /// Inode of the network namespace that the lookup program is attached to; `None`: to none, and the pins are only litter.
+    pub netns_inode: Result<Option<u64>, CaptureError>,
+}
+
+impl NodeCapture {
+    /// Every pod that is pinned, in this layout and in others. One that is in several comes several times.
+    ///
+    /// # Errors
+    /// When bpffs cannot be read.
+    pub fn held(&self) -> Result<Vec<Held>, CaptureError> {
+        let mut held = Vec::new();
+        for version in former::versions(&self.bpffs)? {
+            let pods = layout(&self.bpffs, version).join("pods");
+            let names = match folders(&pods) {
+                Err(error) if error.is_absence() => continue,
+                other => other?,
+            };
+            held.extend(names.into_iter().map(|name| {
+                let folder = pods.join(&name);
+                Held { uid: uid_of(&name), netns_inode: attached_to(&folder), folder }
+            }));
+        }
+        Ok(held)
+    }
+
+    /// Whether no layout captures a pod any more: its namespace is gone, or nothing is pinned. What cannot be found out counts
+    /// as no.
+    #[must_use]
+    pub fn is_dead(&self, uid: &str) -> bool {
+        let is_live = |held: &Held| held.uid.as_deref() == Some(uid) && !matches!(held.netns_inode, Ok(None));
+        self.held().is_ok_and(|held| !held.iter().any(is_live))
+    }
+
+    /// Removes what is pinned in a folder.
+    ///
+    /// # Errors
+    /// When the kernel or bpffs refuses.
+    pub fn unpin(&self, held: &Held) -> Result<(), CaptureError> {
+        super::pod::remove(&held.folder)
+    }
+}
+
+fn attached_to(folder: &std::path::Path) -> Result<Option<u64>, CaptureError> {
+    let pin = folder.join(LINK);
+    match sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&pin)) {
+        Ok(link) => Ok(Some(link.target).filter(|target| *target != 0)),
+        // An agent was ended before it attached anything.
+        Err(error) if error.is_absence() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The UID that gives a folder this name.
+fn uid_of(folder: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(folder.len());
+    let mut rest = folder.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let escaped = if *first == b'_' { Some(after.split_at_checked(2)?) } else { None };
+        match escaped {
+            Some((digits, after)) => {
+                bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+                rest = after;
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok().filter(|uid| folder_name(uid) == folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uid_is_found_in_the_name_of_its_folder_and_in_no_other() {
+        for uid in ["0a1b2c3d-1111-2222", "uid/a", "a.b_c", "ü"] {
+            assert_eq!(uid_of(&folder_name(uid)).as_deref(), Some(uid));
+        }
+        for name in ["_", "_2", "_zz", "_+f", "a.b", "_61", "_2F", "_ff"] {
+            assert_eq!(uid_of(name), None, "{name}");
+        }
+    }
+}
