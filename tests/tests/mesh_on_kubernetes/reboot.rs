@@ -66,7 +66,7 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
     let started = |namespace: &str| fresh(&mesh, namespace, &before).len();
     wait::until("pods of the system start without an agent", BOUND, || {
         nodes.iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
-        (started("kube-system") == 2 && fresh_replicas(&mesh, &before) == 2).then_some(())
+        (started("kube-system") == 2 && fresh_of(&mesh, "culvertd", &before) == 2).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
     assert_eq!(started("busy"), 0, "enrolled pods wait for the agent\n{}", mesh.state());
@@ -80,9 +80,10 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
     wait::until("enrolled pods start captured without culvertd", BOUND, || {
         nodes.iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
         let (all, fresh) = (mesh.pods("busy"), fresh(&mesh, "busy", &before));
-        (all.len() == fresh.len() && not_captured(&mesh).is_empty()).then_some(())
+        let are_there = fresh_of(&mesh, "culvert-node", &before) == 2 && all.len() == fresh.len();
+        (are_there && not_captured(&mesh).is_empty()).then_some(())
     })
-    .unwrap_or_else(|error| panic!("{error}: not captured: {:?}\n{}", not_captured(&mesh), mesh.state()));
+    .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
     replicas(&mesh, 2);
     up_again(&mesh, &before, "with culvertd after everybody");
 }
@@ -147,9 +148,10 @@ fn fresh(mesh: &Mesh, namespace: &str, before: &BTreeSet<String>) -> Vec<Value> 
     mesh.pods(namespace).into_iter().filter(|pod| is_ready(pod) && is_fresh(pod)).collect()
 }
 
-fn fresh_replicas(mesh: &Mesh, before: &BTreeSet<String>) -> usize {
-    let is_culvertd = |pod: &&Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "culvertd";
-    fresh(mesh, SYSTEM, before).iter().filter(is_culvertd).count()
+/// How many pods of a part of the mesh are.
+fn fresh_of(mesh: &Mesh, part: &str, before: &BTreeSet<String>) -> usize {
+    let is_it = |pod: &&Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == *part;
+    fresh(mesh, SYSTEM, before).iter().filter(is_it).count()
 }
 
 /// Waits until every pod is ready in a container that was not there before and those of `busy` are captured by the word
