@@ -98,7 +98,9 @@ fn table(pods: &[node::PodState]) -> String {
             "" => format!("enrolled, held less firmly: {}", state.weaker_reason),
             reason => format!("not enrolled: {reason}"),
         };
-        [pod.namespace.clone(), pod.name.clone(), addresses(&pod).join(","), state]
+        // Of one that is known by its capture alone there is no more.
+        let name = if pod.name.is_empty() { pod.uid.clone() } else { pod.name.clone() };
+        [pod.namespace.clone(), name, addresses(&pod).join(","), state]
     };
     let mut rows = vec![["NAMESPACE", "NAME", "ADDRESSES", "STATE"].map(str::to_owned)];
     rows.extend(pods.iter().map(row));
@@ -146,6 +148,10 @@ mod tests {
         );
         let weaker = node::PodState { weaker_reason: "no guard".into(), ..state("web", "") };
         assert!(table(std::slice::from_ref(&weaker)).ends_with("enrolled, held less firmly: no guard\n"));
+        let pod = node::Pod { uid: "u-1".into(), ..node::Pod::default() };
+        let unnamed =
+            node::PodState { pod: Some(pod), not_enrolled_reason: "lost".into(), ..node::PodState::default() };
+        assert!(table(&[unnamed]).contains("u-1"));
         assert_eq!(object(&weaker)["weaker"], "no guard");
         assert_eq!(object(&pods[0])["enrolled"], true);
         assert_eq!(object(&pods[1])["reason"], "no rule");

@@ -6,6 +6,7 @@ use std::fs;
 use std::time::Instant;
 
 use serde_json::Value;
+use tests::metrics::Sample;
 use tests::wait;
 
 use crate::mesh::{BOUND, Mesh, SYSTEM, is_ready, text};
@@ -77,18 +78,20 @@ fn nodes_that_are_rebooted_bring_up_everything_and_no_pod_uncaptured() {
     let before = off();
     replicas(&mesh, 0);
     on();
-    wait::until("enrolled pods start captured without culvertd", BOUND, || {
+    wait::until("enrolled pods start captured without culvertd", BOUND * 2, || {
         nodes.iter().try_for_each(tests::kubernetes::Node::keep_up).unwrap();
         let (all, fresh) = (mesh.pods("busy"), fresh(&mesh, "busy", &before));
         let are_there = fresh_of(&mesh, "culvert-node", &before) == 2 && all.len() == fresh.len();
-        (are_there && not_captured(&mesh).is_empty()).then_some(())
+        let is_alone =
+            mesh.pods(SYSTEM).iter().all(|pod| pod["metadata"]["labels"]["app.kubernetes.io/name"] != "culvertd");
+        (are_there && is_alone && not_captured(&mesh).is_empty()).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error}\n{}", mesh.state()));
     replicas(&mesh, 2);
     up_again(&mesh, &before, "with culvertd after everybody");
 }
 
-/// Has so many replicas of culvertd; of those that were there before none is left where there are to be none.
+/// Has so many replicas of culvertd from now on.
 fn replicas(mesh: &Mesh, count: usize) {
     let count = format!("--replicas={count}");
     mesh.kubectl(&["scale", "deployment/culvertd", "--namespace", SYSTEM, &count]).unwrap();
@@ -102,20 +105,11 @@ fn not_captured(mesh: &Mesh) -> Vec<String> {
     mesh.pods("busy").iter().filter(|pod| !captured(pod)).map(|pod| text(pod, "/metadata/name")).collect()
 }
 
-/// What the proxies let in, since they run, that came from a pod of `busy` and proved no identity: in clear on a node of its own,
-/// where no wire is. Connections that somebody else made, in the open, are known by their address.
-fn in_clear_on_a_node(mesh: &Mesh) -> Vec<String> {
-    let addresses: Vec<String> = mesh.pods("busy").iter().map(|pod| text(pod, "/status/podIP")).collect();
-    let is_theirs = |line: &str| addresses.iter().any(|address| line.contains(&format!("src.addr={address}:")));
-    let of_node = |node: &str| {
-        let log = mesh.kubectl(&["logs", &mesh.part_on("ztunnel", node), "--namespace", SYSTEM]).unwrap();
-        let unproven = |line: &&str| line.contains("direction=\"inbound\"") && !line.contains("src.identity=");
-        log.lines().filter(unproven).filter(|line| is_theirs(line)).map(str::to_owned).collect::<Vec<_>>()
-    };
+/// What the proxies let in to pods of `busy`, since they run, that came from a pod of this namespace and proved no identity: in
+/// clear, also on a node of its own, where no wire is.
+fn unproven_from(mesh: &Mesh, namespace: &str) -> Vec<Sample> {
     let samples = mesh.unproven("busy").into_iter();
-    let counted = samples.filter(|sample| sample.label("source_workload_namespace") == Some("busy"));
-    let counted = counted.map(|sample| format!("{sample:?}"));
-    [of_node("node1"), of_node("node2")].concat().into_iter().chain(counted).collect()
+    samples.filter(|sample| sample.label("source_workload_namespace") == Some(namespace)).collect()
 }
 
 /// Writes the CNI's own configuration, with the plugins that it wants and no other, in another form than before.
@@ -197,7 +191,10 @@ fn up_again(mesh: &Mesh, before: &BTreeSet<String>, how: &str) {
     let report = mesh.wire.report();
     report.complete().unwrap();
     assert_eq!(report.marked(MARKER).count(), 0, "in clear between the nodes {how}");
-    let found = in_clear_on_a_node(mesh);
+    // Who comes in clear is told by its address, as that pod is.
+    wait::until("the pod in the open is counted", BOUND, || (!unproven_from(mesh, "open").is_empty()).then_some(()))
+        .unwrap_or_else(|error| panic!("{error} {how}\n{}", mesh.state()));
+    let found = unproven_from(mesh, "busy");
     assert!(found.is_empty(), "in clear on a node {how}: {found:#?}");
     eprintln!("up {how}: after {took:.1?}");
 }

@@ -45,7 +45,16 @@ pub fn rotate(mesh: &Mesh, target: &str) {
     assert!(after.len() == 1 && after[0] != before, "{after:?}");
     assert_eq!(running(mesh), proxies, "no proxy was replaced or restarted");
 
-    // The API server believes the webhooks' certificates still; one that it does not believe is passed over.
+    // The webhooks are registered under the new root alone, and believed; one that the API server does not believe is passed over.
+    for registration in ["culvertd", "culvertd-custom-kinds"] {
+        let path = format!("/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations/{registration}");
+        let wanted = BASE64.encode(new);
+        let is_new = |found: &Value| {
+            let hooks = found["webhooks"].as_array().expect("webhooks");
+            hooks.iter().all(|hook| hook["clientConfig"]["caBundle"] == *wanted).then_some(())
+        };
+        mesh.cluster.api().until("webhooks under the new root", &path, BOUND, is_new).unwrap();
+    }
     let label =
         ["label", "namespace", "kube-public", "istio.io/dataplane-mode=perhaps", "--overwrite", "--dry-run=server"];
     let mut last = String::new();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::enrolment::found;
 use super::host::Host;
-use super::netns::{Netns, NetnsError};
+use super::netns::Netns;
 use super::pod::{self, EnrolError, Pod, PodInfo, Sandbox};
 use super::sockets::ListenerSet;
 use super::state::{Saved, State, StateError};
@@ -74,7 +74,7 @@ pub enum Adoption {
     Failed(String),
 }
 
-/// Pods by UID: those that are adopted, and those that are not; and whether every pod that may be captured is among them.
+/// Pods by UID: those that are adopted, and those that are not; and whether every pod that is pinned is among them.
 type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>, bool);
 
 /// Takes over the pods of an earlier agent. Those that cannot be served are stranded; their capture stays. What is left
@@ -85,13 +85,13 @@ type Adopted = (HashMap<String, Arc<Pod>>, BTreeMap<String, Stranded>, bool);
 pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
     let (mut pods, mut stranded) = (HashMap::new(), BTreeMap::new());
     let (mut known, mut cookies) = (BTreeSet::new(), BTreeSet::new());
-    let mut all_read = true;
+    let mut unread = Vec::new();
     for saved in state.load()? {
         let saved = match saved {
             Ok(saved) => saved,
             Err(error) => {
                 tracing::error!(%error, "cannot read the state of a pod; its capture stays as it is");
-                all_read = false;
+                unread.push(error);
                 continue;
             }
         };
@@ -123,12 +123,13 @@ pub fn all(host: &Host, state: &State) -> Result<Adopted, StateError> {
     }
     let (unnamed, all_known) = search(host, &known);
     cookies.extend(unnamed.iter().map(|found| found.saved.netns_cookie));
-    if all_known && all_read {
+    // A file that nothing pinned goes with is of a pod that is gone.
+    unread.retain(|error| error.uid().is_none_or(|uid| !host.capture.is_dead(&uid)));
+    if all_known && unread.is_empty() {
         sweep_map(host, &cookies);
     }
-    let complete = all_known && all_read;
     stranded.extend(unnamed.into_iter().map(|found| (found.saved.pod.uid.clone(), found)));
-    Ok((pods, stranded, complete))
+    Ok((pods, stranded, all_known))
 }
 
 /// Takes over one pod, with the listeners that a proxy returned, if one did. Blocks shortly.
@@ -170,28 +171,41 @@ pub fn search(host: &Host, known: &BTreeSet<String>) -> (Vec<Stranded>, bool) {
             (_, Ok(None)) => {
                 if let Err(error) = host.capture.unpin(&held) {
                     tracing::warn!(%folder, %error, "cannot remove what is left of a namespace that is gone");
+                    complete = false;
                 }
             }
             (_, Err(error)) => {
                 tracing::warn!(%folder, %error, "cannot ask what is pinned here; left as it is");
                 complete = false;
             }
-            (Some(uid), Ok(Some(_))) if found.contains_key(uid) => {}
+            (Some(uid), Ok(Some(inode))) if found.contains_key(uid) => {
+                // In another layout too. One in two namespaces is one too many.
+                complete &= found.get(uid).is_some_and(|known: &Stranded| known.saved.netns_inode == *inode);
+            }
             (uid, Ok(Some(inode))) => match uid.as_ref().and_then(|uid| unnamed(uid, *inode)) {
                 Some(stranded) => drop(found.insert(stranded.saved.pod.uid.clone(), stranded)),
-                None => complete = false,
+                None => {
+                    tracing::warn!(%folder, inode, "captured, and neither its file nor its network namespace is found");
+                    complete = false;
+                }
             },
         }
     }
     (found.into_values().collect(), complete)
 }
 
+/// The network namespace with this inode, and its path, which may be empty; `None` where it is not to be found. Blocks: may look at
+/// every process.
+pub fn netns_of(inode: u64) -> Option<(Netns, PathBuf)> {
+    let found = found::of_inode(inode)?;
+    let netns = Netns::new(std::fs::File::open(&found.open).ok()?.into()).ok()?;
+    (netns.inode() == inode).then_some((netns, found.path))
+}
+
 /// A pod that is captured and of which no file tells, if its namespace is to be found.
 fn unnamed(uid: &str, inode: u64) -> Option<Stranded> {
-    let found = found::of_inode(inode)?;
-    let open = || Netns::new(std::fs::File::open(&found.open).map_err(NetnsError::Enter)?.into());
-    let netns = open().ok().filter(|netns| netns.inode() == inode)?;
-    match Stranded::unnamed(uid.to_owned(), &netns, found.path) {
+    let (netns, path) = netns_of(inode)?;
+    match Stranded::unnamed(uid.to_owned(), &netns, path) {
         Ok(stranded) => {
             tracing::warn!(pod = uid, "captured, and nothing is written down of it; its capture stays");
             Some(stranded)

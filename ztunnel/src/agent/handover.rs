@@ -206,7 +206,7 @@ async fn exchange(
             },
             message = receive(socket) => {
                 match message?.0 {
-                    proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked)?,
+                    proxy_message::Kind::Ack(ack) => acknowledge(ack, manager, unacked).await?,
                     proxy_message::Kind::SocketRequest(request) if requests.len() >= MAX_REQUESTS => {
                         tracing::debug!(pod = request.pod_uid, "the proxy asks for more than it reads");
                     }
@@ -250,7 +250,7 @@ async fn tell(socket: &Socket, notice: Notice, unacked: &mut Unacked) -> Result<
     }
 }
 
-fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Result<(), HandoverError> {
+async fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Result<(), HandoverError> {
     let node::Ack { pod_uid, error } = ack;
     match unacked.messages.pop_front() {
         Some((uid, _)) if uid != pod_uid => Err(HandoverError::Protocol("an acknowledgement of something else")),
@@ -259,7 +259,7 @@ fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Resu
         Some((uid, Some(removed))) => {
             // The refusal may have come after the manager forgot the pod: one of the same UID is not to be taken for refused.
             if unacked.refused.remove(&uid) {
-                manager.answered(unacked.proxy, uid, String::new());
+                manager.answered(unacked.proxy, uid, String::new()).await;
             }
             // The manager may have lost patience.
             let _ = removed.send(());
@@ -269,9 +269,9 @@ fn acknowledge(ack: node::Ack, manager: &Manager, unacked: &mut Unacked) -> Resu
             if !error.is_empty() {
                 tracing::error!(pod = uid, error, "the proxy does not serve a pod");
                 unacked.refused.insert(uid.clone());
-                manager.answered(unacked.proxy, uid, error);
+                manager.answered(unacked.proxy, uid, error).await;
             } else if unacked.refused.remove(&uid) {
-                manager.answered(unacked.proxy, uid, error);
+                manager.answered(unacked.proxy, uid, error).await;
             }
             Ok(())
         }

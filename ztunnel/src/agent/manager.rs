@@ -21,7 +21,7 @@ use super::netns::{Netns, NetnsError, inode_at, is_without_processes};
 use super::pod::{self, EnrolError, NotEnrolled, Pod, PodInfo, Sandbox};
 use super::refusals::Refusals;
 use super::sockets::ListenerSet;
-use super::state::{State, StateError};
+use super::state::{Saved, State, StateError};
 
 /// How long a proxy may take to end the sockets of a pod that is gone: longer than it gives itself, and less than the plugin
 /// waits for an answer.
@@ -213,12 +213,11 @@ impl Manager {
         let _ = self.commands.send(Command::Leave { id }).await;
     }
 
-    /// A proxy answered what it was told of a pod; an empty error says that it serves it. Does not wait: the task may be
-    /// waiting for that proxy.
-    pub fn answered(&self, proxy: u64, uid: String, error: String) {
-        if let Err(error) = self.commands.try_send(Command::Answered { proxy, uid, error }) {
-            tracing::warn!(%error, "the answer of a proxy is lost");
-        }
+    /// A proxy answered what it was told of a pod; an empty error says that it serves it. Waits for its turn, which comes: the
+    /// task itself waits for no proxy.
+    pub async fn answered(&self, proxy: u64, uid: String, error: String) {
+        // The task may be gone too.
+        let _ = self.commands.send(Command::Answered { proxy, uid, error }).await;
     }
 
     /// An enrolled pod.
@@ -343,8 +342,11 @@ impl Task {
         if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
             return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
         }
-        let of_it =
-            |(other, stranded): &(&String, &Stranded)| stranded.saved.netns_cookie == netns.cookie() && **other != uid;
+        // One that is not known by more than its pins is this pod, under another name.
+        let of_it = |(other, stranded): &(&String, &Stranded)| {
+            let is_known = !stranded.unnamed || stranded.leaving;
+            stranded.saved.netns_cookie == netns.cookie() && **other != uid && is_known
+        };
         if let Some((other, _)) = self.stranded.iter().find(of_it) {
             return Err(EnrolError::SameNamespace(other.clone()).into());
         }
@@ -356,28 +358,25 @@ impl Task {
             if *leaving || saved.netns_cookie != netns.cookie() {
                 return Ok(Enrolling::AfterWithdrawal);
             }
-            if saved.pod != info && listeners.is_none() {
-                // Withdrawn, it could not be enrolled again while a proxy has the ports.
-                return Err(EnrolError::NoListeners.into());
-            }
-            if saved.pod != info {
-                return Ok(Enrolling::AfterWithdrawal);
-            }
-            let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
-            let netns = netns.try_clone().map_err(EnrolError::from)?;
-            let pod = blocking(move || Pod::adopt(&host, &saved, netns, listeners)).await?;
-            self.adopted(pod);
+            let known = (saved.clone(), listeners.clone());
+            let pod = self.adopt_as(known, &info, &netns, &sandbox).await?;
+            tracing::info!(pod = uid, "adopted after all");
+            self.adopted(pod).await;
         }
         if let Some(pod) = self.get(&uid) {
             if in_it(&pod) && pod.info == info {
                 self.enrol_again(pod, sandbox).await?;
                 return Ok(Enrolling::Ended);
             }
-            if in_it(&pod) && pod.listeners().is_none() {
-                // Withdrawn, it could not be enrolled again: the proxy has the ports.
-                return Err(EnrolError::NoListeners.into());
+            if !in_it(&pod) {
+                return Ok(Enrolling::AfterWithdrawal);
             }
-            return Ok(Enrolling::AfterWithdrawal);
+            // It runs: whatever it is now, it stays captured.
+            let listeners = pod.listeners().ok_or(EnrolError::NoListeners)?;
+            let changed = self.adopt_as((pod.saved(), Some(listeners)), &info, &netns, &sandbox).await?;
+            tracing::info!(pod = uid, before = ?pod.info, now = ?info, "announced as another than it was");
+            self.adopted(changed).await;
+            return Ok(Enrolling::Ended);
         }
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
         let enrolled = blocking(move || Ok(Pod::enrol(&host, &state, info, netns, sandbox))).await?;
@@ -402,7 +401,9 @@ impl Task {
     async fn rediscover(&mut self, info: &PodInfo, netns: &Netns, sandbox: &Sandbox) -> Result<(), ManagerError> {
         let is_held = match self.stranded.get(&info.uid) {
             // In another namespace it leaves first.
-            Some(known) if !known.unnamed || known.saved.netns_cookie != netns.cookie() => return Ok(()),
+            Some(known) if !known.unnamed || known.leaving || known.saved.netns_cookie != netns.cookie() => {
+                return Ok(());
+            }
             known => known.is_some(),
         };
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
@@ -412,7 +413,9 @@ impl Task {
         if let Some(saved) = found {
             tracing::warn!(pod = info.uid, "captured by an earlier agent whose word of it is lost; it is taken over");
             let reason = String::from("captured, and not served yet: an earlier agent's word of it is lost");
-            let listeners = self.stranded.remove(&info.uid).and_then(|unnamed| unnamed.listeners);
+            let cookie = saved.netns_cookie;
+            let is_it = |stranded: &&mut Stranded| stranded.unnamed && stranded.saved.netns_cookie == cookie;
+            let listeners = self.stranded.values_mut().find(is_it).and_then(|unnamed| unnamed.listeners.take());
             self.stranded.insert(info.uid.clone(), Stranded { reason, listeners, ..Stranded::new(saved) });
         }
         Ok(())
@@ -436,13 +439,38 @@ impl Task {
         Ok(done?)
     }
 
-    /// A pod is stranded no more.
-    fn adopted(&mut self, pod: Pod) {
-        tracing::info!(pod = pod.info.uid, "adopted after all");
+    async fn adopt_as(
+        &self,
+        (saved, listeners): (Saved, Option<Arc<ListenerSet>>),
+        info: &PodInfo,
+        netns: &Netns,
+        sandbox: &Sandbox,
+    ) -> Result<Pod, ManagerError> {
+        let (host, state, info, sandbox) = (Arc::clone(&self.host), self.state.clone(), info.clone(), sandbox.clone());
+        let netns = netns.try_clone().map_err(EnrolError::from)?;
+        let adopted =
+            blocking(move || pod::adopt_as(&host, &state, (&saved, listeners), (&info, netns, sandbox))).await?;
+        Ok(adopted)
+    }
+
+    /// A pod is in force from now on, as this and under no other name.
+    async fn adopted(&mut self, pod: Pod) {
         self.stranded.remove(&pod.info.uid);
         let pod = Arc::new(pod);
         self.lock().insert(pod.info.uid.clone(), Arc::clone(&pod));
         self.announce(&pod);
+        let cookie = pod.netns().cookie();
+        let is_it = |stranded: &Stranded| stranded.unnamed && stranded.saved.netns_cookie == cookie;
+        let former = self.stranded.iter().find(|(_, stranded)| is_it(stranded)).map(|(uid, _)| uid.clone());
+        if let Some(former) = former {
+            self.stranded.remove(&former);
+            let (host, uid) = (Arc::clone(&self.host), former.clone());
+            match blocking(move || Ok(host.capture.unpin_pod(&uid)?)).await {
+                Ok(()) => tracing::info!(pod = pod.info.uid, former, "was captured under another name"),
+                // It is found again.
+                Err(error) => tracing::warn!(pod = pod.info.uid, former, %error, "its former name cannot be unpinned"),
+            }
+        }
     }
 
     /// Withdraws a pod unless it is enrolled in another sandbox than this one by now. Of a pod that nobody announced the

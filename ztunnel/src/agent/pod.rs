@@ -214,9 +214,14 @@ impl Pod {
     /// What is left to do when it is withdrawn. It has no listeners after this: who leaves has them.
     #[must_use]
     pub fn leave(&self) -> Stranded {
-        let saved = Saved::new(&self.info, &self.netns, &self.sandbox(), self.before);
         let (listeners, netns) = (self.lock().take(), self.netns.try_clone().ok());
-        Stranded { listeners, leaving: true, netns, ..Stranded::new(saved) }
+        Stranded { listeners, leaving: true, netns, ..Stranded::new(self.saved()) }
+    }
+
+    /// What its file says.
+    #[must_use]
+    pub fn saved(&self) -> Saved {
+        Saved::new(&self.info, &self.netns, &self.sandbox(), self.before)
     }
 
     /// Its namespace.
@@ -299,6 +304,36 @@ pub fn rediscover(
     let saved = Saved::new(info, netns, sandbox, before);
     state.save(&saved)?;
     Ok(Some(saved))
+}
+
+/// Takes a pod over as what it is announced as now, in the namespace that it is captured in already. Its capture is in force
+/// all the time. What is not announced stays as it was. Blocks shortly.
+///
+/// # Errors
+/// When it cannot be that, as with an address that is not its own: then it is what it was.
+pub fn adopt_as(
+    host: &Host,
+    state: &State,
+    (saved, listeners): (&Saved, Option<Arc<ListenerSet>>),
+    (info, netns, sandbox): (&PodInfo, Netns, Sandbox),
+) -> Result<Pod, EnrolError> {
+    if saved.pod == *info {
+        return Pod::adopt(host, saved, netns, listeners);
+    }
+    pod_network::find_interface(&netns, info.primary()?, host.home())?;
+    let now = pod_network::before(&netns, &needs(host, info))?;
+    let fwmark_reflect_v6 = saved.before.fwmark_reflect_v6.or(now.fwmark_reflect_v6);
+    let id = if sandbox.id.is_empty() { saved.sandbox.clone() } else { sandbox.id };
+    let path = if sandbox.path.as_os_str().is_empty() { saved.netns_path.clone() } else { sandbox.path };
+    let changed = Saved::new(info, &netns, &Sandbox { id, path }, Before { fwmark_reflect_v6, ..saved.before });
+    state.save(&changed)?;
+    let adopted = Pod::adopt(host, &changed, netns, listeners);
+    if adopted.is_err()
+        && let Err(error) = state.save(saved)
+    {
+        tracing::warn!(pod = info.uid, %error, "cannot write down that it is what it was");
+    }
+    adopted
 }
 
 /// What is restored in a namespace of which nobody knows how it was: what is set now stays, except for the mesh's own rules and

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::capture::folder_name;
+use super::capture::{folder_name, uid_of};
 use super::netns::{Folder, Netns, is_without_processes};
 use super::pod::{PodInfo, Sandbox};
 use super::pod_network::Before;
@@ -107,6 +107,15 @@ pub enum StateError {
         /// The version found.
         version: u32,
     },
+}
+
+impl StateError {
+    /// The UID of the pod whose file it is about.
+    #[must_use]
+    pub fn uid(&self) -> Option<String> {
+        let (Self::Io { path, .. } | Self::Content { path, .. } | Self::Version { path, .. }) = self;
+        uid_of(path.file_stem()?.to_str()?)
+    }
 }
 
 /// The folder of the files.

@@ -30,7 +30,14 @@ fn labels_are_followed_of_pods_of_which_nothing_is_written_down() {
     web.wait(false, "it opted out, as its object says");
     other.wait(false, "so did the other");
     assert_eq!(rig.captured(), 0);
+
+    // One is captured again, and lost again, when the mesh is taken off.
+    rig.pod("shop", "web-2", "u2", "");
+    other.wait(true, "its namespace's label counts again");
     drop(agent);
+    rig.lose("u2");
+    rig.uninstall();
+    other.wait(false, "nothing of it is left, file or no file");
 }
 
 #[test]

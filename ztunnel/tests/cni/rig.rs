@@ -193,6 +193,20 @@ impl Rig {
         fs::remove_file(self.path("run/pods").join(format!("{uid}.json"))).unwrap();
     }
 
+    /// Takes the mesh off the node.
+    pub fn uninstall(&self) {
+        let uninstall = Command::new(ZTUNNEL)
+            .args(["agent", "--uninstall", "--run-dir"])
+            .arg(self.path("run"))
+            .arg("--bpffs")
+            .arg(self.path("bpf"))
+            .arg("--cgroup-root")
+            .arg(cgroup_root())
+            .env_clear()
+            .output();
+        drop(uninstall);
+    }
+
     /// How many pods have anything pinned, in the present layout.
     pub fn captured(&self) -> usize {
         let layout = fs::read_dir(self.path("bpf")).unwrap().next().unwrap().unwrap().path();
@@ -212,16 +226,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        let uninstall = Command::new(ZTUNNEL)
-            .args(["agent", "--uninstall", "--run-dir"])
-            .arg(self.path("run"))
-            .arg("--bpffs")
-            .arg(self.path("bpf"))
-            .arg("--cgroup-root")
-            .arg(cgroup_root())
-            .env_clear()
-            .output();
-        drop(uninstall);
+        self.uninstall();
         let _ = umount2(&self.path("bpf"), MntFlags::MNT_DETACH);
         if thread::panicking() {
             for name in ["agent.log", "run/cni.log"] {

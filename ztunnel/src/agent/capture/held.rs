@@ -1,11 +1,12 @@
 //! Whom the kernel holds captured, as the pins alone tell: in every layout, whether anybody knows of the pod or not.
 
+use std::io;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::error::{CaptureError, at};
 use super::pod::LINK;
-use super::{NodeCapture, folder_name, folders, former, layout, sys};
+use super::{NodeCapture, folder_name, folders, former, guard, layout, sys};
 
 /// A pod's folder in one of the layouts.
 #[derive(Debug)]
@@ -14,37 +15,47 @@ pub struct Held {
     pub uid: Option<String>,
     /// Where it is pinned.
     pub folder: PathBuf,
-    /// Inode of the network namespace that the lookup program is attached to; `None`: to none, and the pins are only litter.
+    /// Inode of the network namespace that the lookup program is attached to; `None`: to none, and the pins are only litter. An
+    /// error where it cannot be told, as where the guard stands without it.
     pub netns_inode: Result<Option<u64>, CaptureError>,
 }
 
+/// Every pod that is pinned under `bpffs`, in whatever layout. One that is in several comes several times.
+///
+/// # Errors
+/// When bpffs cannot be read.
+pub fn held(bpffs: &Path) -> Result<Vec<Held>, CaptureError> {
+    let mut held = Vec::new();
+    for version in former::versions(bpffs)? {
+        let pods = layout(bpffs, version).join("pods");
+        let names = match folders(&pods) {
+            Err(error) if error.is_absence() => continue,
+            other => other?,
+        };
+        held.extend(names.into_iter().map(|name| {
+            let folder = pods.join(&name);
+            Held { uid: uid_of(&name), netns_inode: attached_to(&folder), folder }
+        }));
+    }
+    Ok(held)
+}
+
 impl NodeCapture {
-    /// Every pod that is pinned, in this layout and in others. One that is in several comes several times.
+    /// As [`held`], on this node.
     ///
     /// # Errors
-    /// When bpffs cannot be read.
+    /// As [`held`].
     pub fn held(&self) -> Result<Vec<Held>, CaptureError> {
-        let mut held = Vec::new();
-        for version in former::versions(&self.bpffs)? {
-            let pods = layout(&self.bpffs, version).join("pods");
-            let names = match folders(&pods) {
-                Err(error) if error.is_absence() => continue,
-                other => other?,
-            };
-            held.extend(names.into_iter().map(|name| {
-                let folder = pods.join(&name);
-                Held { uid: uid_of(&name), netns_inode: attached_to(&folder), folder }
-            }));
-        }
-        Ok(held)
+        held(&self.bpffs)
     }
 
     /// Whether no layout captures a pod any more: its namespace is gone, or nothing is pinned. What cannot be found out counts
     /// as no.
     #[must_use]
     pub fn is_dead(&self, uid: &str) -> bool {
-        let is_live = |held: &Held| held.uid.as_deref() == Some(uid) && !matches!(held.netns_inode, Ok(None));
-        self.held().is_ok_and(|held| !held.iter().any(is_live))
+        let (bpffs, name) = (&self.bpffs, folder_name(uid));
+        let is_dead = |version: u32| matches!(attached_to(&layout(bpffs, version).join("pods").join(&name)), Ok(None));
+        former::versions(bpffs).is_ok_and(|versions| versions.into_iter().all(is_dead))
     }
 
     /// Removes what is pinned in a folder.
@@ -56,18 +67,22 @@ impl NodeCapture {
     }
 }
 
-fn attached_to(folder: &std::path::Path) -> Result<Option<u64>, CaptureError> {
+fn attached_to(folder: &Path) -> Result<Option<u64>, CaptureError> {
     let pin = folder.join(LINK);
-    match sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())).map_err(at(&pin)) {
+    match sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())) {
         Ok(link) => Ok(Some(link.target).filter(|target| *target != 0)),
-        // An agent was ended before it attached anything.
-        Err(error) if error.is_absence() => Ok(None),
-        Err(error) => Err(error),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match guard::program(folder)? {
+            // An agent was ended before it attached anything.
+            None => Ok(None),
+            Some(_) => Err(CaptureError::NotInForce(format!("{} is gone, and the pod's guard stands", pin.display()))),
+        },
+        Err(error) => Err(at(&pin)(error)),
     }
 }
 
-/// The UID that gives a folder this name.
-fn uid_of(folder: &str) -> Option<String> {
+/// The UID that gives a folder this name, as [`folder_name`] does.
+#[must_use]
+pub fn uid_of(folder: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(folder.len());
     let mut rest = folder.as_bytes();
     while let Some((first, after)) = rest.split_first() {

@@ -39,7 +39,7 @@ use routes::Routes;
 pub use cgroup::ForeignProgram;
 pub use error::CaptureError;
 pub use guard::Guard;
-pub use held::Held;
+pub use held::{Held, held, uid_of};
 pub use pod::{Attachment, Listeners, PodCapture};
 pub use routes::Route;
 pub use sys::netns_cookie;

@@ -373,9 +373,16 @@ impl Task {
         }
         let (passed, manager) = (&self.passed, &self.manager);
         let known = self.known.borrow().clone();
-        let runs = |uid: &str| known.running.iter().any(|running| running.uid == uid);
-        self.failures
-            .retain(|uid, _| manager.pod(uid).is_some() || passed.values().any(|one| one.uid == *uid) || runs(uid));
+        let held: HashSet<String> = manager.held().into_iter().map(|held| held.info.uid).collect();
+        let is_wanted = |pod: PodName<'_>| matches!(known.knowledge.decide(pod, &NOBODY), Decision::Enrol(_));
+        let running = known.running.iter().filter(|running| {
+            let uid = Some(running.uid.as_str());
+            is_wanted(PodName { namespace: &running.namespace, name: &running.name, uid })
+        });
+        let wanted: HashSet<&str> = running.map(|running| running.uid.as_str()).collect();
+        let is_late = |uid: &str| passed.values().any(|one| one.uid == *uid && is_wanted(named(one)));
+        // Of one that is neither there nor to be there is nothing to say: what could not be withdrawn has left after all.
+        self.failures.retain(|uid, _| held.contains(uid) || wanted.contains(uid.as_str()) || is_late(uid));
         let enrolled: HashSet<String> = manager.pods().iter().map(|pod| pod.sandbox().id).collect();
         // Of those on their way it is not known yet.
         if self.moving.is_empty() {

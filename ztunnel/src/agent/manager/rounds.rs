@@ -5,6 +5,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::super::adopt::{self, Adoption, Stranded};
 use super::super::drift::Drift;
 use super::super::netns::{self, inode_at};
@@ -17,6 +19,8 @@ pub(super) const ROUND: Duration = Duration::from_secs(2);
 pub(super) const TICK: Duration = Duration::from_millis(100);
 /// In how many ticks every pod is checked in the kernel, whether something is known to have changed or not.
 const TICKS_PER_ROUND: u64 = 20;
+/// Longest wait before pods are looked for again that are captured and not known.
+const LONGEST_SEARCH: Duration = Duration::from_secs(60);
 /// Most pods that are checked in one tick because something changed: the others wait for the next.
 const MAX_CHANGED: usize = 32;
 
@@ -28,6 +32,8 @@ pub(super) struct Schedule {
     wrong: HashMap<String, String>,
     /// What is wrong with the node's programs, as it was logged last.
     node_error: Option<String>,
+    /// When pods are looked for next that are captured and not known, and how long the wait is then.
+    search: Option<(Instant, Duration)>,
 }
 
 impl Schedule {
@@ -36,6 +42,17 @@ impl Schedule {
         self.tick = self.tick.wrapping_add(1);
         let turn = self.tick % TICKS_PER_ROUND;
         move |index| index < count && index as u64 % TICKS_PER_ROUND == turn
+    }
+
+    /// Whether it is time: at first in each round, then ever less often, since every process is looked at.
+    fn search_is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let (next, wait) = self.search.unwrap_or((now, ROUND));
+        if now < next {
+            return false;
+        }
+        self.search = Some((now + wait, (wait * 2).min(LONGEST_SEARCH)));
+        true
     }
 
     /// A pod is gone.
@@ -130,14 +147,14 @@ impl Task {
                 }
             }
         }
-        for (proxy, uid) in self.refusals.due(tokio::time::Instant::now()) {
+        for (proxy, uid) in self.refusals.due(Instant::now()) {
             let told = self.get(&uid).and_then(|pod| Some((pod.info.clone(), pod.listeners()?)));
             if let (Some(Connected { notices, .. }), Some((info, listeners))) = (self.proxies.get(&proxy), told) {
                 // A full or closed channel: the connection is about to end.
                 let _ = notices.try_send(Notice::Added(info, listeners));
             }
         }
-        if !self.complete {
+        if !self.complete && self.schedule.search_is_due() {
             self.search().await;
         }
         for uid in self.stranded.keys().cloned().collect::<Vec<_>>() {
@@ -149,12 +166,8 @@ impl Task {
     async fn search(&mut self) {
         let known = self.all().into_iter().map(|pod| pod.info.uid.clone()).chain(self.stranded.keys().cloned());
         let known: BTreeSet<String> = known.chain(self.leaving.uids().map(str::to_owned)).collect();
-        let (host, state) = (Arc::clone(&self.host), self.state.clone());
-        let searched = blocking(move || {
-            let all_read = state.load().is_ok_and(|files| files.iter().all(Result::is_ok));
-            let (found, all_known) = adopt::search(&host, &known);
-            Ok((found, all_known && all_read))
-        });
+        let host = Arc::clone(&self.host);
+        let searched = blocking(move || Ok(adopt::search(&host, &known)));
         let Ok((found, complete)) = searched.await else { return };
         for stranded in found {
             let uid = stranded.saved.pod.uid.clone();
@@ -240,7 +253,10 @@ impl Task {
         }
         let (host, saved, listeners) = (Arc::clone(&self.host), saved.clone(), listeners.clone());
         match blocking(move || Ok(adopt::one(&host, &saved, listeners))).await {
-            Ok(Adoption::Adopted(pod)) => self.adopted(*pod),
+            Ok(Adoption::Adopted(pod)) => {
+                tracing::info!(pod = uid, "adopted after all");
+                self.adopted(*pod).await;
+            }
             Ok(Adoption::Gone) => {
                 tracing::info!(pod = uid, "its network namespace is gone and nobody withdrew it");
                 self.withdraw(uid, None, None);

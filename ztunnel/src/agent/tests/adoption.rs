@@ -6,6 +6,7 @@ use super::capture::tests::layouts::Former;
 use super::drift::Drift;
 use super::pod_network::Before;
 use super::sockets::ListenerSet;
+use super::sys;
 use super::*;
 
 #[test]
@@ -164,6 +165,81 @@ fn stranded_pod_that_is_announced_as_another_stays_captured() {
     assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
     connect(&a, at(B, PORT)).unwrap();
     assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "captured all the time");
+}
+
+#[test]
+fn enrolled_pod_that_is_announced_as_another_is_captured_all_the_time() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    let announcer = agent.announcer();
+    announcer.enrol(UID, &a, "").unwrap();
+    let proxy = agent.proxy(Vec::new());
+    let (_, listeners) = proxy.added();
+    proxy.snapshot();
+    let announce = |address: Ipv4Addr| {
+        let other = Some(node::Pod { service_account: "other".into(), ..wire(UID, address) });
+        let request = node::EnrolPod { pod: other, ..Default::default() };
+        ok(announcer.ask(pod_request::Kind::Enrol(request), &[a.netns.as_fd()]))
+    };
+    let objects = || sys::pinned_objects(&scratch.bpffs().join(format!("v{}/pods", ztunnel_ebpf::LAYOUT_VERSION)));
+    let account = || announcer.states().remove(0).pod.unwrap().service_account;
+    let captured = |when: &str| {
+        connect(&a, at(B, PORT)).unwrap();
+        assert_eq!(accept(&listeners[0]).unwrap().0, at(B, PORT), "{when}");
+    };
+    let before = objects();
+    assert!(!before.is_empty());
+    let error = announce(B).expect_err("an address that it does not have");
+    assert!(error.contains("no interface"), "{error}");
+    captured("as what it was");
+    assert_eq!((account(), objects() == before), (String::from("web"), true));
+
+    announce(A).unwrap();
+    assert_eq!(proxy.added().0, UID, "the proxy is told who it is now");
+    captured("as what it is");
+    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
+    assert_eq!((account(), objects() == before), (String::from("other"), true), "nothing was taken away meanwhile");
+    let file = std::fs::read_to_string(agent.run.join("pods").join(format!("{UID}.json"))).unwrap();
+    assert!(file.contains("\"other\""), "{file}");
+}
+
+#[test]
+fn pod_that_is_known_by_its_capture_alone_is_taken_over_under_its_name() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    agent.announcer().enrol("sandbox", &a, "").unwrap();
+    drop(agent);
+    std::fs::remove_file(scratch.path("run/pods/sandbox.json")).unwrap();
+    let inside = process_in(&a);
+    let agent = Agent::start(&scratch);
+    let announcer = agent.announcer();
+    assert_eq!(announcer.list()[0].0, "sandbox");
+    announcer.enrol(UID, &a, "").unwrap();
+    assert_eq!(announcer.list(), [(UID.into(), String::new())]);
+    let held: Vec<_> = agent.host.capture.held().unwrap().into_iter().filter_map(|held| held.uid).collect();
+    assert_eq!(held, [UID], "under no other name");
+    drop(inside);
+}
+
+#[test]
+fn guard_without_its_lookup_program_is_not_litter() {
+    let scratch = Scratch::new();
+    let agent = Agent::start(&scratch);
+    let (a, _b) = pair();
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    drop(agent);
+    let folder = scratch.bpffs().join(format!("v{}/pods/{UID}", ztunnel_ebpf::LAYOUT_VERSION));
+    for lost in [scratch.path("run/pods").join(format!("{UID}.json")), folder.join("link")] {
+        std::fs::remove_file(lost).unwrap();
+    }
+    let agent = Agent::start(&scratch);
+    look_at_everything(&agent);
+    assert!(folder.exists(), "an agent was ended while it put the program back");
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
+    agent.announcer().enrol(UID, &a, "").unwrap();
+    assert_eq!(agent.announcer().list(), [(UID.into(), String::new())]);
 }
 
 #[test]
