@@ -22,7 +22,8 @@ pub(super) fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> 
     }
     let state = State::new(run_dir.state());
     let saved = state.load()?;
-    let unknown = unknown(&config.bpffs, saved.iter().flatten().map(|saved| saved.pod.uid.as_str()).collect())?;
+    let known: BTreeSet<&str> = saved.iter().flatten().map(|saved| saved.pod.uid.as_str()).collect();
+    let unknown = unknown(&config.bpffs, &known)?;
     // First the programs: from here on nothing is captured.
     capture::purge(&config.bpffs)?;
     for saved in saved {
@@ -55,7 +56,7 @@ pub(super) fn uninstall(config: &Config, run_dir: &RunDir) -> Result<(), Error> 
 }
 
 /// The namespaces of pods that are pinned and of which no file tells.
-fn unknown(bpffs: &Path, known: BTreeSet<&str>) -> Result<BTreeMap<String, Netns>, Error> {
+fn unknown(bpffs: &Path, known: &BTreeSet<&str>) -> Result<BTreeMap<String, Netns>, Error> {
     let held = capture::held(bpffs)?.into_iter();
     let unknown = held.filter_map(|held| Some((held.uid?, held.netns_inode.ok()??)));
     let unknown = unknown.filter(|(uid, _)| !known.contains(uid.as_str()));
