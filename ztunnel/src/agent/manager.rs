@@ -342,11 +342,8 @@ impl Task {
         if let Some(other) = self.all().into_iter().find(|pod| in_it(pod) && pod.info.uid != uid) {
             return Err(EnrolError::SameNamespace(other.info.uid.clone()).into());
         }
-        // One that is not known by more than its pins is this pod, under another name.
-        let of_it = |(other, stranded): &(&String, &Stranded)| {
-            let is_known = !stranded.unnamed || stranded.leaving;
-            stranded.saved.netns_cookie == netns.cookie() && **other != uid && is_known
-        };
+        let of_it =
+            |(other, stranded): &(&String, &Stranded)| stranded.saved.netns_cookie == netns.cookie() && **other != uid;
         if let Some((other, _)) = self.stranded.iter().find(of_it) {
             return Err(EnrolError::SameNamespace(other.clone()).into());
         }
@@ -361,7 +358,7 @@ impl Task {
             let known = (saved.clone(), listeners.clone());
             let pod = self.adopt_as(known, &info, &netns, &sandbox).await?;
             tracing::info!(pod = uid, "adopted after all");
-            self.adopted(pod).await;
+            self.adopted(pod);
         }
         if let Some(pod) = self.get(&uid) {
             if in_it(&pod) && pod.info == info {
@@ -375,7 +372,7 @@ impl Task {
             let listeners = pod.listeners().ok_or(EnrolError::NoListeners)?;
             let changed = self.adopt_as((pod.saved(), Some(listeners)), &info, &netns, &sandbox).await?;
             tracing::info!(pod = uid, before = ?pod.info, now = ?info, "announced as another than it was");
-            self.adopted(changed).await;
+            self.adopted(changed);
             return Ok(Enrolling::Ended);
         }
         let (host, state) = (Arc::clone(&self.host), self.state.clone());
@@ -413,9 +410,7 @@ impl Task {
         if let Some(saved) = found {
             tracing::warn!(pod = info.uid, "captured by an earlier agent whose word of it is lost; it is taken over");
             let reason = String::from("captured, and not served yet: an earlier agent's word of it is lost");
-            let cookie = saved.netns_cookie;
-            let is_it = |stranded: &&mut Stranded| stranded.unnamed && stranded.saved.netns_cookie == cookie;
-            let listeners = self.stranded.values_mut().find(is_it).and_then(|unnamed| unnamed.listeners.take());
+            let listeners = self.stranded.remove(&info.uid).and_then(|unnamed| unnamed.listeners);
             self.stranded.insert(info.uid.clone(), Stranded { reason, listeners, ..Stranded::new(saved) });
         }
         Ok(())
@@ -453,24 +448,12 @@ impl Task {
         Ok(adopted)
     }
 
-    /// A pod is in force from now on, as this and under no other name.
-    async fn adopted(&mut self, pod: Pod) {
+    /// A pod is in force from now on, as this.
+    fn adopted(&mut self, pod: Pod) {
         self.stranded.remove(&pod.info.uid);
         let pod = Arc::new(pod);
         self.lock().insert(pod.info.uid.clone(), Arc::clone(&pod));
         self.announce(&pod);
-        let cookie = pod.netns().cookie();
-        let is_it = |stranded: &Stranded| stranded.unnamed && stranded.saved.netns_cookie == cookie;
-        let former = self.stranded.iter().find(|(_, stranded)| is_it(stranded)).map(|(uid, _)| uid.clone());
-        if let Some(former) = former {
-            self.stranded.remove(&former);
-            let (host, uid) = (Arc::clone(&self.host), former.clone());
-            match blocking(move || Ok(host.capture.unpin_pod(&uid)?)).await {
-                Ok(()) => tracing::info!(pod = pod.info.uid, former, "was captured under another name"),
-                // It is found again.
-                Err(error) => tracing::warn!(pod = pod.info.uid, former, %error, "its former name cannot be unpinned"),
-            }
-        }
     }
 
     /// Withdraws a pod unless it is enrolled in another sandbox than this one by now. Of a pod that nobody announced the

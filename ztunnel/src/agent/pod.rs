@@ -324,8 +324,13 @@ pub fn adopt_as(
     let now = pod_network::before(&netns, &needs(host, info))?;
     let fwmark_reflect_v6 = saved.before.fwmark_reflect_v6.or(now.fwmark_reflect_v6);
     let id = if sandbox.id.is_empty() { saved.sandbox.clone() } else { sandbox.id };
-    let path = if sandbox.path.as_os_str().is_empty() { saved.netns_path.clone() } else { sandbox.path };
-    let changed = Saved::new(info, &netns, &Sandbox { id, path }, Before { fwmark_reflect_v6, ..saved.before });
+    let is_told = !sandbox.path.as_os_str().is_empty();
+    let path = if is_told { sandbox.path } else { saved.netns_path.clone() };
+    let mut changed = Saved::new(info, &netns, &Sandbox { id, path }, Before { fwmark_reflect_v6, ..saved.before });
+    if !is_told {
+        // This agent may see another folder there than the one in which the path was.
+        changed.netns_folder = saved.netns_folder;
+    }
     state.save(&changed)?;
     let adopted = Pod::adopt(host, &changed, netns, listeners);
     if adopted.is_err()

@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use super::client;
 use super::population::Population;
 use crate::Error;
 use crate::error::Context;
@@ -220,10 +221,11 @@ async fn read(request: Request<Incoming>) -> Option<Value> {
     serde_json::from_slice(&body.to_bytes()).ok()
 }
 
-/// The review with its answer: the token is good, and bound to a pod.
+/// The review with its answer: the token is good, and bound to a pod of its own, as each node's is.
 fn accepted(mut review: Value) -> Value {
+    let number = review["spec"]["token"].as_str().and_then(client::number).unwrap_or_default();
     let extra = json!({
-        "authentication.kubernetes.io/pod-name": ["ztunnel-0"],
+        "authentication.kubernetes.io/pod-name": [format!("ztunnel-{number}")],
         "authentication.kubernetes.io/pod-uid": ["00000000-0000-4000-8000-000000000000"],
         "authentication.kubernetes.io/node-name": ["node-0"],
     });

@@ -187,6 +187,19 @@ pub fn program(folder: &Path) -> Result<Option<u32>, CaptureError> {
     }
 }
 
+/// Whether a guard is attached to a device that is there. One that stands by a filter counts as long as it is pinned.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub fn stands(folder: &Path) -> Result<bool, CaptureError> {
+    let path = folder.join(LINK);
+    match sys::open_pin(&path).and_then(|link| sys::link_target(link.as_fd())) {
+        Ok(link) => Ok(link.target != 0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(clsact::program(folder)?.is_some()),
+        Err(error) => Err(at(&path)(error)),
+    }
+}
+
 /// Takes the guard away. Nothing to do is no error.
 ///
 /// # Errors

@@ -71,11 +71,11 @@ fn attached_to(folder: &Path) -> Result<Option<u64>, CaptureError> {
     let pin = folder.join(LINK);
     match sys::open_pin(&pin).and_then(|link| sys::link_target(link.as_fd())) {
         Ok(link) => Ok(Some(link.target).filter(|target| *target != 0)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => match guard::program(folder)? {
-            // An agent was ended before it attached anything.
-            None => Ok(None),
-            Some(_) => Err(CaptureError::NotInForce(format!("{} is gone, and the pod's guard stands", pin.display()))),
-        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound && guard::stands(folder)? => {
+            Err(CaptureError::NotInForce(format!("{} is gone, and the pod's guard stands", pin.display())))
+        }
+        // An agent was ended before it attached anything, or the pod is gone.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(at(&pin)(error)),
     }
 }

@@ -87,6 +87,8 @@ impl NodeCapture {
     /// # Errors
     /// When the kernel refuses; a pod of which nothing was in force before has nothing in force then.
     pub fn attach_pod(&self, attachment: Attachment<'_>) -> Result<PodCapture, CaptureError> {
+        // By this layout, or by another one that stands beside it.
+        let was_captured = self.captures(attachment.netns.cookie())?;
         let capture = PodCapture::named(self, &folder_name(attachment.uid));
         let new = match fs::create_dir(&capture.folder) {
             Ok(()) => true,
@@ -96,9 +98,11 @@ impl NodeCapture {
         match self.attach(&capture, attachment) {
             Ok(()) => Ok(capture),
             Err(error) => {
-                if new {
-                    // The cause of the failure is worth more than that of the cleaning.
+                // The cause of the failure is worth more than that of the cleaning.
+                if new && !was_captured {
                     let _ = self.release(attachment.netns.cookie());
+                }
+                if new {
                     let _ = capture.unpin();
                 }
                 Err(error)

@@ -255,7 +255,7 @@ impl Task {
         match blocking(move || Ok(adopt::one(&host, &saved, listeners))).await {
             Ok(Adoption::Adopted(pod)) => {
                 tracing::info!(pod = uid, "adopted after all");
-                self.adopted(*pod).await;
+                self.adopted(*pod);
             }
             Ok(Adoption::Gone) => {
                 tracing::info!(pod = uid, "its network namespace is gone and nobody withdrew it");

@@ -205,21 +205,21 @@ fn enrolled_pod_that_is_announced_as_another_is_captured_all_the_time() {
 }
 
 #[test]
-fn pod_that_is_known_by_its_capture_alone_is_taken_over_under_its_name() {
+fn pod_that_is_known_by_its_capture_alone_is_not_taken_for_another() {
     let scratch = Scratch::new();
     let agent = Agent::start(&scratch);
     let (a, _b) = pair();
-    agent.announcer().enrol("sandbox", &a, "").unwrap();
+    agent.announcer().enrol(UID, &a, "").unwrap();
     drop(agent);
-    std::fs::remove_file(scratch.path("run/pods/sandbox.json")).unwrap();
+    std::fs::remove_file(scratch.path("run/pods").join(format!("{UID}.json"))).unwrap();
     let inside = process_in(&a);
     let agent = Agent::start(&scratch);
     let announcer = agent.announcer();
-    assert_eq!(announcer.list()[0].0, "sandbox");
+    let error = announcer.enrol("uid-other", &a, "").unwrap_err();
+    assert!(error.contains(UID), "{error}");
+    assert_eq!(agent.host.capture.cookies().unwrap(), [a.netns.cookie()]);
     announcer.enrol(UID, &a, "").unwrap();
     assert_eq!(announcer.list(), [(UID.into(), String::new())]);
-    let held: Vec<_> = agent.host.capture.held().unwrap().into_iter().filter_map(|held| held.uid).collect();
-    assert_eq!(held, [UID], "under no other name");
     drop(inside);
 }
 
