@@ -123,3 +123,10 @@ fn a_bench_of_the_control_plane_without_one_fails() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(String::from_utf8(output.stderr).unwrap().contains("culvertd"), "it is named");
 }
+
+#[test]
+fn goals_of_the_control_plane_need_both_runs() {
+    // With one run nothing says what a change costs with more pods.
+    let output = bench(&["control", "--goals", "--once"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+}

@@ -66,8 +66,8 @@ pub struct Args {
     #[arg(long)]
     pub once: bool,
     /// Fails if a goal is missed: at most 1 GiB, the 99th percentile of changes within 100 ms, and with ten times the pods a
-    /// change that costs less than one and a half times as much
-    #[arg(long)]
+    /// change that costs no more than one and a half times as much
+    #[arg(long, conflicts_with = "once")]
     pub goals: bool,
     /// Writes the result as JSON
     #[arg(long, value_name = "FILE")]
